@@ -1,0 +1,50 @@
+"""c2v_rag: Causal2Vec embeddings (arXiv 2507.23386) and a Chroma index to search with them.
+
+The names below load on first use (PEP 562), so that `import c2v_rag` costs milliseconds and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from c2v_rag.config import Causal2VecConfig
+    from c2v_rag.index import Embedder, Hit, IndexReport, VectorIndex
+    from c2v_rag.model import Causal2Vec, shared_model
+    from c2v_rag.sources import Document, read_sources
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Causal2Vec": "model",
+    "Causal2VecConfig": "config",
+    "Document": "sources",
+    "Embedder": "index",
+    "Hit": "index",
+    "IndexReport": "index",
+    "VectorIndex": "index",
+    "read_sources": "sources",
+    "shared_model": "model",
+}
+__all__ = [
+    "Causal2Vec",
+    "Causal2VecConfig",
+    "Document",
+    "Embedder",
+    "Hit",
+    "IndexReport",
+    "VectorIndex",
+    "read_sources",
+    "shared_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'c2v_rag' has no attribute {name!r}")
+    return getattr(import_module(f"c2v_rag.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,245 @@
+"""c2v-rag: index, search, embed, info.
+
+Results go to stdout, everything else to stderr. An error is one message and exit code 1; `--debug` shows where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from c2v_rag import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from c2v_rag.model import Causal2Vec
+
+app = typer.Typer(
+    help="Causal2Vec embeddings: index what you have, search it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console(soft_wrap=False)
+err = Console(stderr=True)
+
+Store = Annotated[str, typer.Option(help="Folder of the index, or the http(s) URL of a Chroma server.")]
+Collection = Annotated[str, typer.Option(help="Name of the Chroma collection.")]
+ModelName = Annotated[str, typer.Option(help='"default", a checkpoint folder, or a Hugging Face Hub id.')]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first there is unless given.")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; what the hardware computes in unless given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def index(
+    sources: Annotated[list[str], typer.Argument(help='Files, folders, or "python-docs", the standard library.')],
+    store: Store,
+    model: ModelName = "default",
+    collection: Collection = "documents",
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many documents, for a first look.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
+    device: Device = None,
+    dtype: DType = None,
+    json_output: Json = False,
+) -> None:
+    """Embed documents into a Chroma collection; run again, it embeds only what is new."""
+    from c2v_rag.index import VectorIndex, remove_vanished
+    from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
+
+    left_out: list[str] = []
+
+    def leave_out(path: Path, error: Exception) -> None:
+        left_out.append(str(path))
+        err.print(f"Left out: {error}", style="yellow", markup=False)
+
+    documents = read_sources(sources, limit=limit, text_column=text_column, on_error=leave_out)
+    total = len(python_docs()) if sources == [PYTHON_DOCS] else None
+    total = min(total, limit) if total and limit else total
+    vectors = VectorIndex(store, _load(model, device, dtype), collection)
+    report = vectors.add(documents, total=total, show_progress=True)
+    if limit is None:  # a first look has not seen everything
+        removed = sum(remove_vanished(vectors, Path(source)) for source in sources if Path(source).is_dir())
+        report = dataclasses.replace(report, removed=removed)
+    if json_output:
+        print(json.dumps({**dataclasses.asdict(report), "chunks": len(vectors), "left_out": left_out}))
+        return
+    out.print(
+        f"{report.added} chunks added, {report.unchanged} unchanged, {report.replaced} replaced, {report.removed} "
+        f"removed in {report.seconds:.1f} s; {len(vectors)} in {store}, collection {collection!r}.",
+        markup=False,
+    )
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    store: Store,
+    k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="How many passages.")] = 5,
+    model: Annotated[
+        str | None, typer.Option(help="The index's own model unless given; another one is refused.")
+    ] = None,
+    collection: Collection = "documents",
+    device: Device = None,
+    dtype: DType = None,
+    json_output: Json = False,
+) -> None:
+    """Print the passages that answer a query best."""
+    from c2v_rag.index import VectorIndex, stored_stamp
+
+    stamp = stored_stamp(store, collection)
+    vectors = VectorIndex(store, _load(model or str(stamp["name"]), device, dtype), collection)
+    started = time.perf_counter()
+    hits = vectors.search(query, k)
+    milliseconds = 1000 * (time.perf_counter() - started)
+    if json_output:
+        print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
+        return
+    table = Table("score", "source", "passage", title=Text(query), title_justify="left", pad_edge=False)
+    for hit in hits:
+        passage = " ".join(hit.text.split())
+        table.add_row(
+            f"{hit.score:.3f}", Text(str(hit.metadata["source"])), Text(passage[:300] + "…" * (len(passage) > 300))
+        )
+    out.print(table)
+    out.print(f"{len(hits)} of {len(vectors)} chunks, {milliseconds:.0f} ms")
+
+
+@app.command()
+def embed(
+    file: Annotated[str, typer.Argument(help='A .jsonl, .csv or .parquet table, a text file (a text a line), or "-".')],
+    output: Annotated[Path, typer.Option("-o", "--output", help="OUT.npy, OUT.parquet or OUT.jsonl.")],
+    model: ModelName = "default",
+    query: Annotated[bool, typer.Option("--query", help="Embed as queries, with the instruction.")] = False,
+    instruction: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
+    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Shorter embeddings.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Write the embeddings of many texts to a file, in their order."""
+    if output.suffix not in (".npy", ".parquet", ".jsonl"):
+        raise ValueError(f"{output}: the output must end in .npy, .parquet or .jsonl.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} into.")
+    texts = list(_texts(file, text_column))
+    encoder = _load(model, device, dtype)
+    encode = encoder.encode_query if query else encoder.encode_document
+    embeddings = encode(texts, instruction=instruction, truncate_dim=truncate_dim, show_progress=True)
+    _write_embeddings(output, texts, embeddings)
+    out.print(f"{len(texts)} embeddings of {embeddings.shape[1]} columns in {output}", markup=False)
+
+
+@app.command()
+def info(model: ModelName = "default", device: Device = None, dtype: DType = None, json_output: Json = False) -> None:
+    """Say what the model is, where its weights came from, and what it runs on."""
+    started = time.perf_counter()
+    loaded = _load(model, device, dtype)
+    config = loaded.config
+    rows: dict[str, Any] = {
+        "c2v-rag": __version__,
+        "model": loaded.name,
+        "weights": loaded.stamp["weights"],
+        "encoder": loaded.sources["encoder"],
+        "decoder": f"{loaded.sources['llm']}, {loaded.llm.config.get_text_config().num_hidden_layers} layers",
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dimensions": loaded.embedding_dim,
+        "pooling": config.pooling,
+        "instruction": config.instruction,
+        "longest text": f"{config.max_length} tokens in the decoder, {config.encoder_max_length} in the encoder",
+        "loaded in": f"{time.perf_counter() - started:.1f} s",
+    }
+    if json_output:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
+    out.print(table)
+
+
+def _load(name: str, device: str | None, dtype: str | None) -> Causal2Vec:
+    with err.status("Loading the model"):
+        from c2v_rag.model import Causal2Vec
+
+        return Causal2Vec.from_pretrained(name, device=device, dtype=dtype)
+
+
+def _texts(file: str, text_column: str) -> Iterator[str]:
+    from c2v_rag.sources import read_sources
+
+    if file == "-":
+        yield from (line.rstrip("\n") for line in sys.stdin)
+    elif Path(file).suffix in (".jsonl", ".csv", ".parquet"):
+        yield from (document.text for document in read_sources([file], text_column=text_column))
+    else:
+        yield from Path(file).read_text(encoding="utf-8").splitlines()
+
+
+def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
+    """Written aside and renamed, so that a file under this name is complete."""
+    aside = path.with_name(f".{path.stem}.part{path.suffix}")
+    if path.suffix == ".npy":
+        import numpy as np
+
+        np.save(aside, embeddings)
+    elif path.suffix == ".parquet":
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ModuleNotFoundError as error:
+            if error.name != "pyarrow":
+                raise
+            raise ImportError('Writing parquet needs pyarrow: pip install "c2v-rag[docs]"') from error
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
+        pq.write_table(pa.table({"text": texts, "embedding": vectors}), aside)
+    else:
+        with aside.open("w", encoding="utf-8") as file:
+            for text, embedding in zip(texts, embeddings, strict=True):
+                row = {"text": text, "embedding": embedding.tolist()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    aside.replace(path)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "chromadb", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"Error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("Stopped. What was written so far is kept; run the same command to go on.")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

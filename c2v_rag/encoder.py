@@ -1,0 +1,60 @@
+"""The contextual encoder alone, as an embedder: the baseline to beat, and the vectors that training caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from c2v_rag import inference
+from c2v_rag.model import Causal2Vec
+from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
+
+
+class EncoderEmbedder:
+    """Embeds with the encoder inside a Causal2Vec model and nothing else; queries and documents alike.
+
+    `tokenizer` replaces the model's where texts are to be cut at other lengths.
+    """
+
+    def __init__(self, model: Causal2Vec, tokenizer: TextTokenizer | None = None) -> None:
+        self._model = model
+        self._tokenizer = tokenizer or model.tokenizer
+
+    @property
+    def training(self) -> bool:
+        return self._model.training
+
+    def train(self, mode: bool = True) -> object:
+        return self._model.train(mode)
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self._model.encoder.config.hidden_size)
+
+    @property
+    def stamp(self) -> dict[str, str | int]:
+        return self._model.stamp | {"part": "encoder", "embedding_dim": self.embedding_dim}
+
+    def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
+        return self._tokenizer(texts, instruction)
+
+    def embed(self, batch: TokenBatch) -> Tensor:
+        """(B, E), rows of length 1."""
+        return normalize(self._model.pooled_encoder_states(batch), dim=1)
+
+    def encode_document(self, texts: Iterable[str], **options: Any) -> np.ndarray:
+        """float32 (n, E), in input order; options as in `Causal2Vec.encode`."""
+        return inference.encode(self, texts, **options)
+
+    def encode_query(self, texts: Iterable[str], **options: Any) -> np.ndarray:
+        """The same as `encode_document`: the encoder sees no instruction."""
+        return inference.encode(self, texts, **options)

@@ -1,0 +1,479 @@
+"""Documents -> chunks -> embeddings -> a Chroma collection that can be searched, resumed and brought up to date.
+
+A chunk's id is the hash of its source and text: what is there already is not embedded again, and a run that was killed
+goes on where it was. The collection remembers the model that made it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from c2v_rag.sources import Document, Scalar
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+logger = logging.getLogger(__name__)
+
+STAMP_KEY = "c2v_stamp"
+DEFAULT_COLLECTION = "documents"
+DOCUMENTS_READ_AHEAD = 512
+CHUNKS_WRITTEN_AT_ONCE = 512
+CHUNK_TOKENS = 256
+CHUNK_OVERLAP = 0.1
+_TOKENS_UNKNOWN_CHARACTERS = 4  # characters a token, for an embedder that cannot count
+_LOCK_FILE = "c2v_writer.lock"
+_HOLDER_FILE = "c2v_writer.txt"
+_GENERATION_FILE = "c2v_generation"
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Whatever embeds: a `Causal2Vec`, a remote model, an encoder alone.
+
+    `count_tokens(texts) -> list[int]` and `max_tokens` are used where an embedder has them, to cut documents into
+    chunks that it reads whole.
+    """
+
+    @property
+    def embedding_dim(self) -> int: ...
+    @property
+    def stamp(self) -> dict[str, str | int]: ...
+    def encode_query(self, texts: Iterable[str]) -> np.ndarray: ...
+    def encode_document(self, texts: Iterable[str]) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A chunk that was found. `score` is the cosine similarity; `metadata` holds its source and the document's."""
+
+    id: str
+    score: float
+    text: str
+    metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexReport:
+    """What `add` did, counted in chunks.
+
+    `added`: embedded and written. `unchanged`: there already. `replaced`: deleted, because their source no longer
+    holds them. `removed`: deleted, because their source is gone. `truncated`: longer than the model reads, in spite
+    of chunking. `seconds`: for all of it.
+    """
+
+    added: int
+    unchanged: int
+    replaced: int
+    removed: int
+    truncated: int
+    seconds: float
+
+
+class VectorIndex:
+    """A Chroma collection filled and searched with one embedder.
+
+    Example:
+        >>> from c2v_rag import Document, VectorIndex, shared_model
+        >>> index = VectorIndex("store", shared_model())  # doctest: +SKIP
+        >>> index.add([Document("Bread needs yeast.", source="bread.txt")]).added  # doctest: +SKIP
+        1
+        >>> index.search("how does dough rise?", top_k=1)[0].metadata["source"]  # doctest: +SKIP
+        'bread.txt'
+
+    `path_or_url`: a folder (made when missing; no server needed) or the http(s) URL of a Chroma server. `model`: any
+    `Embedder`. Cosine space. One process at a time may write to a folder; any number may search it, and see what was
+    written since.
+
+    Raises ValueError when the collection was made with another model or without c2v_rag, ConnectionError when no
+    server answers, PermissionError from a writing method while another process writes.
+    """
+
+    def __init__(
+        self, path_or_url: str | os.PathLike[str], model: Embedder, collection: str = DEFAULT_COLLECTION
+    ) -> None:
+        self._store = _open_store(path_or_url)
+        self._name = collection
+        self._model = model
+        self._collection()
+
+    def __len__(self) -> int:
+        """Number of chunks."""
+        with self._store.reading():
+            return self._collection().count()
+
+    def search(self, query: str, top_k: int = 5) -> list[Hit]:
+        """The `top_k` chunks most similar to `query`, best first; fewer when the index holds fewer."""
+        if not isinstance(query, str):
+            raise TypeError(f"query must be one string, got {type(query).__name__}. For several, use search_many.")
+        return self.search_many([query], top_k)[0]
+
+    def search_many(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
+        """`search` for each query, in their order, embedded together."""
+        if isinstance(queries, str):
+            raise TypeError("queries must be a list of strings, got one bare string. Use search, or wrap it: [query].")
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}.")
+        embeddings = self._model.encode_query(queries)
+        with self._store.reading():
+            collection = self._collection()
+            if not len(embeddings) or not collection.count():
+                return [[] for _ in queries]
+            found = collection.query(
+                query_embeddings=embeddings, n_results=top_k, include=["documents", "metadatas", "distances"]
+            )
+        documents, metadatas, distances = found["documents"], found["metadatas"], found["distances"]
+        assert documents is not None
+        assert metadatas is not None
+        assert distances is not None
+        return [
+            [
+                Hit(id, 1.0 - distance, text, dict(metadata))
+                for id, distance, text, metadata in zip(*columns, strict=True)
+            ]
+            for columns in zip(found["ids"], distances, documents, metadatas, strict=True)
+        ]
+
+    def add(
+        self, documents: Iterable[Document], *, total: int | None = None, show_progress: bool = False
+    ) -> IndexReport:
+        """Bring the index up to date with `documents`, read as a stream.
+
+        Documents are cut into chunks of at most 256 of the model's tokens. Chunks that are there already are left
+        alone; chunks that a source seen here no longer holds are deleted, after the new ones are written; other
+        sources are not touched. Killed at any moment and called again with the same documents, it ends with the same
+        ids as an undisturbed call. A document's metadata is written with its chunks and not compared afterwards.
+        `total` and `show_progress` are for the progress bar.
+        """
+        started = time.perf_counter()
+        if isinstance(documents, Sequence):
+            total = len(documents)
+        with self._store.writing():
+            collection = self._collection()
+            counts: Counter[str] = Counter()
+            stale: dict[str, set[str]] = {}  # by source: ids in the collection that this call has not met
+            repeated: Counter[str] = Counter()
+            waiting: dict[str, tuple[str, dict[str, Scalar]]] = {}
+            with tqdm(total=total, unit="document", disable=not show_progress) as progress:
+                for some in _batched(documents, DOCUMENTS_READ_AHEAD):
+                    self._note_present(collection, some, stale)
+                    for document, texts in zip(some, self._chunk(some, counts), strict=True):
+                        for text in texts:
+                            id = _chunk_id(document.source, text, repeated)
+                            if id in stale[document.source]:
+                                stale[document.source].remove(id)
+                                counts["unchanged"] += 1
+                            else:
+                                waiting[id] = (text, {**document.metadata, "source": document.source})
+                            if len(waiting) >= CHUNKS_WRITTEN_AT_ONCE:
+                                self._write(collection, waiting, counts)
+                        progress.update()
+                self._write(collection, waiting, counts)
+            gone = [id for ids in stale.values() for id in ids]
+            self._delete(collection, gone)
+        return IndexReport(
+            added=counts["added"],
+            unchanged=counts["unchanged"],
+            replaced=len(gone),
+            removed=0,
+            truncated=counts["truncated"],
+            seconds=time.perf_counter() - started,
+        )
+
+    def delete(self, source: str) -> int:
+        """Delete a source's chunks; returns how many there were."""
+        with self._store.writing():
+            collection = self._collection()
+            ids = collection.get(where={"source": source}, include=[])["ids"]
+            self._delete(collection, ids)
+        return len(ids)
+
+    def sources(self) -> set[str]:
+        """The sources that have chunks here."""
+        found: set[str] = set()
+        with self._store.reading():
+            collection = self._collection()
+            for start in range(0, collection.count(), 1000):
+                metadatas = collection.get(limit=1000, offset=start, include=["metadatas"])["metadatas"] or []
+                found.update(str(metadata["source"]) for metadata in metadatas)
+        return found
+
+    def _collection(self) -> Collection:
+        """The collection as it is now, after checking that this model made it."""
+        collection = self._store.client().get_or_create_collection(
+            self._name,
+            metadata={STAMP_KEY: json.dumps(self._model.stamp, sort_keys=True)},
+            configuration={"hnsw": {"space": "cosine"}},
+            embedding_function=None,
+        )
+        check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
+        return collection
+
+    def _note_present(self, collection: Collection, documents: Sequence[Document], stale: dict[str, set[str]]) -> None:
+        new = sorted({document.source for document in documents} - stale.keys())
+        for source in new:
+            stale[source] = set()
+        if not new:
+            return
+        of_these: Any = {"source": {"$in": new}}
+        present = collection.get(where=of_these, include=["metadatas"])
+        for id, metadata in zip(present["ids"], present["metadatas"] or [], strict=True):
+            stale[str(metadata["source"])].add(id)
+
+    def _chunk(self, documents: Sequence[Document], counts: Counter[str]) -> list[list[str]]:
+        from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+        count_tokens = getattr(self._model, "count_tokens", _count_by_characters)
+        size = min(CHUNK_TOKENS, getattr(self._model, "max_tokens", CHUNK_TOKENS))
+        splitter = RecursiveCharacterTextSplitter(
+            chunk_size=size,
+            chunk_overlap=int(size * CHUNK_OVERLAP),
+            length_function=lambda text: count_tokens([text])[0],
+        )
+        chunks = []
+        for document, length in zip(documents, count_tokens([document.text for document in documents]), strict=True):
+            texts = [document.text] if length <= size else splitter.split_text(document.text)
+            if length > size:
+                counts["truncated"] += sum(more > size for more in count_tokens(texts))
+            chunks.append([text for text in texts if text.strip()])
+        return chunks
+
+    def _write(
+        self, collection: Collection, waiting: dict[str, tuple[str, dict[str, Scalar]]], counts: Counter[str]
+    ) -> None:
+        if not waiting:
+            return
+        texts = [text for text, _ in waiting.values()]
+        embeddings = self._model.encode_document(texts)
+        ids = list(waiting)
+        metadatas: list[Mapping[str, Any]] = [metadata for _, metadata in waiting.values()]
+        size = min(self._store.client().get_max_batch_size(), CHUNKS_WRITTEN_AT_ONCE)
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            collection.upsert(
+                ids=ids[part],
+                embeddings=embeddings[part],
+                documents=[_storable(text) for text in texts[part]],
+                metadatas=metadatas[part],
+            )
+        self._store.wrote()
+        counts["added"] += len(ids)
+        waiting.clear()
+
+    def _delete(self, collection: Collection, ids: Sequence[str]) -> None:
+        size = self._store.client().get_max_batch_size()
+        for start in range(0, len(ids), size):
+            collection.delete(ids=list(ids[start : start + size]))
+        if ids:
+            self._store.wrote()
+
+
+def remove_vanished(index: VectorIndex, folder: Path) -> int:
+    """Delete the chunks of files below `folder` that are no longer there; returns how many chunks."""
+    below = folder.resolve().as_posix().rstrip("/") + "/"
+    return sum(
+        index.delete(source) for source in index.sources() if source.startswith(below) and not Path(source).exists()
+    )
+
+
+def stored_stamp(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_COLLECTION) -> dict[str, str | int]:
+    """The stamp of the model that made a collection; nothing is created.
+
+    Raises FileNotFoundError when there is no such store or collection, ValueError when c2v_rag did not make it.
+    """
+    if not _is_url(path_or_url) and not (Path(path_or_url) / "chroma.sqlite3").is_file():
+        raise FileNotFoundError(
+            f"There is no index in {path_or_url}. Make one: c2v-rag index SOURCE --store {path_or_url}"
+        )
+    client = _open_store(path_or_url).client()
+    names = [entry.name for entry in client.list_collections()]
+    if collection not in names:
+        raise FileNotFoundError(f"{path_or_url} has no collection {collection!r}; it has {names}.")
+    return read_stamp(client.get_collection(collection, embedding_function=None).metadata, collection)
+
+
+def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str, str | int]:
+    """The stamp in a collection's metadata. ValueError where there is none."""
+    if not metadata or STAMP_KEY not in metadata:
+        raise ValueError(
+            f"The collection {collection!r} was not made by c2v_rag, so nothing says which model its vectors are of. "
+            "Use another collection name."
+        )
+    stamp: dict[str, str | int] = json.loads(metadata[STAMP_KEY])
+    return stamp
+
+
+def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection: str) -> None:
+    """ValueError when vectors of these two models must not be compared. A model's name may differ: copies are equal."""
+    differing = [key for key in sorted(stored.keys() | model.keys()) if stored.get(key) != model.get(key)]
+    if not set(differing) - {"name", "encoder", "llm"}:
+        return
+    lines = [f"- {key}: {stored.get(key)!r} in the index, {model.get(key)!r} in this model" for key in differing]
+    raise ValueError(
+        f"The collection {collection!r} was made with another model:\n" + "\n".join(lines) + "\n"
+        f"Either load the model that made it ({stored.get('name')!r}; encoder from {stored.get('encoder')}, decoder "
+        f"from {stored.get('llm')}), or index the documents again with this one into another collection or store."
+    )
+
+
+def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
+    """SHA-256 of source, text, and how many equal pairs came before."""
+    pair = json.dumps([source, text])
+    digest = hashlib.sha256(pair.encode()).hexdigest()
+    earlier = repeated[digest]
+    repeated[digest] += 1
+    return hashlib.sha256(f"{digest}{earlier}".encode()).hexdigest()
+
+
+def _storable(text: str) -> str:
+    """Chroma stores UTF-8, which has no lone surrogates."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _count_by_characters(texts: Sequence[str]) -> list[int]:
+    return [len(text) // _TOKENS_UNKNOWN_CHARACTERS + 1 for text in texts]
+
+
+def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    iterator = iter(documents)
+    while some := list(islice(iterator, size)):
+        for document in some:
+            if not isinstance(document, Document):
+                raise TypeError(f"documents must be c2v_rag.Document objects, got {type(document).__name__}.")
+        yield some
+
+
+# Stores
+
+
+class _Server:
+    """A Chroma server: it serialises writers and has no stale readers."""
+
+    def __init__(self, url: str) -> None:
+        import chromadb
+
+        parts = urlsplit(url)
+        try:
+            self._client = chromadb.HttpClient(
+                host=parts.hostname or "",
+                port=parts.port or (443 if parts.scheme == "https" else 8000),
+                ssl=parts.scheme == "https",
+            )
+        except ValueError as error:
+            raise ConnectionError(
+                f"No Chroma server answers at {url}: {error} Start one: chroma run --path DIR"
+            ) from error
+
+    def client(self) -> ClientAPI:
+        return self._client
+
+    def wrote(self) -> None:
+        pass
+
+    def reading(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def writing(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+class _Folder:
+    """A folder that Chroma opens in this process.
+
+    Chroma keeps a searched collection's graph in memory and does not notice what another process writes; only closing
+    every client of the folder helps. So writers leave a new word in a file, and the one client per folder and process
+    is closed and opened again when the word has changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.RLock()
+        self._client: Any = None  # ClientAPI, with the close() that its base class lacks
+        self._generation = ""
+
+    def client(self) -> ClientAPI:
+        import chromadb
+        from chromadb.config import Settings
+
+        with self._lock:
+            generation = self._read(_GENERATION_FILE)
+            if self._client is not None and generation != self._generation:
+                self._client.close()
+                self._client = None
+            if self._client is None:
+                self._path.mkdir(parents=True, exist_ok=True)
+                settings = Settings(anonymized_telemetry=False)
+                self._client = chromadb.PersistentClient(str(self._path), settings=settings)
+                self._generation = generation
+            client: ClientAPI = self._client
+            return client
+
+    def wrote(self) -> None:
+        with self._lock:
+            self._generation = uuid.uuid4().hex
+            (self._path / _GENERATION_FILE).write_text(self._generation, encoding="utf-8")
+
+    def reading(self) -> AbstractContextManager[object]:
+        """Keep other threads from closing the client meanwhile."""
+        return self._lock
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder's writer lock; the operating system frees it if the process dies."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._path / _LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise PermissionError(
+                f"{self._path} is being written by {self._read(_HOLDER_FILE) or 'another process'}. A folder takes one "
+                "writer at a time: wait for it, or use a Chroma server (chroma run) for several."
+            ) from None
+        try:
+            holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            (self._path / _HOLDER_FILE).write_text(holder, encoding="utf-8")
+            yield
+        finally:
+            lock.release()
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self._path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+
+_folders: dict[Path, _Folder] = {}
+_folders_lock = threading.Lock()
+
+
+def _is_url(path_or_url: str | os.PathLike[str]) -> bool:
+    return os.fspath(path_or_url).startswith(("http://", "https://"))
+
+
+def _open_store(path_or_url: str | os.PathLike[str]) -> _Server | _Folder:
+    if _is_url(path_or_url):
+        return _Server(os.fspath(path_or_url))
+    path = Path(path_or_url).resolve()
+    with _folders_lock:
+        return _folders.setdefault(path, _Folder(path))

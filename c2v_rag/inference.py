@@ -1,0 +1,258 @@
+"""Texts to a float32 array, for anything that can tokenise texts and embed a token batch.
+
+Batches hold a budget of tokens, not a count of texts: within a window the texts are sorted by length, so that little
+of a batch is padding. Tokenisation of the next window runs in a thread while this one is computed. Results come back
+in input order.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import Any, Literal, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from c2v_rag.tokenization import TokenBatch, TokenizedTexts
+
+OnTruncate = Literal["warn", "error", "ignore"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+# Sorted by length within this many texts; also what is held in memory at once beside the results.
+WINDOW_TEXTS = 1024
+WINDOW_CHARACTERS = 4_000_000
+
+
+class TokenBatchEmbedder(Protocol):
+    """What `encode` needs of a model."""
+
+    @property
+    def training(self) -> bool: ...
+    @property
+    def embedding_dim(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts: ...
+    def embed(self, batch: TokenBatch) -> Tensor: ...
+    def train(self, mode: bool = True) -> object: ...
+
+
+class _Beside:
+    """What a model needs around it while it encodes. Kept outside the module, which must stay picklable."""
+
+    def __init__(self) -> None:
+        self.tokenize_lock = threading.Lock()
+        self.compute_lock = threading.Lock()
+        self.batch_tokens: int | None = None  # a budget lowered by running out of memory stays lowered
+
+
+_beside: WeakKeyDictionary[object, _Beside] = WeakKeyDictionary()
+_beside_lock = threading.Lock()
+
+
+def _beside_of(embedder: TokenBatchEmbedder) -> _Beside:
+    with _beside_lock:
+        return _beside.setdefault(embedder, _Beside())
+
+
+def default_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies in it, else float32.
+
+    Emulated bfloat16 is a trap: on a CPU without such units it ran 150 times slower than float32.
+    """
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Padded decoder tokens a batch. On a CPU more than a few thousand fall out of the caches."""
+    return 32_768 if device.type == "cuda" else 4_096
+
+
+def encode(
+    embedder: TokenBatchEmbedder,
+    texts: Iterable[str],
+    *,
+    instruction: str = "",
+    batch_tokens: int | None = None,
+    truncate_dim: int | None = None,
+    on_truncate: OnTruncate = "warn",
+    show_progress: bool = False,
+) -> np.ndarray:
+    """Embeddings of `texts`, in their order: float32 (n, embedding_dim), rows of length 1.
+
+    `texts` may be any iterable; it is read a window at a time, so that memory grows with the results only.
+    Raises TypeError for a bare string or an item that is not a string, ValueError for a text whose embedding is not
+    finite and, with `on_truncate="error"`, for a text that must be cut; each names the item's index.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts must be a list of strings, got one bare string. Wrap it: [text].")
+    if on_truncate not in ("warn", "error", "ignore"):
+        raise ValueError(f"on_truncate must be 'warn', 'error' or 'ignore'; got {on_truncate!r}.")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1; got {batch_tokens}.")
+    dim = embedder.embedding_dim if truncate_dim is None else truncate_dim
+    if not 1 <= dim <= embedder.embedding_dim:
+        raise ValueError(f"truncate_dim must be from 1 to {embedder.embedding_dim}, this model's; got {truncate_dim}.")
+
+    beside = _beside_of(embedder)
+
+    def tokenize(window: list[str]) -> TokenizedTexts:
+        with beside.tokenize_lock:
+            return embedder.tokenize(window, instruction)
+
+    results: list[np.ndarray] = [np.empty((0, dim), dtype=np.float32)]
+    done = num_truncated = 0
+    total = len(texts) if isinstance(texts, Sequence) else None
+    bar: tqdm[Any] = tqdm(total=total, unit="text", disable=not show_progress)
+    with (
+        bar as progress,
+        ThreadPoolExecutor(1, thread_name_prefix="tokenize") as ahead,
+    ):
+        windows = _windows(texts)
+        pending = None
+        for window in chain(windows, [None]):
+            upcoming = ahead.submit(tokenize, window) if window else None
+            if pending is not None:
+                tokenized = pending.result()
+                if tokenized.truncated and on_truncate == "error":
+                    raise ValueError(
+                        f"The text at index {done + tokenized.truncated[0]} is longer than the model reads. "
+                        "Cut it into chunks, or allow cutting with on_truncate='warn'."
+                    )
+                num_truncated += len(tokenized.truncated)
+                rows = _embed_window(embedder, beside, tokenized, done, dim, batch_tokens, progress)
+                results.append(rows)
+                done += len(rows)
+            pending = upcoming
+    if num_truncated and on_truncate == "warn":
+        logger.warning("%d of %d texts were longer than the model reads and were cut.", num_truncated, done)
+    return np.concatenate(results)
+
+
+def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Checked texts, a window at a time."""
+    iterator = enumerate(texts)
+    while True:
+        window: list[str] = []
+        characters = 0
+        for index, text in islice(iterator, WINDOW_TEXTS):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"texts[{index}] must be a string, got {type(text).__name__}. "
+                    "Leave it out, or convert it to the text you want to find it by."
+                )
+            window.append(text)
+            characters += len(text)
+            if characters >= WINDOW_CHARACTERS:
+                break
+        if not window:
+            return
+        yield window
+
+
+def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Positions, longest texts first, in batches whose padded size stays within `batch_tokens`.
+
+    A text that is longer than the budget makes a batch of its own.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+            batches.append([])
+            longest = max(1, lengths[position])
+        batches[-1].append(position)
+    return batches
+
+
+def _embed_window(
+    embedder: TokenBatchEmbedder,
+    beside: _Beside,
+    tokenized: TokenizedTexts,
+    offset: int,
+    dim: int,
+    batch_tokens: int | None,
+    progress: tqdm[Any],
+) -> np.ndarray:
+    lengths = tokenized.lengths
+    rows = np.empty((len(lengths), dim), dtype=np.float32)
+    asked = batch_tokens or default_batch_tokens(embedder.device)
+    budget = min(asked, beside.batch_tokens or asked)
+    batches = token_budget_batches(lengths, budget)[::-1]  # a stack: the longest batch is popped first
+    while batches:
+        positions = batches.pop()
+        try:
+            # The lock is taken for a batch, not for the call: threads take turns.
+            with beside.compute_lock, _inference(embedder):
+                embeddings = embedder.embed(tokenized.collate(positions).to(embedder.device)).float()
+                if dim < embeddings.shape[1]:
+                    embeddings = torch.nn.functional.normalize(embeddings[:, :dim], dim=1)
+                values = embeddings.cpu().numpy()
+        except torch.OutOfMemoryError:
+            if len(positions) == 1:
+                raise
+            # Outside the handler the exception, and with it the tensors of the failed forward, would still be alive.
+            values = None
+        if values is None:
+            torch.cuda.empty_cache()
+            budget = beside.batch_tokens = max(1, min(budget, len(positions) * lengths[positions[0]]) // 2)
+            logger.warning("Out of device memory: batch_tokens is %d from now on.", budget)
+            left = [*positions, *(i for batch in reversed(batches) for i in batch)]
+            regrouped = token_budget_batches([lengths[i] for i in left], budget)
+            batches = [[left[i] for i in batch] for batch in regrouped][::-1]
+            continue
+        bad = ~np.isfinite(values).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"The embedding of the text at index {offset + positions[int(bad.argmax())]} is not finite. "
+                "Load the model with dtype=torch.float32; if that does not help, its weights are damaged."
+            )
+        rows[positions] = values
+        progress.update(len(positions))
+    return rows
+
+
+@contextmanager
+def _inference(embedder: TokenBatchEmbedder) -> Iterator[None]:
+    """No gradients and no dropout, whatever mode the caller left the model in."""
+    was_training = embedder.training
+    if was_training:
+        embedder.train(False)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            embedder.train(True)
+
+
+def tokenizing(embedder: TokenBatchEmbedder, work: Callable[[], T]) -> T:
+    """Run `work` while no other thread uses the embedder's tokenizers."""
+    with _beside_of(embedder).tokenize_lock:
+        return work()

@@ -1,0 +1,165 @@
+"""Texts (and an instruction) to the two token batches: the encoder's, and the decoder's that ends in EOS.
+
+B texts, P prefix tokens, S encoder tokens, T decoder tokens of the text (EOS included).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from c2v_rag.config import Causal2VecConfig
+
+# Half of a surrogate pair is no character: UTF-8 cannot hold it, and tokenizers refuse it.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """One padded batch. Masks are 1 on real tokens; padding is on the right.
+
+    `prefix_ids` (P,) stands before the Contextual token and is the same for every text; `text_ids` (B, T) stands
+    behind it and opens with `num_lead` tokens of an instruction where the config places that behind the token.
+    """
+
+    prefix_ids: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    num_lead: int
+    encoder_ids: Tensor
+    encoder_mask: Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        moved: dict[str, Any] = {
+            field.name: value.to(device) if isinstance(value := getattr(self, field.name), Tensor) else value
+            for field in dataclasses.fields(self)
+        }
+        return TokenBatch(**moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of some texts that share one instruction; `collate` makes padded batches of any of them."""
+
+    prefix_ids: list[int]
+    num_lead: int
+    text_ids: list[list[int]]
+    encoder_ids: list[list[int]]
+    truncated: list[int]  # positions of texts that were cut, for the decoder or the encoder
+    text_pad: int
+    encoder_pad: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Decoder positions each text takes behind the prefix: the Contextual token, the text and EOS."""
+        return [1 + len(ids) for ids in self.text_ids]
+
+    def collate(self, positions: Sequence[int]) -> TokenBatch:
+        text_ids, text_mask = _pad([self.text_ids[i] for i in positions], self.text_pad)
+        encoder_ids, encoder_mask = _pad([self.encoder_ids[i] for i in positions], self.encoder_pad)
+        return TokenBatch(
+            prefix_ids=torch.tensor(self.prefix_ids),
+            text_ids=text_ids,
+            text_mask=text_mask,
+            num_lead=self.num_lead,
+            encoder_ids=encoder_ids,
+            encoder_mask=encoder_mask,
+        )
+
+
+class TextTokenizer:
+    """The encoder's and the decoder's tokenizer behind one call.
+
+    Padding is done here and on the right, whatever side the tokenizers were saved with. Text that spells a special
+    token ("<|im_end|>") is tokenised as the text it is. Lone surrogates become U+FFFD, the replacement character.
+
+    Not safe from several threads at once (a fast tokenizer refuses that): `inference` holds a lock around it.
+    """
+
+    def __init__(
+        self,
+        config: Causal2VecConfig,
+        encoder_tokenizer: PreTrainedTokenizerBase,
+        llm_tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.config = config
+        self.encoder = encoder_tokenizer
+        self.llm = llm_tokenizer
+        if llm_tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The decoder's tokenizer has no EOS token, and its last hidden state is half of the embedding. "
+                "Set tokenizer.eos_token to an existing token and save it again."
+            )
+        limit = encoder_tokenizer.model_max_length
+        if config.encoder_max_length > limit:
+            raise ValueError(
+                f"encoder_max_length is {config.encoder_max_length}, but the encoder reads {limit} tokens at most. "
+                f"Set encoder_max_length to {limit} or less."
+            )
+        self.eos: int = llm_tokenizer.eos_token_id
+        # A first token that is always the same takes the attention sink, where Llama-like models put massive
+        # activations; the Contextual token would drown in it at position 0.
+        self.bos: int = self.eos if llm_tokenizer.bos_token_id is None else llm_tokenizer.bos_token_id
+
+    def __call__(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
+        """Token ids of `texts`, cut at the config's lengths with EOS (and the encoder's own ends) kept."""
+        clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
+        lead = self._ids([self.config.lead(instruction)])[0] if instruction else []
+        behind = self.config.contextual_token == "before_instruction"
+
+        # Cutting is a slice, so that what was cut can be counted.
+        plain = self._ids(clean)
+        room = self.config.max_length - 1
+        encoder_ids = self._encoder_ids(clean, truncation=False)
+        encoder_cut = [i for i, ids in enumerate(encoder_ids) if len(ids) > self.config.encoder_max_length]
+        if encoder_cut:
+            # The tokenizer itself knows which of its special tokens must survive a cut.
+            shorter = self._encoder_ids([clean[i] for i in encoder_cut], truncation=True)
+            for i, ids in zip(encoder_cut, shorter, strict=True):
+                encoder_ids[i] = ids
+        return TokenizedTexts(
+            prefix_ids=[self.bos] + ([] if behind else lead),
+            num_lead=len(lead) if behind else 0,
+            text_ids=[(lead if behind else []) + ids[:room] + [self.eos] for ids in plain],
+            encoder_ids=encoder_ids,
+            truncated=sorted({i for i, ids in enumerate(plain) if len(ids) > room}.union(encoder_cut)),
+            text_pad=self.eos,
+            encoder_pad=self.encoder.pad_token_id or 0,
+        )
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Length of each text in tokens, as cutting sees it: the larger of the two tokenizers' counts."""
+        clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
+        pairs = zip(self._ids(clean), self._encoder_ids(clean, truncation=False), strict=True)
+        return [max(len(ids) + 1, len(encoder_ids)) for ids, encoder_ids in pairs]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return _input_ids(self.llm(texts, add_special_tokens=False, split_special_tokens=True, verbose=False))
+
+    def _encoder_ids(self, texts: list[str], *, truncation: bool) -> list[list[int]]:
+        max_length = self.config.encoder_max_length if truncation else None
+        return _input_ids(
+            self.encoder(texts, truncation=truncation, max_length=max_length, split_special_tokens=True, verbose=False)
+        )
+
+
+def _input_ids(encoding: Any) -> list[list[int]]:
+    ids: list[list[int]] = encoding["input_ids"]
+    return ids
+
+
+def _pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Right-padded (B, longest) ids and mask; at least one column, so that a mean over it exists."""
+    width = max(1, *(len(row) for row in rows)) if rows else 1
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return ids, mask

@@ -1,0 +1,121 @@
+"""Tiny, randomly initialised models of every family, and texts to try them on. Built in code; no network."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from c2v_rag.config import Causal2VecConfig
+from c2v_rag.model import Causal2Vec
+
+TEXTS = [
+    "A heap keeps its smallest item first.",
+    "Bread needs yeast, water and flour; knead the dough and let it rise in a warm place for an hour.",
+    "Ask.",
+    "",
+    "   \n\t ",
+    "The museum opens at nine in the morning and closes at six in the evening, except on Mondays. " * 6,
+    "Übermäßig naïve façade 東京タワー Привет мир 🙂👍🏽",
+    "A document may spell <|im_end|>, [SEP] or </s>, and goes on behind it.",
+]
+INSTRUCTION = "Given a question, retrieve passages that answer it"
+
+# Two layers wide as a thumb; heads of 8, so that every family's rotary embedding has something to turn.
+_SIZE: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GQA = {"num_key_value_heads": 2, "head_dim": 8}
+LLMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _SIZE | {"num_key_value_heads": 2}),
+    "mistral": ("MistralConfig", _SIZE | _GQA | {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", _SIZE | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", _SIZE | _GQA),
+    "gemma": ("GemmaConfig", _SIZE | _GQA),
+    "gemma2": ("Gemma2Config", _SIZE | _GQA | {"sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", _SIZE | _GQA | {"sliding_window": 16}),
+    "gpt2": ("GPT2Config", {k: v for k, v in _SIZE.items() if k != "intermediate_size"}),
+    "gpt_neox": ("GPTNeoXConfig", _SIZE),
+    "phi": ("PhiConfig", _SIZE | {"num_key_value_heads": 4}),
+}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", _SIZE | {"hidden_size": 24}),
+    "mpnet": ("MPNetConfig", _SIZE | {"hidden_size": 24}),
+    "roberta": ("RobertaConfig", _SIZE | {"hidden_size": 24}),
+    "modernbert": ("ModernBertConfig", _SIZE | {"hidden_size": 24, "cls_token_id": 1, "sep_token_id": 2}),
+    "xlm_roberta": ("XLMRobertaConfig", _SIZE | {"hidden_size": 24}),  # what multilingual E5 is
+}
+
+
+def tiny_module(table: dict[str, tuple[str, dict[str, Any]]], family: str, **changes: Any) -> PreTrainedModel:
+    name, settings = table[family]
+    torch.manual_seed(0)
+    model = AutoModel.from_config(getattr(transformers, name)(**settings | changes))
+    # Freshly initialised weights are so small that every text would look alike.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+@functools.cache
+def _trained(kind: str) -> Tokenizer:
+    specials = ["<pad>", "<s>", "</s>", "<unk>", "<|im_end|>", "[SEP]"]
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials)
+    tokenizer.train_from_iterator([*TEXTS, INSTRUCTION] * 3, trainer)
+    if kind == "wordpiece":
+        ends = [("<s>", 1), ("</s>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return tokenizer
+
+
+def tiny_tokenizer(kind: str, *, padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """"bpe" (byte-level, as decoders have) or "wordpiece" (with ends, as encoders have)."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(_trained(kind)),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_end|>", "[SEP]"],
+        padding_side=padding_side,
+    )
+
+
+def tiny_model(
+    llm: str = "llama", encoder: str = "bert", *, padding_side: str = "right", seed: int = 0, **settings: Any
+) -> Causal2Vec:
+    """A whole model, float32, in eval mode."""
+    config = Causal2VecConfig(**{"max_length": 96, "encoder_max_length": 64, "instruction": INSTRUCTION} | settings)
+    parts = tiny_module(ENCODERS, encoder), tiny_module(LLMS, llm)
+    tokenizers = tiny_tokenizer("wordpiece", padding_side=padding_side), tiny_tokenizer("bpe", padding_side=padding_side)
+    torch.manual_seed(seed)
+    model = Causal2Vec(config, *parts, *tokenizers)
+    table = model.llm.get_input_embeddings()
+    with torch.no_grad():
+        model.projector.start_at_norm(float(table(torch.arange(100)).norm(dim=-1).mean()))
+    return model.eval()
