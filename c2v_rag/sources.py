@@ -215,11 +215,14 @@ def python_docs() -> tuple[Document, ...]:
     The source is the dotted name. An object that several modules re-export is named once, by the shortest name that a
     module lists in `__all__` (asyncio.gather, not asyncio.tasks.gather).
     """
-    found: dict[int, tuple[tuple[bool, bool, int, int, str], str, Any]] = {}
+    found: dict[int, tuple[tuple[bool, bool, bool, int, int, str], str, Any]] = {}
     for module in _standard_modules():
         for name, value, listed in _public_objects(module):
-            renamed = not name.endswith(getattr(value, "__qualname__", ""))  # typing.Text is str
-            rank = (renamed, not listed, name.count("."), len(name), name)
+            # A class under another name (typing.Text is str) is a worse name than an unlisted one; a function's alias
+            # that a module lists (getpass.getpass is unix_getpass) is a better one.
+            renamed = not name.endswith(getattr(value, "__qualname__", ""))
+            of_class = inspect.isclass(value) or "." in getattr(value, "__qualname__", "")
+            rank = (renamed and of_class, not listed, renamed, name.count("."), len(name), name)
             if id(value) not in found or rank < found[id(value)][0]:
                 found[id(value)] = (rank, name, value)
     documents = {}
@@ -288,9 +291,17 @@ def _signature(value: Any) -> str:
     if not callable(value):
         return ""
     try:
-        return _ADDRESS.sub("", str(inspect.signature(value)))
+        signature = inspect.signature(value)
     except (ValueError, TypeError):  # some built-ins have none
         return ""
+    # A default may be anything, the whole process environment for one: shown is only what one would type.
+    shown = [
+        parameter
+        if len(repr(parameter.default)) <= 30 and " at 0x" not in repr(parameter.default)
+        else parameter.replace(default=...)
+        for parameter in signature.parameters.values()
+    ]
+    return _ADDRESS.sub("", str(signature.replace(parameters=shown))).replace("Ellipsis", "...")
 
 
 def _kind(value: Any) -> str:

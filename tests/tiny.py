@@ -94,7 +94,7 @@ def _trained(kind: str) -> Tokenizer:
 
 
 def tiny_tokenizer(kind: str, *, padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """"bpe" (byte-level, as decoders have) or "wordpiece" (with ends, as encoders have)."""
+    """ "bpe" (byte-level, as decoders have) or "wordpiece" (with ends, as encoders have)."""
     return PreTrainedTokenizerFast(
         tokenizer_object=copy.deepcopy(_trained(kind)),
         pad_token="<pad>",
@@ -112,7 +112,10 @@ def tiny_model(
     """A whole model, float32, in eval mode."""
     config = Causal2VecConfig(**{"max_length": 96, "encoder_max_length": 64, "instruction": INSTRUCTION} | settings)
     parts = tiny_module(ENCODERS, encoder), tiny_module(LLMS, llm)
-    tokenizers = tiny_tokenizer("wordpiece", padding_side=padding_side), tiny_tokenizer("bpe", padding_side=padding_side)
+    tokenizers = (
+        tiny_tokenizer("wordpiece", padding_side=padding_side),
+        tiny_tokenizer("bpe", padding_side=padding_side),
+    )
     torch.manual_seed(seed)
     model = Causal2Vec(config, *parts, *tokenizers)
     table = model.llm.get_input_embeddings()
