@@ -13,8 +13,8 @@ import inspect
 import json
 import pkgutil
 import re
+import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -214,24 +214,34 @@ def python_docs() -> tuple[Document, ...]:
 
     The source is the dotted name. An object that several modules re-export is named once, by the shortest name that a
     module lists in `__all__` (asyncio.gather, not asyncio.tasks.gather).
+
+    They are collected in a process of its own: importing the whole library has effects, and packages imported here
+    may have changed it (some add methods to logging.Logger).
     """
+    command = [sys.executable, "-I", "-S", "-W", "ignore", __file__]
+    collected = subprocess.run(command, check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL).stdout
+    return tuple(Document(text, name, {"kind": kind}) for name, kind, text in json.loads(collected))
+
+
+def _collect_docs() -> list[tuple[str, str, str]]:
+    """(dotted name, kind, passage) of every documented public object, by name."""
     found: dict[int, tuple[tuple[bool, bool, bool, int, int, str], str, Any]] = {}
     for module in _standard_modules():
         for name, value, listed in _public_objects(module):
-            # A class under another name (typing.Text is str) is a worse name than an unlisted one; a function's alias
-            # that a module lists (getpass.getpass is unix_getpass) is a better one.
+            # A class under another name (typing.Text is str) is a worse name than an unlisted one; a function's
+            # alias that a module lists (getpass.getpass is unix_getpass) is a better one.
             renamed = not name.endswith(getattr(value, "__qualname__", ""))
             of_class = inspect.isclass(value) or "." in getattr(value, "__qualname__", "")
             rank = (renamed and of_class, not listed, renamed, name.count("."), len(name), name)
             if id(value) not in found or rank < found[id(value)][0]:
                 found[id(value)] = (rank, name, value)
-    documents = {}
+    passages = {}
     for _, full_name, value in found.values():
         name = full_name.removeprefix("builtins.")
         doc = inspect.cleandoc(value.__doc__)
         if len(doc.split()) >= 4:
-            documents[name] = Document(f"{name}{_signature(value)}\n\n{doc}", name, {"kind": _kind(value)})
-    return tuple(documents[name] for name in sorted(documents))
+            passages[name] = (name, _kind(value), f"{name}{_signature(value)}\n\n{doc}")
+    return sorted(passages.values())
 
 
 def _standard_modules() -> Iterator[ModuleType]:
@@ -242,12 +252,10 @@ def _standard_modules() -> Iterator[ModuleType]:
 
 
 def _module_and_below(name: str) -> Iterator[ModuleType]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            module = importlib.import_module(name)
-        except (ImportError, OSError, AttributeError):  # built without it, or for another operating system
-            return
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, OSError, AttributeError):  # built without it, or for another operating system
+        return
     yield module
     for below in pkgutil.iter_modules(getattr(module, "__path__", [])):
         if not below.name.startswith("_") and below.name not in _LEFT_OUT:
@@ -310,3 +318,7 @@ def _kind(value: Any) -> str:
     if inspect.isclass(value):
         return "class"
     return "property" if isinstance(value, property | functools.cached_property) else "function"
+
+
+if __name__ == "__main__":
+    json.dump(_collect_docs(), sys.stdout)

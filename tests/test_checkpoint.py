@@ -141,9 +141,9 @@ def test_shared_model_is_loaded_once(folder: Path) -> None:
 def test_not_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a Causal2Vec checkpoint: it has no c2v_config.json.*from_parts"):
         load(folder / "encoder")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no Causal2Vec checkpoint"):
-        (tmp_path / "full").mkdir()
-        (tmp_path / "full" / "diary.txt").write_text("mine")
         tiny_model().save_pretrained(tmp_path / "full")
     assert (tmp_path / "full" / "diary.txt").read_text() == "mine"
 

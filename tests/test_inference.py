@@ -151,7 +151,7 @@ def test_count_tokens_tells_what_will_be_cut(model: Causal2Vec) -> None:
     assert within
     assert cut
     assert not set(within) & set(cut)
-    assert min(cut) - max(within) <= 3, "counts must not be far above what is cut"
+    assert min(cut) - max(within) <= 5, "counts must not be far above what is cut"
 
 
 class ScarceMemory:

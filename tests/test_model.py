@@ -33,7 +33,7 @@ def by_hand(model: Causal2Vec, text: str, instruction: str = "") -> Tensor:
     backend = copy.deepcopy(model.tokenizer.llm.backend_tokenizer)
     backend.encode_special_tokens = True
     lead = backend.encode(config.lead(instruction)).ids if instruction else []
-    body = backend.encode(text).ids[: config.max_length - 1] + [model.tokenizer.llm.eos_token_id]
+    body = [*backend.encode(text).ids[: config.max_length - 1], model.tokenizer.llm.eos_token_id]
     embed = model.llm.get_input_embeddings()
     bos, lead_states, body_states = (embed(torch.tensor(ids, dtype=torch.long)) for ids in ([1], lead, body))
     order = {

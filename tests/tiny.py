@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from c2v_rag.config import Causal2VecConfig
@@ -72,31 +72,37 @@ def tiny_module(table: dict[str, tuple[str, dict[str, Any]]], family: str, **cha
     return model.eval()
 
 
+_SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<|im_end|>", "[SEP]"]
+
+
 @functools.cache
-def _trained(kind: str) -> Tokenizer:
-    specials = ["<pad>", "<s>", "</s>", "<unk>", "<|im_end|>", "[SEP]"]
+def _backend(kind: str) -> Tokenizer:
+    """Vocabularies written down, not trained: training breaks ties differently in every process."""
     if kind == "bpe":
-        tokenizer = Tokenizer(models.BPE())
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        merges = [("e", "r"), ("t", "h"), ("i", "n"), ("th", "e"), ("a", "n")]
+        words = _SPECIALS + alphabet + ["".join(merge) for merge in merges]
+        tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
     else:
-        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials)
-    tokenizer.train_from_iterator([*TEXTS, INSTRUCTION] * 3, trainer)
-    if kind == "wordpiece":
+        normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        found = {word for text in TEXTS for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+        letters = [chr(i) for i in range(33, 127)]
+        words = list(dict.fromkeys([*_SPECIALS, *letters, *(f"##{letter}" for letter in letters), *sorted(found)]))
+        tokenizer = Tokenizer(models.WordPiece(vocab={word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
         ends = [("<s>", 1), ("</s>", 2)]
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.add_special_tokens(_SPECIALS)
+    assert tokenizer.get_vocab_size() <= _SIZE["vocab_size"]
     return tokenizer
 
 
 def tiny_tokenizer(kind: str, *, padding_side: str = "right") -> PreTrainedTokenizerFast:
     """ "bpe" (byte-level, as decoders have) or "wordpiece" (with ends, as encoders have)."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=copy.deepcopy(_trained(kind)),
+        tokenizer_object=copy.deepcopy(_backend(kind)),
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
@@ -110,7 +116,7 @@ def tiny_model(
     llm: str = "llama", encoder: str = "bert", *, padding_side: str = "right", seed: int = 0, **settings: Any
 ) -> Causal2Vec:
     """A whole model, float32, in eval mode."""
-    config = Causal2VecConfig(**{"max_length": 96, "encoder_max_length": 64, "instruction": INSTRUCTION} | settings)
+    config = Causal2VecConfig(**{"max_length": 256, "encoder_max_length": 64, "instruction": INSTRUCTION} | settings)
     parts = tiny_module(ENCODERS, encoder), tiny_module(LLMS, llm)
     tokenizers = (
         tiny_tokenizer("wordpiece", padding_side=padding_side),

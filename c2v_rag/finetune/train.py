@@ -137,15 +137,13 @@ def run_stage(
             torch.from_numpy(batch.also_positive).to(model.device),
         )
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss of stage {stage.name!r} is {float(loss)} at step {step}.")
+            raise FloatingPointError(f"The loss of stage {stage.name!r} is {loss.item()} at step {step}.")
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        log.append(
-            {"step": step, "loss": round(float(loss.detach()), 4), "seconds": round(time.perf_counter() - started, 2)}
-        )
+        log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - started, 2)})
         if step % 10 == 9:
             recent = sum(row["loss"] for row in log[-10:]) / 10
             progress.set_postfix(loss=f"{recent:.3f}")

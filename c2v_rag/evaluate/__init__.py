@@ -1,0 +1,1 @@
+"""Evaluation: retrieval and similarity sets in folders, and the baselines to compare with."""

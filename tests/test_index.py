@@ -1,0 +1,316 @@
+"""The index: what is added, skipped, replaced and removed; killed and resumed; refused to another model."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from c2v_rag import Document, VectorIndex
+from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.index import Embedder, remove_vanished, stored_stamp
+from c2v_rag.model import Causal2Vec
+from c2v_rag.sources import python_docs, read_sources
+from tests.tiny import tiny_model
+
+DOCUMENTS = [Document(f"Passage number {i} is about topic {i % 7}.", f"source-{i // 3}", {"n": i}) for i in range(30)]
+
+
+class Counting:
+    """A tiny model that counts what it embeds."""
+
+    def __init__(self, model: Causal2Vec) -> None:
+        self.model, self.embedded = model, 0
+        self.embedding_dim, self.stamp = model.embedding_dim, model.stamp
+        self.count_tokens, self.max_tokens = model.count_tokens, model.max_tokens
+
+    def encode_query(self, texts: Iterable[str]) -> np.ndarray:
+        return self.model.encode_query(texts)
+
+    def encode_document(self, texts: Iterable[str]) -> np.ndarray:
+        texts = list(texts)
+        self.embedded += len(texts)
+        return self.model.encode_document(texts)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Causal2Vec:
+    return tiny_model()
+
+
+@pytest.fixture
+def model(tiny: Causal2Vec) -> Counting:
+    return Counting(tiny)
+
+
+def ids(index: VectorIndex) -> set[str]:
+    return set(index._collection().get(include=[])["ids"])
+
+
+def test_search_finds_what_brute_force_finds(tmp_path: Path, model: Counting) -> None:
+    index = VectorIndex(tmp_path, model)
+    report = index.add(DOCUMENTS)
+    assert (report.added, report.unchanged, report.replaced, report.removed) == (30, 0, 0, 0)
+    assert len(index) == model.embedded == 30
+    queries = ["topic 3", "passage number 12"]
+    scores = model.encode_query(queries) @ model.encode_document([d.text for d in DOCUMENTS]).T
+    for query, row, hits in zip(queries, scores, index.search_many(queries, top_k=4), strict=True):
+        best = np.argsort(-row)[:4]
+        assert [hit.text for hit in hits] == [DOCUMENTS[i].text for i in best]
+        np.testing.assert_allclose([hit.score for hit in hits], row[best], atol=1e-5)
+        assert hits[0].metadata == {"n": int(best[0]), "source": DOCUMENTS[best[0]].source}
+        assert [hit.id for hit in index.search(query, top_k=4)] == [hit.id for hit in hits]
+    assert len(index.search("anything", top_k=100)) == 30
+    assert index.search_many([]) == []
+
+
+def test_an_empty_index_finds_nothing_and_bad_queries_are_named(tmp_path: Path, model: Counting) -> None:
+    index = VectorIndex(tmp_path, model)
+    assert index.search("anything") == []
+    assert len(index) == 0
+    with pytest.raises(TypeError, match="search_many"):
+        index.search(["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bare string"):
+        index.search_many("a")
+    with pytest.raises(ValueError, match="top_k must be at least 1; got 0"):
+        index.search("a", top_k=0)
+    with pytest.raises(TypeError, match=r"must be c2v_rag.Document objects, got str"):
+        index.add(["text"])  # type: ignore[list-item]
+
+
+def test_the_same_input_again_embeds_nothing(tmp_path: Path, model: Counting) -> None:
+    VectorIndex(tmp_path, model).add(DOCUMENTS)
+    index = VectorIndex(tmp_path, model)
+    before = ids(index)
+    report = index.add(iter(DOCUMENTS))
+    assert (report.added, report.unchanged) == (0, 30)
+    assert model.embedded == 30
+    assert ids(index) == before
+
+
+def test_a_changed_source_replaces_its_own_chunks_and_touches_no_other(tmp_path: Path, model: Counting) -> None:
+    index = VectorIndex(tmp_path, model)
+    index.add(DOCUMENTS)
+    report = index.add([DOCUMENTS[0], Document("Something new.", "source-0")])
+    assert (report.added, report.unchanged, report.replaced) == (1, 1, 2)
+    assert len(index) == 29
+    assert index.sources() == {document.source for document in DOCUMENTS}
+    report = index.add([Document("", "source-0")])
+    assert (report.added, report.replaced) == (0, 2)
+    assert "source-0" not in index.sources()
+    assert index.delete("source-1") == 3
+    assert index.delete("source-1") == 0
+    assert len(index) == 24
+
+
+def test_equal_texts_are_kept_apart(tmp_path: Path, model: Counting) -> None:
+    index = VectorIndex(tmp_path, model)
+    equal = [Document("Twice.", "a"), Document("Twice.", "a"), Document("Twice.", "b")]
+    assert index.add(equal).added == 3
+    assert index.add(equal).unchanged == 3
+    assert index.add(equal[1:]).replaced == 1
+    assert len(index) == 2
+
+
+def test_sources_that_come_scattered_lose_nothing(
+    tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("c2v_rag.index.DOCUMENTS_READ_AHEAD", 4)
+    monkeypatch.setattr("c2v_rag.index.CHUNKS_WRITTEN_AT_ONCE", 5)
+    scattered = [Document(f"text {i}", f"source-{i % 3}") for i in range(20)]
+    index = VectorIndex(tmp_path, model)
+    assert index.add(scattered).added == 20
+    assert index.add(scattered).unchanged == 20
+    assert len(index) == 20
+
+
+def test_long_documents_are_cut_into_chunks_the_model_reads_whole(tmp_path: Path, model: Counting) -> None:
+    text = "\n\n".join(f"Paragraph {i} speaks about the thing numbered {i}, at some length." for i in range(60))
+    index = VectorIndex(tmp_path, model)
+    report = index.add([Document(text, "long"), Document("x" * 5000, "one word"), Document("🙂\ud800\x00", "odd")])
+    assert report.truncated == 0
+    found = index._collection().get(include=["documents"])["documents"] or []
+    assert len(found) > 20
+    assert max(model.count_tokens(found)) <= model.max_tokens
+    for i in range(60):
+        assert any(f"Paragraph {i} " in chunk for chunk in found)
+    assert index.add([Document(text, "long")]).added == 0
+
+
+def test_files_that_change_or_vanish_are_followed(tmp_path: Path, model: Counting) -> None:
+    folder = tmp_path / "files"
+    (folder / "below").mkdir(parents=True)
+    for name in ("one.txt", "two.txt", "below/three.txt"):
+        (folder / name).write_text(f"The file {name}.", encoding="utf-8")
+    index = VectorIndex(tmp_path / "store", model)
+    index.add([Document("elsewhere", "/elsewhere/gone.txt")])
+    assert index.add(read_sources([folder])).added == 3
+    (folder / "two.txt").write_text("Another text.", encoding="utf-8")
+    (folder / "below" / "three.txt").unlink()
+    report = index.add(read_sources([folder]))
+    assert (report.added, report.unchanged, report.replaced) == (1, 1, 1)
+    assert remove_vanished(index, folder) == 1
+    assert index.sources() == {
+        "/elsewhere/gone.txt",
+        *(str((folder / name).resolve()) for name in ("one.txt", "two.txt")),
+    }
+
+
+def test_another_model_is_refused_and_a_copy_is_not(tmp_path: Path, tiny: Causal2Vec) -> None:
+    VectorIndex(tmp_path, tiny).add(DOCUMENTS)
+    with pytest.raises(ValueError, match=r"(?s)made with another model:.*weights.*index the documents again"):
+        VectorIndex(tmp_path, tiny_model(seed=1))
+    with pytest.raises(ValueError, match=r"embedding_dim: 64 in the index, 24 in this model"):
+        VectorIndex(tmp_path, EncoderEmbedder(tiny))
+    with pytest.raises(ValueError, match="instruction"):
+        VectorIndex(tmp_path, tiny_model(instruction="another"))
+    copy = tiny_model()
+    copy.name = "a copy elsewhere"
+    assert len(VectorIndex(tmp_path, copy)) == 30
+    assert VectorIndex(tmp_path, tiny_model(seed=1), collection="other").search("a") == []
+    assert stored_stamp(tmp_path) == tiny.stamp
+
+
+def test_a_collection_made_by_others_and_a_missing_index_are_named(tmp_path: Path, tiny: Causal2Vec) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no index in .*c2v-rag index"):
+        stored_stamp(tmp_path / "missing")
+    assert not (tmp_path / "missing").exists()
+    index = VectorIndex(tmp_path, tiny)
+    index._store.client().create_collection("theirs")
+    with pytest.raises(ValueError, match="was not made by c2v_rag"):
+        VectorIndex(tmp_path, tiny, collection="theirs")
+    with pytest.raises(FileNotFoundError, match=r"no collection 'nothing'; it has \["):
+        stored_stamp(tmp_path, "nothing")
+
+
+def test_any_embedder_fits(tmp_path: Path, tiny: Causal2Vec) -> None:
+    class Fixed:
+        embedding_dim = 3
+        stamp = {"name": "fixed", "weights": "0", "embedding_dim": 3}  # noqa: RUF012
+
+        def encode_document(self, texts: Iterable[str]) -> np.ndarray:
+            return np.array([[len(text), 1, 0] for text in texts], dtype=np.float32)
+
+        encode_query = encode_document
+
+    assert isinstance(Fixed(), Embedder)
+    assert isinstance(tiny, Embedder)
+    index = VectorIndex(tmp_path, Fixed())
+    index.add([Document("word " * 2000, "long"), Document("short", "short")])
+    assert len(index) > 5
+    assert index.search("short", top_k=1)[0].text == "short"
+
+
+PROGRAM = """
+import sys, time
+from c2v_rag import VectorIndex
+from c2v_rag import index as module
+from c2v_rag.sources import python_docs
+from tests.test_index import Counting
+from tests.tiny import tiny_model
+module.CHUNKS_WRITTEN_AT_ONCE = 40
+class Slow(Counting):
+    def encode_document(self, texts):
+        time.sleep(0.05)
+        return super().encode_document(texts)
+print("ready", flush=True)
+report = VectorIndex(sys.argv[1], Slow(tiny_model())).add(python_docs()[:600])
+print("done", report.added, report.unchanged, flush=True)
+"""
+
+
+def test_killed_half_way_it_goes_on_and_ends_with_the_same_ids(tmp_path: Path, model: Counting) -> None:
+    def run() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True
+        )
+
+    store = tmp_path / "killed"
+    for more_than in ("", "again"):
+        process = run()
+        generation = store / "c2v_generation"
+        seen = generation.read_text() if generation.exists() else ""
+        deadline = time.monotonic() + 120
+        while not (generation.exists() and generation.read_text() != seen) and time.monotonic() < deadline:
+            assert process.poll() is None, f"it ended before it could be killed {more_than}"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = run()
+    output = process.communicate(timeout=120)[0].split()
+    assert output[:2] == ["ready", "done"]
+    assert int(output[3]) >= 80, "what was written before the kills must not be embedded again"
+
+    undisturbed = VectorIndex(tmp_path / "undisturbed", model)
+    undisturbed.add(python_docs()[:600])
+    resumed = VectorIndex(store, model)
+    assert ids(resumed) == ids(undisturbed)
+    assert len(resumed) > 500
+    query = "Return the number of items."
+    assert [hit.id for hit in resumed.search(query)] == [hit.id for hit in undisturbed.search(query)]
+
+
+def test_a_second_writer_is_told_who_writes_and_a_reader_sees_what_was_written(tmp_path: Path, model: Counting) -> None:
+    reader = VectorIndex(tmp_path, model)
+    reader.add(DOCUMENTS[:3])
+    assert len(reader.search("passage", top_k=50)) == 3  # the graph is in this process's memory now
+    program = PROGRAM.replace("python_docs()[:600]", "documents()").replace(
+        'print("ready"',
+        "from tests.test_index import DOCUMENTS\n"
+        "def documents():\n    yield from DOCUMENTS[3:]\n    print('waiting', flush=True); sys.stdin.readline()\n"
+        'print("ready"',
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdin is not None
+    lines: Iterator[str] = iter(writer.stdout.readline, "")
+    assert next(lines) == "ready\n"
+    assert next(lines) == "waiting\n"
+    with pytest.raises(PermissionError, match=f"is being written by process {writer.pid} on "):
+        reader.add(DOCUMENTS)
+    writer.stdin.write("go\n")
+    writer.stdin.close()
+    assert next(lines).startswith("done 27")
+    writer.wait(timeout=60)
+    hits = reader.search("passage", top_k=50)
+    assert len(hits) == 30
+    assert reader.add(DOCUMENTS).unchanged == 30
+
+
+def test_a_chroma_server_serves_the_same_index(tmp_path: Path, model: Counting) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with pytest.raises(ConnectionError, match=f"No Chroma server answers at {url}"):
+        VectorIndex(url, model)
+    command = [Path(sys.executable).parent / "chroma", "run", "--path", tmp_path / "server", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                index = VectorIndex(url, model)
+                break
+            except ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        assert index.add(DOCUMENTS).added == 30
+        assert index.add(DOCUMENTS).unchanged == 30
+        local = VectorIndex(tmp_path / "local", model)
+        local.add(DOCUMENTS)
+        assert [hit.id for hit in index.search("topic 3")] == [hit.id for hit in local.search("topic 3")]
+        assert stored_stamp(url) == model.stamp
+    finally:
+        server.terminate()
+        server.wait(timeout=30)

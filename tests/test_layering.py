@@ -1,0 +1,100 @@
+"""Who may import whom, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "c2v_rag"
+
+# What each module of the core may import of the package; packages above the core (finetune, evaluate) may import all
+# of it, and it never imports them.
+CORE = {
+    "__init__": {"config", "index", "model", "sources"},  # for the type checker, and by name on first use
+    "config": set(),
+    "sources": set(),
+    "tokenization": {"config"},
+    "inference": {"tokenization"},
+    "checkpoint": set(),
+    "model": {"config", "tokenization", "inference", "checkpoint"},
+    "encoder": {"model", "inference", "tokenization"},
+    "index": {"sources"},
+    "cli": {"model", "index", "sources"},
+}
+HEAVY = {"torch", "transformers", "peft", "chromadb"}
+HEAVY_AT_TOP = {"model", "tokenization", "inference", "checkpoint", "encoder"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether at the top level) for every import statement."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    top = set(tree.body)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = (
+                [f"c2v_rag.{alias.name}" for alias in node.names] if node.module == "c2v_rag" else [node.module or ""]
+            )
+            found += [(name, node in top and node not in typing_only) for name in names]
+    return found
+
+
+def test_every_core_module_has_a_rule() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == CORE.keys()
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_imports_go_one_way(module: str) -> None:
+    for name, at_top in imports(PACKAGE / f"{module}.py"):
+        if name.startswith("c2v_rag.") and name != "c2v_rag.__version__":
+            assert name.split(".")[1] in CORE[module], f"{module} may not import {name}"
+        if name.split(".")[0] in HEAVY and at_top:
+            assert module in HEAVY_AT_TOP, f"{module} may not import {name} at its top"
+
+
+def test_nothing_outside_the_standard_library_is_needed_by_config_and_sources() -> None:
+    for module in ("config", "sources"):
+        for name, at_top in imports(PACKAGE / f"{module}.py"):
+            assert not at_top or name.split(".")[0] in sys.stdlib_module_names | {"c2v_rag", "__future__"}, name
+
+
+def test_importing_the_package_loads_no_torch_and_its_names_exist() -> None:
+    program = """
+import sys, c2v_rag
+from c2v_rag import Causal2VecConfig, Document, read_sources
+import c2v_rag.cli, c2v_rag.index
+heavy = {"torch", "transformers", "chromadb", "peft"} & set(sys.modules)
+assert not heavy, heavy
+for name in c2v_rag.__all__:
+    getattr(c2v_rag, name)
+assert dir(c2v_rag) == sorted(c2v_rag.__all__)
+assert "torch" in sys.modules
+try:
+    c2v_rag.nothing
+except AttributeError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "module 'c2v_rag' has no attribute 'nothing'\n"
+
+
+def test_inference_never_imports_training() -> None:
+    program = """
+import sys, c2v_rag.model, c2v_rag.index
+print([name for name in sys.modules if "finetune" in name or name in ("datasets", "sentence_transformers")])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,119 @@
+"""Documents from files, tables and the standard library."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from c2v_rag.sources import Document, python_docs, read_sources
+
+SAMPLE_PDF = Path(__file__).parent / "data" / "two_pages.pdf"
+
+
+def test_a_folder_gives_every_readable_file_in_order_and_no_hidden_one(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# Bread\n\nNeeds yeast.", encoding="utf-8")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "deep.txt").write_text("\ufeffdeep", encoding="utf-8")
+    (tmp_path / "c.py").write_text("print('hello')", encoding="utf-8")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "hidden.txt").write_text("no", encoding="utf-8")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+    documents = list(read_sources([tmp_path]))
+    assert [(Path(d.source).name, d.text) for d in documents] == [
+        ("deep.txt", "deep"),
+        ("b.md", "# Bread\n\nNeeds yeast."),
+        ("c.py", "print('hello')"),
+    ]
+    assert all(Path(document.source).is_absolute() for document in documents)
+    assert len(list(read_sources([tmp_path], limit=2))) == 2
+
+
+def test_html_gives_its_main_text_and_pdf_its_pages(tmp_path: Path) -> None:
+    paragraph = "Bread needs yeast, water, flour and some patience before it goes into the oven. "
+    page = f"<html><body><nav>Menu</nav><article><h1>Bread</h1><p>{paragraph * 5}</p></article></body></html>"
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    (html,) = read_sources([tmp_path / "page.html"])
+    assert "Bread needs yeast" in html.text
+    assert "<p>" not in html.text
+    (pdf,) = read_sources([SAMPLE_PDF])
+    assert "first page speaks of bread" in pdf.text
+    assert "second page speaks of heaps" in pdf.text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_table_gives_a_document_a_row_with_its_columns_as_metadata(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"table{suffix}"
+    rows = [{"text": "first, with a comma", "year": 1999}, {"text": "second\nline", "year": 2001}]
+    if suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    elif suffix == ".csv":
+        path.write_text('text,year\n"first, with a comma",1999\n"second\nline",2001\n', encoding="utf-8")
+    else:
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    year = {".csv": str}.get(suffix, int)
+    assert list(read_sources([path])) == [
+        Document("first, with a comma", path.resolve().as_posix(), {"year": year(1999), "row": 0}),
+        Document("second\nline", path.resolve().as_posix(), {"year": year(2001), "row": 1}),
+    ]
+    with pytest.raises(ValueError, match=r"row 0 has no string 'body'; its columns are \['text', 'year'\]"):
+        list(read_sources([path], text_column="body"))
+
+
+def test_what_cannot_be_read_is_named_and_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 and then nothing")
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+        read_sources([tmp_path / "missing"])
+    with pytest.raises(ValueError, match=r"broken.jsonl:2: not valid JSON"):
+        list(read_sources([tmp_path / "broken.jsonl"]))
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+    with pytest.raises(ValueError, match=r"cannot read .jpg; known: .csv .htm"):
+        read_sources([tmp_path / "photo.jpg"])
+
+    problems: dict[str, str] = {}
+    documents = list(read_sources([tmp_path], on_error=lambda path, error: problems.update({path.name: str(error)})))
+    assert [d.text for d in documents] == ["one", "good"]
+    assert problems.keys() == {"latin.txt", "broken.pdf", "broken.jsonl"}
+    assert "not UTF-8" in problems["latin.txt"]
+    assert "cannot be read as a PDF" in problems["broken.pdf"]
+
+
+def test_an_empty_file_gives_an_empty_document(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    assert [document.text for document in read_sources([tmp_path])] == ["", ""]
+
+
+def test_python_docs_hold_the_names_people_know() -> None:
+    documents = {document.source: document for document in python_docs()}
+    assert len(documents) > 5000
+    known = ["urllib.parse.urlparse", "asyncio.gather", "os.cpu_count", "os.path.join", "str.split", "sorted"]
+    known += ["json.dumps", "collections.Counter.most_common", "pathlib.Path.exists", "getpass.getpass", "re.compile"]
+    assert [name for name in known if name not in documents] == []
+    assert [name for name in documents if name.startswith(("builtins.", "posix.", "test.", "_"))] == []
+    assert documents["os.cpu_count"].text.startswith("os.cpu_count()\n\nReturn the number of")
+
+
+def test_python_docs_are_the_same_everywhere_and_tell_nothing_of_the_machine() -> None:
+    for document in python_docs():
+        assert os.environ["PATH"] not in document.text, document.source
+        assert " object at 0x" not in document.text.partition("\n")[0], document.source
+
+
+def test_every_question_has_answers_in_python_docs_that_it_does_not_name() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "python_docs_questions.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    names = {document.source for document in python_docs()}
+    assert len({row["question"] for row in rows}) == 60
+    for row in rows:
+        assert row["answers"]
+        assert set(row["answers"]) <= names
+        words = set(row["question"].lower().replace("?", "").replace(",", "").split())
+        for answer in row["answers"]:
+            assert not words & set(answer.lower().replace("_", ".").split(".")), row
