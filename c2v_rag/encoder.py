@@ -49,7 +49,7 @@ class EncoderEmbedder:
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """(B, E), rows of length 1."""
-        return normalize(self._model.pooled_encoder_states(batch), dim=1)
+        return normalize(self._model.pooled_by_length(batch), dim=1)
 
     def encode_document(self, texts: Iterable[str], **options: Any) -> np.ndarray:
         """float32 (n, E), in input order; options as in `Causal2Vec.encode`."""

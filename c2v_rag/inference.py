@@ -29,8 +29,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# Sorted by length within this many texts; also what is held in memory at once beside the results.
-WINDOW_TEXTS = 1024
+# Texts are sorted by length within a window of a text for every so many tokens of the budget: wide enough that a batch
+# finds texts of its own length. Two windows at a time are held in memory beside the results.
+WINDOW_BUDGET_SHARE = 4
+WINDOW_TEXTS_AT_LEAST = 1024
 WINDOW_CHARACTERS = 4_000_000
 
 
@@ -121,6 +123,7 @@ def encode(
         raise ValueError(f"truncate_dim must be from 1 to {embedder.embedding_dim}, this model's; got {truncate_dim}.")
 
     beside = _beside_of(embedder)
+    asked = batch_tokens or default_batch_tokens(embedder.device)
 
     def tokenize(window: list[str]) -> TokenizedTexts:
         with beside.tokenize_lock:
@@ -134,7 +137,7 @@ def encode(
         bar as progress,
         ThreadPoolExecutor(1, thread_name_prefix="tokenize") as ahead,
     ):
-        windows = _windows(texts)
+        windows = _windows(texts, window_texts(asked))
         pending = None
         for window in chain(windows, [None]):
             upcoming = ahead.submit(tokenize, window) if window else None
@@ -146,7 +149,7 @@ def encode(
                         "Cut it into chunks, or allow cutting with on_truncate='warn'."
                     )
                 num_truncated += len(tokenized.truncated)
-                rows = _embed_window(embedder, beside, tokenized, done, dim, batch_tokens, progress)
+                rows = _embed_window(embedder, beside, tokenized, done, dim, asked, progress)
                 results.append(rows)
                 done += len(rows)
             pending = upcoming
@@ -155,13 +158,18 @@ def encode(
     return np.concatenate(results)
 
 
-def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
+def window_texts(batch_tokens: int) -> int:
+    """Texts in a window for this token budget."""
+    return max(WINDOW_TEXTS_AT_LEAST, batch_tokens // WINDOW_BUDGET_SHARE)
+
+
+def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     """Checked texts, a window at a time."""
     iterator = enumerate(texts)
     while True:
         window: list[str] = []
         characters = 0
-        for index, text in islice(iterator, WINDOW_TEXTS):
+        for index, text in islice(iterator, size):
             if not isinstance(text, str):
                 raise TypeError(
                     f"texts[{index}] must be a string, got {type(text).__name__}. "
@@ -197,13 +205,12 @@ def _embed_window(
     tokenized: TokenizedTexts,
     offset: int,
     dim: int,
-    batch_tokens: int | None,
+    batch_tokens: int,
     progress: tqdm[Any],
 ) -> np.ndarray:
     lengths = tokenized.lengths
     rows = np.empty((len(lengths), dim), dtype=np.float32)
-    asked = batch_tokens or default_batch_tokens(embedder.device)
-    budget = min(asked, beside.batch_tokens or asked)
+    budget = min(batch_tokens, beside.batch_tokens or batch_tokens)
     batches = token_budget_batches(lengths, budget)[::-1]  # a stack: the longest batch is popped first
     while batches:
         positions = batches.pop()

@@ -11,6 +11,7 @@ E encoder width, D llm width.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -38,6 +39,7 @@ from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 _Part = Literal["encoder", "llm"]
 _PARTS: tuple[_Part, ...] = ("encoder", "llm")
 _PREFIXES_KEPT = 8
+ENCODER_SLICES = 4
 
 
 class Projector(nn.Module):
@@ -211,12 +213,27 @@ class Causal2Vec(nn.Module):
     def embed(self, batch: TokenBatch) -> Tensor:
         """The same embeddings for inference: the prefix's keys and values are kept from batch to batch."""
         prefix = copy.deepcopy(self._kept_prefix_states(batch.prefix_ids))
-        return self._embed(batch, prefix, pooled=None, pooling=self.config.pooling)
+        pooled = None if self.config.contextual_token == "none" else self.pooled_by_length(batch)
+        return self._embed(batch, prefix, pooled=pooled, pooling=self.config.pooling)
 
     def pooled_encoder_states(self, batch: TokenBatch) -> Tensor:
         """(B, E): what the encoder alone makes of the texts, float32, not normalised."""
         hidden = self.encoder(input_ids=batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
         return pool_encoder(hidden, batch.encoder_mask, self.config.encoder_pooling)
+
+    def pooled_by_length(self, batch: TokenBatch) -> Tensor:
+        """`pooled_encoder_states`, computed in a few slices of texts of like length.
+
+        Batches are made by the decoder's lengths; counted in the encoder's tokens, a third of them was padding.
+        """
+        order = torch.argsort(batch.encoder_mask.sum(dim=1))
+        pooled = []
+        for rows in order.tensor_split(min(ENCODER_SLICES, len(order))):
+            mask = batch.encoder_mask[rows]
+            width = max(1, int(mask.sum(dim=1).max()))
+            part = dataclasses.replace(batch, encoder_ids=batch.encoder_ids[rows, :width], encoder_mask=mask[:, :width])
+            pooled.append(self.pooled_encoder_states(part))
+        return torch.cat(pooled)[torch.argsort(order)]
 
     def _embed(self, batch: TokenBatch, prefix: DynamicCache | None, pooled: Tensor | None, pooling: Pooling) -> Tensor:
         """`prefix` is written to; without one, the prefix's tokens are put before every text."""

@@ -57,8 +57,11 @@ class TokenizedTexts:
 
     @property
     def lengths(self) -> list[int]:
-        """Decoder positions each text takes behind the prefix: the Contextual token, the text and EOS."""
-        return [1 + len(ids) for ids in self.text_ids]
+        """What each text takes of a token budget: the Contextual token, its text, EOS, and a quarter of the prefix.
+
+        The prefix is not computed again for a text, but its keys and values are copied for it.
+        """
+        return [1 + len(ids) + len(self.prefix_ids) // 4 for ids in self.text_ids]
 
     def collate(self, positions: Sequence[int]) -> TokenBatch:
         text_ids, text_mask = _pad([self.text_ids[i] for i in positions], self.text_pad)

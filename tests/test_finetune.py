@@ -160,7 +160,7 @@ def test_training_in_two_stages_lowers_the_loss_and_finds_more() -> None:
         batches = list(draw_batches([one], {"topics": 1.0}, batch_size=20, num_batches=30, num_negatives=0, seed=0))
         losses = [row["loss"] for row in run_stage(model, stage, batches, vectors)]
         assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), sequences
-    assert found() > before + 0.2
+    assert found() > before + 0.1
     assert not model.training
     for name, parameter in model.named_parameters():
         if name in frozen:

@@ -52,7 +52,7 @@ def test_empty_input_gives_no_rows(model: Causal2Vec) -> None:
 
 
 def test_iterators_are_streamed_a_window_at_a_time(model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "WINDOW_TEXTS", 10)
+    monkeypatch.setattr(inference, "WINDOW_TEXTS_AT_LEAST", 10)
     read = computed = most_ahead = 0
     embed = model.embed
 
@@ -69,7 +69,7 @@ def test_iterators_are_streamed_a_window_at_a_time(model: Causal2Vec, monkeypatc
             yield f"text number {i}"
 
     monkeypatch.setattr(model, "embed", counting)
-    vectors = model.encode(texts())
+    vectors = model.encode(texts(), batch_tokens=40)
     assert computed == read == 100
     assert most_ahead <= 21
     monkeypatch.undo()

@@ -1,0 +1,57 @@
+"""Index the docstrings of Python's most used modules and answer five questions: the package in one screen."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from c2v_rag import Causal2Vec, VectorIndex
+from c2v_rag.sources import python_docs
+
+MODULES = set(
+    "asyncio base64 bisect calendar collections contextlib copy csv datetime difflib functools hashlib heapq itertools "
+    "json logging math os pathlib pickle queue random re secrets shutil sqlite3 statistics string subprocess tempfile "
+    "textwrap threading time urllib zipfile".split()
+)
+QUESTIONS = [
+    "How do I run several coroutines at the same time and wait for all of them?",
+    "What splits a web address into its parts?",
+    "How can I keep only the most recent results of an expensive function?",
+    "Which function finds the numbers' middle value?",
+    "How do I copy a whole folder tree?",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", default="demo-store", help="folder of the index")
+    parser.add_argument("--model", default="default")
+    arguments = parser.parse_args()
+    out = Console()
+
+    started = time.perf_counter()
+    model = Causal2Vec.from_pretrained(arguments.model)
+    out.print(f"Loaded {model.name} on {model.device} in {time.perf_counter() - started:.1f} s")
+
+    index = VectorIndex(arguments.store, model)
+    documents = [document for document in python_docs() if document.source.split(".")[0] in MODULES]
+    report = index.add(documents, show_progress=True)
+    out.print(f"{report.added} passages added, {report.unchanged} there already, in {report.seconds:.1f} s\n")
+
+    for question in QUESTIONS:
+        started = time.perf_counter()
+        hits = index.search(question, top_k=3)
+        milliseconds = 1000 * (time.perf_counter() - started)
+        table = Table("score", "source", "passage", title=f"{question}  ({milliseconds:.0f} ms)", title_justify="left")
+        for hit in hits:
+            passage = " ".join(hit.text.partition("\n\n")[2].split())
+            table.add_row(f"{hit.score:.3f}", hit.metadata["source"], Text(passage, overflow="ellipsis", no_wrap=True))
+        out.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The command line as a person uses it: real output, one message for an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from c2v_rag import cli
+from c2v_rag.model import Causal2Vec
+from tests.tiny import tiny_model
+
+FILES = {
+    "bread.md": "# Bread\n\nBread needs yeast, water and flour.",
+    "heap.txt": "A heap keeps its smallest item first.",
+    "museum.txt": "The museum opens at nine in the morning.",
+}
+
+
+@dataclasses.dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path, stdin: str = "") -> Done:
+    """The program in this process, so that torch is imported once."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["c2v-rag", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code
+    return Done(code if isinstance(code, int) else 0, stdout.getvalue(), stderr.getvalue())
+
+
+def run_process(*arguments: str | Path) -> Done:
+    command = [sys.executable, "-m", "c2v_rag.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path, Path]:
+    """(folder of files, store)"""
+    folder = tmp_path_factory.mktemp("files")
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    store = folder.parent / "store"
+    done = run("index", folder, "--store", store, "--model", model)
+    assert done.returncode == 0, done.stderr
+    assert "3 chunks added, 0 unchanged" in done.stdout
+    return folder, store
+
+
+def test_search_prints_json_and_nothing_else(indexed: tuple[Path, Path]) -> None:
+    folder, store = indexed
+    done = run_process("search", FILES["heap.txt"], "--store", store, "-k", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    hits = json.loads(done.stdout)
+    assert len(hits) == 2
+    assert hits[0].keys() == {"id", "score", "text", "metadata"}
+    assert hits[0]["score"] >= hits[1]["score"]
+    assert {Path(hit["metadata"]["source"]).parent for hit in hits} == {folder.resolve()}
+
+
+def test_search_prints_a_table_for_people(indexed: tuple[Path, Path]) -> None:
+    done = run("search", "[bold]heap[/bold]", "--store", indexed[1])
+    assert done.returncode == 0, done.stderr
+    assert "[bold]heap[/bold]" in done.stdout, "a query is text, not markup"
+    assert "3 of 3 chunks" in done.stdout
+    assert "smallest item" in done.stdout
+
+
+def test_index_again_follows_changes_and_says_so(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / "files" / name).write_text(text, encoding="utf-8")
+    arguments = ("index", tmp_path / "files", "--store", tmp_path / "store", "--model", model, "--json")
+    assert json.loads(run(*arguments).stdout)["added"] == 3
+    (tmp_path / "files" / "heap.txt").write_text("A queue keeps its oldest item first.", encoding="utf-8")
+    (tmp_path / "files" / "museum.txt").unlink()
+    (tmp_path / "files" / "latin.txt").write_bytes(b"caf\xe9")
+    done = run(*arguments)
+    report = json.loads(done.stdout)
+    assert (report["added"], report["unchanged"], report["replaced"], report["removed"]) == (1, 1, 1, 1)
+    assert report["chunks"] == 2
+    assert [Path(path).name for path in report["left_out"]] == ["latin.txt"]
+    assert "latin.txt is not UTF-8" in done.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "q", "--store", "missing"], "There is no index in missing"),
+        (["index", "missing.txt", "--store", "s"], "There is no file or folder missing.txt"),
+        (["info", "--model", "no/such/../model"], "There is no folder"),
+        (["embed", "-", "-o", "out.txt"], "must end in .npy, .parquet or .jsonl"),
+    ],
+)
+def test_an_error_is_one_message_and_exit_code_1(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.lstrip().startswith("Error: ")
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    with pytest.raises((OSError, ValueError)):
+        run("--debug", *arguments)
+
+
+def test_another_model_is_refused(indexed: tuple[Path, Path], tmp_path: Path) -> None:
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    for command in (["search", "q"], ["index", str(indexed[0])]):
+        done = run(*command, "--store", indexed[1], "--model", tmp_path / "other")
+        assert done.returncode == 1
+        assert "was made with another model" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
+def test_embed_writes_the_vectors_of_the_core(tmp_path: Path, model: Path, suffix: str) -> None:
+    texts = ["A heap keeps its smallest item first.", "Bread needs yeast."]
+    expected = Causal2Vec.from_pretrained(model).encode_query(texts)
+    output = tmp_path / f"out{suffix}"
+    done = run("embed", "-", "-o", output, "--model", model, "--query", stdin="\n".join(texts) + "\n")
+    assert done.returncode == 0, done.stderr
+    if suffix == ".npy":
+        vectors = np.load(output)
+    elif suffix == ".jsonl":
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [row["text"] for row in rows] == texts
+        vectors = np.array([row["embedding"] for row in rows])
+    else:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(output).to_pydict()
+        assert table["text"] == texts
+        vectors = np.array(table["embedding"])
+    np.testing.assert_allclose(vectors, expected, atol=2e-3)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_info_says_what_runs(model: Path) -> None:
+    rows = json.loads(run("info", "--model", model, "--json", "--dtype", "float32").stdout)
+    assert rows["dimensions"] == 64
+    assert rows["dtype"] == "float32"
+    assert rows["pooling"] == "context_eos"
+    assert "3 layers" in rows["decoder"]
+    assert "dimensions" in run("info", "--model", model).stdout
+    assert run("--version").stdout.strip() == rows["c2v-rag"]

