@@ -43,14 +43,20 @@ DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; what th
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
+    pass  # the options act by themselves: --version in its callback, --debug in main
 
 
 @app.command()
@@ -79,8 +85,9 @@ def index(
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
     total = min(total, limit) if total and limit else total
     vectors = VectorIndex(store, _load(model, device, dtype), collection)
-    report = vectors.add(documents, total=total, show_progress=True)
-    if limit is None:  # a first look has not seen everything
+    # A first look has not seen everything, so what it has not seen stays.
+    report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
+    if limit is None:
         removed = sum(remove_vanished(vectors, Path(source)) for source in sources if Path(source).is_dir())
         report = dataclasses.replace(report, removed=removed)
     if json_output:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -51,10 +51,10 @@ class EncoderEmbedder:
         """(B, E), rows of length 1."""
         return normalize(self._model.pooled_by_length(batch), dim=1)
 
-    def encode_document(self, texts: Iterable[str], **options: Any) -> np.ndarray:
+    def encode_document(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
         """float32 (n, E), in input order; options as in `Causal2Vec.encode`."""
         return inference.encode(self, texts, **options)
 
-    def encode_query(self, texts: Iterable[str], **options: Any) -> np.ndarray:
+    def encode_query(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
         """The same as `encode_document`: the encoder sees no instruction."""
         return inference.encode(self, texts, **options)

@@ -155,7 +155,12 @@ class VectorIndex:
         ]
 
     def add(
-        self, documents: Iterable[Document], *, total: int | None = None, show_progress: bool = False
+        self,
+        documents: Iterable[Document],
+        *,
+        prune: bool = True,
+        total: int | None = None,
+        show_progress: bool = False,
     ) -> IndexReport:
         """Bring the index up to date with `documents`, read as a stream.
 
@@ -163,6 +168,7 @@ class VectorIndex:
         alone; chunks that a source seen here no longer holds are deleted, after the new ones are written; other
         sources are not touched. Killed at any moment and called again with the same documents, it ends with the same
         ids as an undisturbed call. A document's metadata is written with its chunks and not compared afterwards.
+        With `prune=False` nothing is deleted, for documents that are only a part of their source.
         `total` and `show_progress` are for the progress bar.
         """
         started = time.perf_counter()
@@ -189,7 +195,7 @@ class VectorIndex:
                                 self._write(collection, waiting, counts)
                         progress.update()
                 self._write(collection, waiting, counts)
-            gone = [id for ids in stale.values() for id in ids]
+            gone = [id for ids in stale.values() for id in ids] if prune else []
             self._delete(collection, gone)
         return IndexReport(
             added=counts["added"],
@@ -236,6 +242,9 @@ class VectorIndex:
         if not new:
             return
         of_these: Any = {"source": {"$in": new}}
+        if len(new) == 1:  # perhaps a large table, whose metadata need not be read
+            stale[new[0]].update(collection.get(where=of_these, include=[])["ids"])
+            return
         present = collection.get(where=of_these, include=["metadatas"])
         for id, metadata in zip(present["ids"], present["metadatas"] or [], strict=True):
             stale[str(metadata["source"])].add(id)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -34,6 +34,15 @@ logger = logging.getLogger(__name__)
 WINDOW_BUDGET_SHARE = 4
 WINDOW_TEXTS_AT_LEAST = 1024
 WINDOW_CHARACTERS = 4_000_000
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Options of `encode` that every method named encode_* takes; what they mean is said there."""
+
+    batch_tokens: int | None
+    truncate_dim: int | None
+    on_truncate: OnTruncate
+    show_progress: bool
 
 
 class TokenBatchEmbedder(Protocol):

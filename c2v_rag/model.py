@@ -21,7 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack, cast
 
 import numpy as np
 import torch
@@ -138,8 +138,8 @@ class Causal2Vec(nn.Module):
         self.name = "in memory"
         self._bases: dict[_Part, checkpoint.Base] = {}
         self._base_versions: dict[str, dict[str, int]] = {}
-        self._weights_hash: str | None = None  # of the files read; valid while no weight has changed since
-        self._versions_read: list[int] = []
+        self._weights_hash: str | None = None  # of the files read, or of the tensors; valid for these versions of them
+        self._versions_hashed: list[int] = []
         self._prefixes: OrderedDict[tuple[int, ...], tuple[tuple[object, ...], DynamicCache | None]] = OrderedDict()
 
     # What it is
@@ -190,13 +190,15 @@ class Causal2Vec(nn.Module):
         return [parameter._version for parameter in self.parameters()]
 
     def _weights(self) -> str:
-        if self._weights_hash is not None and self._versions() == self._versions_read:
+        versions = self._versions()
+        if self._weights_hash is not None and versions == self._versions_hashed:
             return self._weights_hash
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self._weights_hash, self._versions_hashed = digest.hexdigest()[:16], versions
+        return self._weights_hash
 
     # The method
 
@@ -342,13 +344,17 @@ class Causal2Vec(nn.Module):
             show_progress=show_progress,
         )
 
-    def encode_query(self, texts: Iterable[str], *, instruction: str | None = None, **options: Any) -> np.ndarray:
+    def encode_query(
+        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]
+    ) -> np.ndarray:
         """Embeddings of what is asked: `encode` with an instruction, the config's unless one is given ("" for none)."""
         return self.encode(
             texts, instruction=self.config.instruction if instruction is None else instruction, **options
         )
 
-    def encode_document(self, texts: Iterable[str], *, instruction: str | None = None, **options: Any) -> np.ndarray:
+    def encode_document(
+        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]
+    ) -> np.ndarray:
         """Embeddings of what is searched: `encode`, without an instruction unless one is given."""
         return self.encode(texts, instruction=instruction, **options)
 
@@ -420,7 +426,7 @@ class Causal2Vec(nn.Module):
                 sort_keys=True,
             ).encode()
         ).hexdigest()[:16]
-        model._versions_read = model._versions()
+        model._versions_hashed = model._versions()
         return model.eval()
 
     @classmethod

@@ -97,18 +97,20 @@ def _read_file(path: Path, text_column: str) -> Iterator[Document]:
     if suffix in _READERS:
         yield Document(_READERS[suffix](path), source)
         return
-    row = -1
-    for row, record in enumerate(_TABLES[suffix](path)):
-        text = record.get(text_column)
-        if not isinstance(text, str):
+    # Read through before the first row is given: a table that breaks off half-way must not pass for a shorter one.
+    num_rows = 0
+    for record in _TABLES[suffix](path):
+        if not isinstance(record.get(text_column), str):
             raise ValueError(
-                f"{path}: row {row} has no string {text_column!r}; its columns are {sorted(map(str, record))}. "
+                f"{path}: row {num_rows} has no string {text_column!r}; its columns are {sorted(map(str, record))}. "
                 "Name the column that holds the text."
             )
-        others = {str(key): value for key, value in record.items() if key != text_column and isinstance(value, Scalar)}
-        yield Document(text, source, others | {"row": row})
-    if row < 0:
+        num_rows += 1
+    if not num_rows:
         yield Document("", source)
+    for row, record in enumerate(_TABLES[suffix](path)):
+        others = {str(key): value for key, value in record.items() if key != text_column and isinstance(value, Scalar)}
+        yield Document(record[text_column], source, others | {"row": row})
 
 
 def _read_text(path: Path) -> str:

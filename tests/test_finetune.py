@@ -128,10 +128,11 @@ def test_recipes_are_valid_and_unknown_keys_are_errors(tmp_path: Path) -> None:
 
 
 def test_training_in_two_stages_lowers_the_loss_and_finds_more() -> None:
-    topics = ["bread", "heap", "museum", "river", "music", "garden", "engine", "winter", "letter", "market"]
-    pairs = [
-        Pair(f"what about the {t} number {i}", f"{t} {i}: all that is known of {t}s") for t in topics for i in range(8)
-    ]
+    topics = (
+        "bread heap museum river music garden engine winter letter market castle doctor island pepper mirror silver "
+        "window camera planet bridge".split()
+    )
+    pairs = [Pair(f"what about the {topic}", f"all that is known of {topic}s") for topic in topics]
     one = PairSet("topics", "find", pairs)
     model = tiny_model()
     inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model.llm)
@@ -141,26 +142,26 @@ def test_training_in_two_stages_lowers_the_loss_and_finds_more() -> None:
     np.testing.assert_allclose(vectors(texts[:2]), EncoderEmbedder(model).encode_document(texts[:2]), atol=5e-3)
 
     def found() -> float:
-        queries, documents = (
-            model.encode_query([p.query for p in pairs]),
-            model.encode_document([p.positive for p in pairs]),
-        )
-        ranked = top_k(queries, documents, [p.positive for p in pairs], 5)
-        return float(np.mean([recall_at_k(ids, {pair.positive}, 5) for ids, pair in zip(ranked, pairs, strict=True)]))
+        queries = model.encode_query([pair.query for pair in pairs], instruction="find")
+        documents = model.encode_document([pair.positive for pair in pairs])
+        ranked = top_k(queries, documents, [pair.positive for pair in pairs], 1)
+        return float(np.mean([recall_at_k(ids, {pair.positive}, 1) for ids, pair in zip(ranked, pairs, strict=True)]))
 
     frozen = {
-        name: p.clone() for name, p in model.named_parameters() if "lora_" not in name and "projector" not in name
+        name: weights.clone()
+        for name, weights in model.named_parameters()
+        if "lora_" not in name and "projector" not in name
     }
-    before = found()
+    assert found() < 0.3
     common = {"steps": 30, "batch_size": 20, "max_length": 64, "train": ["projector", "llm_adapter"]}
-    rates = {"learning_rate": {"projector": 5e-3, "llm_adapter": 5e-3}}
+    rates = {"learning_rate": {"projector": 1e-2, "llm_adapter": 1e-2}}
     for sequences, halves in (("context", 0.0), ("full", 0.5)):
         weights = LossWeights(distill=0.0, info_nce=1.0, halves=halves, temperature=0.1)
         stage = Stage(name=sequences, sequences=sequences, loss=weights, **common, **rates)
         batches = list(draw_batches([one], {"topics": 1.0}, batch_size=20, num_batches=30, num_negatives=0, seed=0))
         losses = [row["loss"] for row in run_stage(model, stage, batches, vectors)]
-        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), sequences
-    assert found() > before + 0.1
+        assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), sequences
+    assert found() > 0.8
     assert not model.training
     for name, parameter in model.named_parameters():
         if name in frozen:

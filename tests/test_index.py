@@ -101,6 +101,7 @@ def test_a_changed_source_replaces_its_own_chunks_and_touches_no_other(tmp_path:
     assert (report.added, report.unchanged, report.replaced) == (1, 1, 2)
     assert len(index) == 29
     assert index.sources() == {document.source for document in DOCUMENTS}
+    assert index.add([DOCUMENTS[0]], prune=False).replaced == 0
     report = index.add([Document("", "source-0")])
     assert (report.added, report.replaced) == (0, 2)
     assert "source-0" not in index.sources()
@@ -214,13 +215,13 @@ from c2v_rag import index as module
 from c2v_rag.sources import python_docs
 from tests.test_index import Counting
 from tests.tiny import tiny_model
-module.CHUNKS_WRITTEN_AT_ONCE = 40
+module.CHUNKS_WRITTEN_AT_ONCE = 30
 class Slow(Counting):
     def encode_document(self, texts):
         time.sleep(0.05)
         return super().encode_document(texts)
 print("ready", flush=True)
-report = VectorIndex(sys.argv[1], Slow(tiny_model())).add(python_docs()[:600])
+report = VectorIndex(sys.argv[1], Slow(tiny_model())).add(python_docs()[:240])
 print("done", report.added, report.unchanged, flush=True)
 """
 
@@ -245,13 +246,13 @@ def test_killed_half_way_it_goes_on_and_ends_with_the_same_ids(tmp_path: Path, m
     process = run()
     output = process.communicate(timeout=120)[0].split()
     assert output[:2] == ["ready", "done"]
-    assert int(output[3]) >= 80, "what was written before the kills must not be embedded again"
+    assert int(output[3]) >= 60, "what was written before the kills must not be embedded again"
 
     undisturbed = VectorIndex(tmp_path / "undisturbed", model)
-    undisturbed.add(python_docs()[:600])
+    undisturbed.add(python_docs()[:240])
     resumed = VectorIndex(store, model)
     assert ids(resumed) == ids(undisturbed)
-    assert len(resumed) > 500
+    assert len(resumed) > 200
     query = "Return the number of items."
     assert [hit.id for hit in resumed.search(query)] == [hit.id for hit in undisturbed.search(query)]
 
@@ -260,7 +261,7 @@ def test_a_second_writer_is_told_who_writes_and_a_reader_sees_what_was_written(t
     reader = VectorIndex(tmp_path, model)
     reader.add(DOCUMENTS[:3])
     assert len(reader.search("passage", top_k=50)) == 3  # the graph is in this process's memory now
-    program = PROGRAM.replace("python_docs()[:600]", "documents()").replace(
+    program = PROGRAM.replace("python_docs()[:240]", "documents()").replace(
         'print("ready"',
         "from tests.test_index import DOCUMENTS\n"
         "def documents():\n    yield from DOCUMENTS[3:]\n    print('waiting', flush=True); sys.stdin.readline()\n"

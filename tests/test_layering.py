@@ -98,3 +98,52 @@ print([name for name in sys.modules if "finetune" in name or name in ("datasets"
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+INTEGRATIONS = PACKAGE.parent / "integrations"
+
+
+def test_integrations_use_public_names_only_and_nothing_uses_them() -> None:
+    import c2v_rag
+
+    files = list(INTEGRATIONS.rglob("*.py"))
+    assert len(files) >= 6
+    for path in files:
+        for name, _ in imports(path):
+            if name.startswith("c2v_rag"):
+                assert name.removeprefix("c2v_rag.") in {*c2v_rag.__all__, "__version__"}, f"{path} imports {name}"
+    for path in PACKAGE.rglob("*.py"):
+        for name, _ in imports(path):
+            assert name.split(".")[0] not in ("langchain_c2v", "chroma_c2v", "llama_index"), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["langchain_c2v", "chroma_c2v", "llama_index.embeddings.c2v"])
+def test_importing_an_integration_loads_no_torch(module: str) -> None:
+    program = f"import sys, {module}; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("module", "needs", "extra"),
+    [
+        ("langchain_c2v", "langchain_core", "langchain"),
+        ("chroma_c2v", "chromadb", "chroma"),
+        ("llama_index.embeddings.c2v", "llama_index.core", "llama-index"),
+    ],
+)
+def test_without_its_extra_an_integration_names_the_pip_line(module: str, needs: str, extra: str) -> None:
+    program = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == {needs!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+try:
+    import {module}
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert f'pip install "c2v-rag[{extra}]"' in run.stdout

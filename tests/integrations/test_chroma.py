@@ -1,0 +1,121 @@
+"""Chroma: in memory, on disk, in another process and through a server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import chromadb
+import numpy as np
+import pytest
+from chromadb.api import ClientAPI
+
+from c2v_rag.model import Causal2Vec
+from chroma_c2v import Causal2VecEmbeddingFunction
+from tests.tiny import tiny_model
+
+TEXTS = ["A heap keeps its smallest item first.", "Bread needs yeast.", "The museum opens at nine."]
+
+
+def fill_and_ask(client: ClientAPI, folder: str, core: Causal2Vec) -> str:
+    name = f"t{uuid4().hex}"
+    collection = client.create_collection(name, embedding_function=Causal2VecEmbeddingFunction(folder, dtype="float32"))
+    assert collection.configuration_json["hnsw"]["space"] == "cosine"
+    collection.add(ids=["0", "1", "2"], documents=TEXTS)
+    stored = collection.get(ids=["0", "1", "2"], include=["embeddings"])["embeddings"]
+    np.testing.assert_allclose(stored, core.encode_document(TEXTS), atol=1e-6)
+    found = client.get_collection(name).query(query_texts=["when does it open?"], n_results=3)
+    scores = (core.encode_query(["when does it open?"]) @ core.encode_document(TEXTS).T)[0]
+    assert found["ids"] == [[str(i) for i in np.argsort(-scores)]]
+    assert found["distances"] is not None
+    np.testing.assert_allclose(found["distances"][0], 1 - np.sort(scores)[::-1], atol=1e-5)
+    return name
+
+
+def test_in_memory(folder: str, core: Causal2Vec) -> None:
+    fill_and_ask(chromadb.EphemeralClient(), folder, core)
+
+
+def test_on_disk_and_reopened_in_a_new_process(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
+    name = fill_and_ask(chromadb.PersistentClient(str(tmp_path)), folder, core)
+    program = f"""
+import sys, chromadb, chroma_c2v
+assert "torch" not in sys.modules, "importing the function must not load torch"
+collection = chromadb.PersistentClient({str(tmp_path)!r}).get_collection({name!r})
+assert "torch" not in sys.modules, "opening a collection must not load the model"
+print(collection.query(query_texts=[{TEXTS[1]!r}], n_results=1)["ids"])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    best = int((core.encode_query([TEXTS[1]]) @ core.encode_document(TEXTS).T).argmax())
+    assert run.stdout.strip() == f"[['{best}']]"
+
+
+def test_through_a_server(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "chroma"), "run", "--path", str(tmp_path), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client = chromadb.HttpClient(host="127.0.0.1", port=port)
+                break
+            except ValueError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        fill_and_ask(client, folder, core)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def test_settings_travel_with_the_collection(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
+    client = chromadb.PersistentClient(str(tmp_path))
+    function = Causal2VecEmbeddingFunction(
+        folder, dtype="float32", query_instruction="", document_instruction="read", truncate_dim=16
+    )
+    client.create_collection("settings", embedding_function=function).add(ids=["0"], documents=["text"])
+    reopened = client.get_collection("settings")
+    expected = core.encode_document(["text"], instruction="read", truncate_dim=16)
+    np.testing.assert_allclose(reopened.get(include=["embeddings"])["embeddings"], expected, atol=1e-6)
+    asked = reopened.query(query_texts=["text"], n_results=1)["distances"]
+    assert asked is not None
+    query = core.encode_query(["text"], instruction="", truncate_dim=16)
+    assert asked[0][0] == pytest.approx(1 - float((query @ expected.T)[0, 0]), abs=1e-5)
+
+
+def test_wrong_settings_and_bad_input_are_named(folder: str, core: Causal2Vec) -> None:
+    with pytest.raises(ValueError, match="exists in memory only"):
+        Causal2VecEmbeddingFunction(model=tiny_model())
+    assert Causal2VecEmbeddingFunction(model=core).name_or_path == folder
+    with pytest.raises(ValueError, match=r"unknown settings \['surprise'\]"):
+        Causal2VecEmbeddingFunction.build_from_config({"surprise": 1})
+    function = Causal2VecEmbeddingFunction(folder, dtype="float32")
+    with pytest.raises(ValueError, match="truncate_dim cannot be changed"):
+        function.validate_config_update(function.get_config(), function.get_config() | {"truncate_dim": 8})
+    function.validate_config_update(function.get_config(), function.get_config() | {"device": "cpu"})
+    for call in (function, function.embed_query):
+        with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got NoneType"):
+            call(["a", None])  # type: ignore[list-item]
+
+
+def test_another_width_is_refused_before_anything_is_written(folder: str) -> None:
+    client = chromadb.EphemeralClient()
+    name = f"t{uuid4().hex}"
+    client.create_collection(name, embedding_function=Causal2VecEmbeddingFunction(folder, dtype="float32")).add(
+        ids=["0"], documents=["a"]
+    )
+    other = client.get_collection(
+        name, embedding_function=Causal2VecEmbeddingFunction(folder, dtype="float32", truncate_dim=8)
+    )
+    with pytest.raises(Exception, match="dimension of 64, got 8"):
+        other.add(ids=["1"], documents=["b"])
+    assert other.count() == 1

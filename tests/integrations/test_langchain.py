@@ -1,0 +1,181 @@
+"""LangChain: its own standard tests, and a whole chain."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import chromadb
+import numpy as np
+import pytest
+from langchain_chroma import Chroma
+from langchain_classic.embeddings import CacheBackedEmbeddings
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnablePassthrough
+from langchain_core.stores import InMemoryByteStore
+from langchain_tests.integration_tests import EmbeddingsIntegrationTests, VectorStoreIntegrationTests
+from langchain_tests.unit_tests import EmbeddingsUnitTests
+from pydantic import ValidationError
+
+from c2v_rag.model import Causal2Vec
+from langchain_c2v import Causal2VecEmbeddings
+from tests.tiny import tiny_model
+
+
+class TestStandardUnit(EmbeddingsUnitTests):
+    @property
+    def embeddings_class(self) -> type[Causal2VecEmbeddings]:
+        return Causal2VecEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"name_or_path": "default"}
+
+
+class TestStandardIntegrationWithTheDefaultWeights(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[Causal2VecEmbeddings]:
+        return Causal2VecEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model_name": "default"}
+
+
+_tiny = tiny_model()
+
+
+class TestInChroma(VectorStoreIntegrationTests):
+    @staticmethod
+    def get_embeddings() -> Causal2VecEmbeddings:
+        # These tests search for stored texts, and a model of random weights finds those without an instruction only.
+        return Causal2VecEmbeddings(model=_tiny, query_instruction="")
+
+    @pytest.fixture
+    def vectorstore(self) -> Iterator[Chroma]:
+        store = Chroma(
+            collection_name=f"t{uuid4().hex}",
+            embedding_function=self.get_embeddings(),
+            client=chromadb.EphemeralClient(),
+            collection_configuration={"hnsw": {"space": "cosine"}},
+        )
+        yield store
+        store.delete_collection()
+
+
+def test_vectors_are_the_cores(folder: str, core: Causal2Vec, passages: list[str]) -> None:
+    plain = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
+    np.testing.assert_array_equal(plain.embed_documents(passages), core.encode_document(passages))
+    np.testing.assert_array_equal(plain.embed_query("a heap"), core.encode_query(["a heap"])[0])
+    assert plain.embed_documents([]) == []
+    told = Causal2VecEmbeddings(model=core, query_instruction="", document_instruction="read", truncate_dim=16)
+    np.testing.assert_array_equal(told.embed_query("a"), core.encode_query(["a"], instruction="", truncate_dim=16)[0])
+    expected = core.encode_document(["a"], instruction="read", truncate_dim=16)
+    np.testing.assert_array_equal(told.embed_documents(["a"]), expected)
+
+
+def test_bad_input_is_the_cores_error(folder: str) -> None:
+    embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
+    with pytest.raises(TypeError, match="bare string"):
+        embeddings.embed_documents("letters")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string"):
+        embeddings.embed_documents(["a", None])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"texts\[0\] must be a string"):
+        embeddings.embed_query(3)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Causal2VecEmbeddings(querry_instruction="typo")
+    with pytest.raises(ValueError, match="not both: model and device"):
+        Causal2VecEmbeddings(model=_tiny, device="cpu")
+
+
+def test_it_is_described_by_its_settings_and_pickles_without_weights(folder: str, core: Causal2Vec) -> None:
+    embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32", truncate_dim=32)
+    embeddings.embed_query("load it")
+    assert folder in repr(embeddings)
+    assert embeddings.model_dump()["truncate_dim"] == 32
+    pickled = pickle.dumps(embeddings)
+    assert len(pickled) < 5_000
+    np.testing.assert_array_equal(pickle.loads(pickled).embed_query("a"), embeddings.embed_query("a"))
+
+
+def test_async_does_not_block_the_loop(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
+    expected = embeddings.embed_query("a heap")
+    started = threading.Event()
+    embed = Causal2VecEmbeddings.embed_query
+
+    def slow(self: Causal2VecEmbeddings, text: str) -> list[float]:
+        started.set()
+        time.sleep(0.3)
+        return embed(self, text)
+
+    monkeypatch.setattr(Causal2VecEmbeddings, "embed_query", slow)
+
+    async def run() -> tuple[list[float], int]:
+        task = asyncio.ensure_future(embeddings.aembed_query("a heap"))
+        ticks = 0
+        while not task.done():
+            await asyncio.sleep(0.01)
+            ticks += started.is_set()
+        return await task, ticks
+
+    vector, ticks = asyncio.run(run())
+    assert vector == expected
+    assert ticks >= 5, "the loop stood still while it embedded"
+
+
+def test_a_cache_tells_models_apart_and_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:
+    store = InMemoryByteStore()
+    embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
+    other = Causal2VecEmbeddings(model=tiny_model(seed=1))
+    short = Causal2VecEmbeddings(name_or_path=folder, dtype="float32", truncate_dim=8)
+    assert len({one.cache_namespace for one in (embeddings, other, short)}) == 3
+    for one in (embeddings, other, short, embeddings):
+        cached = CacheBackedEmbeddings.from_bytes_store(
+            one, store, namespace=one.cache_namespace, key_encoder="sha256", query_embedding_cache=InMemoryByteStore()
+        )
+        np.testing.assert_allclose(cached.embed_documents(["a", "b"]), one.embed_documents(["a", "b"]), atol=1e-6)
+        np.testing.assert_allclose(cached.embed_query("a"), one.embed_query("a"), atol=1e-6)
+    assert len(list(store.yield_keys())) == 6
+
+
+def test_a_chain_from_documents_to_an_answer() -> None:
+    texts = {
+        "heap.txt": "A heap is a tree that keeps its smallest item at the root, so that it is found at once.",
+        "bread.txt": "Bread rises because yeast eats the sugar in the dough and gives off gas.",
+        "moon.txt": "The moon turns once on its axis for each time it goes around the earth.",
+    }
+    store = Chroma.from_documents(
+        [Document(text, metadata={"source": source}) for source, text in texts.items()],
+        Causal2VecEmbeddings(),
+        collection_name=f"t{uuid4().hex}",
+        client=chromadb.EphemeralClient(),
+        collection_configuration={"hnsw": {"space": "cosine"}},
+    )
+    retriever = store.as_retriever(search_kwargs={"k": 1})
+    seen: list[str] = []
+
+    def join(documents: list[Document]) -> str:
+        seen.extend(document.metadata["source"] for document in documents)
+        return "\n".join(document.page_content for document in documents)
+
+    chain = (
+        {"context": retriever | join, "question": RunnablePassthrough()}
+        | ChatPromptTemplate.from_template("Context:\n{context}\n\nQuestion: {question}")
+        | FakeListChatModel(responses=["an answer"])
+        | StrOutputParser()
+    )
+    questions = ["What makes dough grow in the oven?", "Why do we see one side of the moon only?"]
+    assert chain.invoke(questions[0]) == "an answer"
+    assert chain.batch(questions) == ["an answer"] * 2
+    assert asyncio.run(chain.abatch(questions)) == ["an answer"] * 2
+    assert sorted(set(seen)) == ["bread.txt", "moon.txt"]
+    assert seen[0] == "bread.txt"

@@ -1,0 +1,178 @@
+"""LlamaIndex: index, query engine, pipeline, cache, events."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import chromadb
+import numpy as np
+import pytest
+from llama_index.core import Settings, StorageContext, VectorStoreIndex
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
+from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
+from llama_index.core.llms import MockLLM
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import Document, TextNode
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.storage.kvstore import SimpleKVStore
+from llama_index.embeddings.c2v import Causal2VecEmbedding
+from llama_index.vector_stores.chroma import ChromaVectorStore
+
+from c2v_rag import Document as OurDocument
+from c2v_rag import VectorIndex
+from c2v_rag.model import Causal2Vec
+from tests.tiny import tiny_model
+
+
+def nodes_of(passages: list[str]) -> list[TextNode]:
+    return [TextNode(text=text, id_=str(i)) for i, text in enumerate(passages)]
+
+
+def test_it_is_a_base_embedding() -> None:
+    assert BaseEmbedding.__name__ in [base.__name__ for base in Causal2VecEmbedding.__mro__]
+    assert Causal2VecEmbedding.class_name() == "Causal2VecEmbedding"
+
+
+def test_vectors_are_the_cores_and_batches_are_respected(
+    folder: str, core: Causal2Vec, passages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_model = Causal2VecEmbedding(folder, dtype="float32", embed_batch_size=64)
+    sizes: list[int] = []
+    embed = Causal2VecEmbedding._get_text_embeddings
+    monkeypatch.setattr(
+        Causal2VecEmbedding,
+        "_get_text_embeddings",
+        lambda self, texts: (sizes.append(len(texts)), embed(self, texts))[1],
+    )
+    expected = core.encode_document(passages)
+    np.testing.assert_allclose(embed_model.get_text_embedding_batch(passages, show_progress=True), expected, atol=1e-5)
+    assert sizes == [64, 64, 64, 8]
+    np.testing.assert_allclose(embed_model.get_text_embedding(passages[0]), expected[0], atol=1e-5)
+    query = core.encode_query(["a heap"])[0]
+    np.testing.assert_allclose(embed_model.get_query_embedding("a heap"), query, atol=1e-5)
+
+    async def all_async() -> tuple[list[list[float]], list[float], list[float]]:
+        return (
+            await embed_model.aget_text_embedding_batch(passages[:20]),
+            await embed_model.aget_text_embedding(passages[0]),
+            await embed_model.aget_query_embedding("a heap"),
+        )
+
+    batch, one, asked = asyncio.run(all_async())
+    np.testing.assert_allclose(batch, expected[:20], atol=1e-5)
+    np.testing.assert_allclose(one, expected[0], atol=1e-5)
+    np.testing.assert_allclose(asked, query, atol=1e-5)
+    assert embed_model.get_text_embedding_batch([]) == []
+    assert Causal2VecEmbedding(folder, dtype="float32").embed_batch_size == 256
+
+
+def test_settings_and_options_reach_the_core(folder: str, core: Causal2Vec) -> None:
+    told = Causal2VecEmbedding(model=core, query_instruction="", text_instruction="read", truncate_dim=16)
+    expected = core.encode_query(["a"], instruction="", truncate_dim=16)[0]
+    np.testing.assert_allclose(told.get_query_embedding("a"), expected, atol=1e-6)
+    expected = core.encode_document(["a"], instruction="read", truncate_dim=16)[0]
+    np.testing.assert_allclose(told.get_text_embedding("a"), expected, atol=1e-6)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        Causal2VecEmbedding(folder, querry_instruction="typo")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="keyed by the text alone"):
+        Causal2VecEmbedding(folder, embeddings_cache=SimpleKVStore())
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a string"):
+        told.get_text_embedding_batch(["a", None])  # type: ignore[list-item]
+
+
+def test_retrieval_equals_the_cores(
+    folder: str, core: Causal2Vec, passages: list[str], queries: list[str], tmp_path: Path
+) -> None:
+    ours = VectorIndex(tmp_path, core)
+    ours.add(OurDocument(text, str(i)) for i, text in enumerate(passages))
+    whole = {str(i) for i, text in enumerate(passages) if core.count_tokens([text])[0] <= core.max_tokens}
+    nodes = [node for node in nodes_of(passages) if node.id_ in whole]
+    collection = chromadb.EphemeralClient().create_collection(
+        f"t{uuid4().hex}", embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
+    )
+    context = StorageContext.from_defaults(vector_store=ChromaVectorStore(chroma_collection=collection))
+    for storage in (None, context):
+        index = VectorStoreIndex(
+            nodes, embed_model=Causal2VecEmbedding(folder, dtype="float32"), storage_context=storage
+        )
+        retriever = index.as_retriever(similarity_top_k=10)
+        for query in queries:
+            theirs = [found.node.node_id for found in retriever.retrieve(query)]
+            found = [hit.metadata["source"] for hit in ours.search(query, top_k=60) if hit.metadata["source"] in whole]
+            assert theirs == list(dict.fromkeys(found))[:10]
+
+
+def test_a_query_engine_answers_with_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "_embed_model", None)
+    Settings.embed_model = Causal2VecEmbedding()
+    documents = [
+        Document(text="Bread rises because yeast eats the sugar in the dough and gives off gas.", id_="bread"),
+        Document(text="The moon turns once on its axis for each time it goes around the earth.", id_="moon"),
+    ]
+    engine = VectorStoreIndex.from_documents(documents).as_query_engine(llm=MockLLM(), similarity_top_k=1)
+    answer = engine.query("What makes dough grow in the oven?")
+    assert [found.node.ref_doc_id for found in answer.source_nodes] == ["bread"]
+    assert "yeast eats the sugar" in str(answer)
+
+
+def test_events_fire(folder: str) -> None:
+    handler = LlamaDebugHandler(print_trace_on_end=False)
+    embed_model = Causal2VecEmbedding(
+        folder, dtype="float32", embed_batch_size=2, callback_manager=CallbackManager([handler])
+    )
+    embed_model.get_text_embedding_batch(["a", "b", "c"])
+    assert len(handler.get_event_pairs(CBEventType.EMBEDDING)) == 2
+
+
+def test_the_ingestion_cache_tells_models_apart_and_the_docstore_spares_work(folder: str) -> None:
+    cache = IngestionCache()
+    made: list[list[float]] = []
+    for model in (tiny_model(), tiny_model(seed=1), tiny_model()):
+        pipeline = IngestionPipeline(transformations=[Causal2VecEmbedding(model=model)], cache=cache)
+        (node,) = pipeline.run(nodes=[TextNode(text="the same text", id_="n")])
+        made.append(list(node.embedding or []))
+    assert made[0] == made[2]
+    assert made[0] != made[1], "another model's vector came out of the cache"
+
+    collection = chromadb.EphemeralClient().create_collection(f"t{uuid4().hex}", embedding_function=None)
+    pipeline = IngestionPipeline(
+        transformations=[SentenceSplitter(chunk_size=64, chunk_overlap=0), Causal2VecEmbedding(folder)],
+        docstore=SimpleDocumentStore(),
+        docstore_strategy=DocstoreStrategy.UPSERTS_AND_DELETE,
+        vector_store=ChromaVectorStore(chroma_collection=collection),
+    )
+    documents = [Document(text=f"text {i}", id_=str(i)) for i in range(6)]
+    assert len(pipeline.run(documents=documents)) == 6
+    assert len(pipeline.run(documents=[*documents[:4], Document(text="new", id_="new")])) == 1
+    assert collection.count() == 5
+
+
+def embed_in_workers(folder: str, results: Any) -> None:
+    pipeline = IngestionPipeline(transformations=[Causal2VecEmbedding(folder, device="cpu", dtype="float32")])
+    nodes = pipeline.run(nodes=nodes_of(["a", "b", "c", "d"]), num_workers=2)
+    results.put([node.embedding for node in nodes])
+
+
+@pytest.mark.timeout(150)
+def test_workers_load_the_model_by_name(folder: str) -> None:
+    import multiprocessing
+
+    from c2v_rag import shared_model
+
+    embed_model = Causal2VecEmbedding(folder, device="cpu", dtype="float32")
+    assert len(pickle.dumps(embed_model)) < 10_000, "weights must not travel"
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    process = spawn.Process(target=embed_in_workers, args=(folder, results))
+    process.start()
+    try:
+        found = results.get(timeout=120)
+    finally:
+        process.kill()
+    expected = shared_model(folder, device="cpu", dtype="float32").encode_document(["a", "b", "c", "d"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
