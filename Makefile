@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: test lint wheel
 
@@ -33,7 +33,7 @@ wheel: .venv/test
 
 bench: .venv/test
 	$(PIP) sentence-transformers
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/throughput.py --output benchmarks/results/throughput.json
 
 quality: .venv/test
 	$(BIN)/python benchmarks/python_docs_quality.py --output benchmarks/results/python_docs_quality.json
@@ -48,7 +48,7 @@ quality: .venv/test
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) -e ".[gguf,docs,train,eval]" --group dev
+	$(PIP) -e ".[all]" --group dev --group integrations
 	touch $@
 
 clean:
