@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 WINDOW_BUDGET_SHARE = 4
 WINDOW_TEXTS_AT_LEAST = 1024
 WINDOW_CHARACTERS = 4_000_000
+MUCH_SHORTER = 0.92
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -196,12 +197,15 @@ def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Positions, longest texts first, in batches whose padded size stays within `batch_tokens`.
 
-    A text that is longer than the budget makes a batch of its own.
+    A text that is longer than the budget makes a batch of its own. A batch that has reached a quarter of the budget
+    takes no text that is much shorter than its longest: short texts are many to a batch, and their lengths spread.
     """
     batches: list[list[int]] = []
     longest = 0
     for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+        size = len(batches[-1]) * longest if batches else 0
+        too_short = size >= batch_tokens / 4 and lengths[position] < MUCH_SHORTER * longest
+        if not batches or size + longest > batch_tokens or too_short:
             batches.append([])
             longest = max(1, lengths[position])
         batches[-1].append(position)

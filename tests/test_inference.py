@@ -26,12 +26,16 @@ def model() -> Causal2Vec:
 
 def test_budget_batches_hold_every_text_once_within_the_budget_and_little_padding() -> None:
     rng = np.random.default_rng(0)
-    lengths = rng.integers(2, 512, size=1024).tolist()
-    batches = token_budget_batches(lengths, 4096)
-    assert sorted(itertools.chain(*batches)) == list(range(1024))
-    padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
-    assert max(padded) <= 4096
-    assert 1 - sum(lengths) / sum(padded) < 0.05
+    for lengths in (
+        rng.integers(2, 512, size=1024).tolist(),
+        np.exp(rng.uniform(2, 6, size=1024)).astype(int).tolist(),
+    ):
+        batches = token_budget_batches(lengths, 4096)
+        assert sorted(itertools.chain(*batches)) == list(range(1024))
+        padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        assert max(padded) <= 4096
+        assert 1 - sum(lengths) / sum(padded) < 0.05
+        assert len(batches) < 2 * sum(lengths) / 4096 + 30
     assert token_budget_batches([9000], 4096) == [[0]]
 
 
