@@ -162,6 +162,8 @@ def embed(
 @app.command()
 def info(model: ModelName = "default", device: Device = None, dtype: DType = None, json_output: Json = False) -> None:
     """Say what the model is, where its weights came from, and what it runs on."""
+    import c2v_rag.model  # noqa: F401  (the time to import torch is not the model's)
+
     started = time.perf_counter()
     loaded = _load(model, device, dtype)
     config = loaded.config

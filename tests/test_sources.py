@@ -52,7 +52,9 @@ def test_a_table_gives_a_document_a_row_with_its_columns_as_metadata(tmp_path: P
     elif suffix == ".csv":
         path.write_text('text,year\n"first, with a comma",1999\n"second\nline",2001\n', encoding="utf-8")
     else:
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         pq.write_table(pa.Table.from_pylist(rows), path)
     year = {".csv": str}.get(suffix, int)
     assert list(read_sources([path])) == [
