@@ -367,6 +367,8 @@ class Causal2Vec(nn.Module):
         llm: str | os.PathLike[str],
         *,
         config: Causal2VecConfig | None = None,
+        encoder_revision: str | None = None,
+        llm_revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         seed: int = 0,
@@ -378,8 +380,8 @@ class Causal2Vec(nn.Module):
         `from_pretrained`. Raises FileNotFoundError, ValueError as there.
         """
         bases: dict[_Part, checkpoint.Base] = {
-            "encoder": checkpoint.locate_base(encoder),
-            "llm": checkpoint.locate_base(llm),
+            "encoder": checkpoint.locate_base(encoder, encoder_revision),
+            "llm": checkpoint.locate_base(llm, llm_revision),
         }
         model = cls._assemble(config or Causal2VecConfig(), bases, device, dtype, llm_kwargs, seed)
         model.name = f"{os.fspath(encoder)} + {os.fspath(llm)}, untrained"

@@ -262,8 +262,9 @@ def test_a_hub_id_is_fetched_with_its_revision_and_saved_by_name(
 
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     config = Causal2VecConfig(encoder_max_length=64)
-    model = Causal2Vec.from_parts("someone/encoder", "someone/llm", config=config, dtype="float32")
-    assert asked == [("someone/encoder", None), ("someone/llm", None)]
+    parts = "someone/encoder", "someone/llm"
+    model = Causal2Vec.from_parts(*parts, llm_revision="a-branch", config=config, dtype="float32")
+    assert asked == [("someone/encoder", None), ("someone/llm", "a-branch")]
     model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "llm" / "model.safetensors").exists(), "a base from the hub is named, not copied"
     assert sum(file.stat().st_size for file in (tmp_path / "saved").rglob("*")) < 50_000
