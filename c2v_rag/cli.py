@@ -245,6 +245,12 @@ def main() -> None:
             raise
         err.print(f"Error: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
+    except Exception as error:  # a library's own kind of error, or a mistake of ours
+        if "--debug" in sys.argv:
+            raise
+        message = f"Error: {type(error).__name__}: {error}\nTo see where it came from, run it with --debug in front."
+        err.print(message, style="red", markup=False, highlight=False)
+        sys.exit(1)
     except KeyboardInterrupt:
         err.print("Stopped. What was written so far is kept; run the same command to go on.")
         sys.exit(130)

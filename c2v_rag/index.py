@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -42,6 +43,7 @@ CHUNKS_WRITTEN_AT_ONCE = 256
 CHUNK_TOKENS = 256
 CHUNK_OVERLAP = 0.1
 _TOKENS_UNKNOWN_CHARACTERS = 4  # characters a token, for an embedder that cannot count
+_COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 _LOCK_FILE = "c2v_writer.lock"
 _HOLDER_FILE = "c2v_writer.txt"
 _GENERATION_FILE = "c2v_generation"
@@ -95,10 +97,10 @@ class VectorIndex:
 
     Example:
         >>> from c2v_rag import Document, VectorIndex, shared_model
-        >>> index = VectorIndex("store", shared_model())  # doctest: +SKIP
-        >>> index.add([Document("Bread needs yeast.", source="bread.txt")]).added  # doctest: +SKIP
+        >>> index = VectorIndex("store", shared_model())
+        >>> index.add([Document("Bread needs yeast.", source="bread.txt")]).added
         1
-        >>> index.search("how does dough rise?", top_k=1)[0].metadata["source"]  # doctest: +SKIP
+        >>> index.search("how does dough rise?", top_k=1)[0].metadata["source"]
         'bread.txt'
 
     `path_or_url`: a folder (made when missing; no server needed) or the http(s) URL of a Chroma server. `model`: any
@@ -112,6 +114,11 @@ class VectorIndex:
     def __init__(
         self, path_or_url: str | os.PathLike[str], model: Embedder, collection: str = DEFAULT_COLLECTION
     ) -> None:
+        if not _COLLECTION_NAME.fullmatch(collection):
+            raise ValueError(
+                f"{collection!r} cannot name a Chroma collection: 3 to 512 letters, digits, '.', '_' or '-', the first "
+                "and the last a letter or digit."
+            )
         self._store = _open_store(path_or_url)
         self._name = collection
         self._model = model

@@ -39,7 +39,7 @@ from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 _Part = Literal["encoder", "llm"]
 _PARTS: tuple[_Part, ...] = ("encoder", "llm")
 _PREFIXES_KEPT = 8
-ENCODER_SLICES = 4
+ENCODER_SLICES = 2
 
 
 class Projector(nn.Module):

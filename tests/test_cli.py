@@ -127,6 +127,19 @@ def test_an_error_is_one_message_and_exit_code_1(arguments: list[str], message: 
         run("--debug", *arguments)
 
 
+def test_an_unexpected_error_is_one_message_too(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(cli, "_load", broken)
+    done = run("info", "--model", model)
+    assert done.returncode == 1
+    assert "Error: ZeroDivisionError: by zero" in done.stderr
+    assert "--debug" in done.stderr
+    with pytest.raises(ZeroDivisionError):
+        run("--debug", "info", "--model", model)
+
+
 def test_another_model_is_refused(indexed: tuple[Path, Path], tmp_path: Path) -> None:
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     for command in (["search", "q"], ["index", str(indexed[0])]):

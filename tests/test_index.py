@@ -186,6 +186,8 @@ def test_a_collection_made_by_others_and_a_missing_index_are_named(tmp_path: Pat
     index._store.client().create_collection("theirs")
     with pytest.raises(ValueError, match="was not made by c2v_rag"):
         VectorIndex(tmp_path, tiny, collection="theirs")
+    with pytest.raises(ValueError, match="'a b' cannot name a Chroma collection"):
+        VectorIndex(tmp_path, tiny, collection="a b")
     with pytest.raises(FileNotFoundError, match=r"no collection 'nothing'; it has \["):
         stored_stamp(tmp_path, "nothing")
 
