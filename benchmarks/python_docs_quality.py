@@ -45,8 +45,7 @@ def rank_with_bm25(questions: list[str], texts: list[str], names: list[str]) -> 
 
 
 def rank_with(embedder: Embedder, questions: list[str], texts: list[str], names: list[str]) -> list[list[str]]:
-    documents = np.concatenate([embedder.encode_document(texts)])
-    return top_k(embedder.encode_query(questions), documents, names, CONSIDERED)
+    return top_k(embedder.encode_query(questions), embedder.encode_document(texts), names, CONSIDERED)
 
 
 def interval(differences: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:

@@ -240,15 +240,15 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
-        err.print(f"Error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(1)
-    except Exception as error:  # a library's own kind of error, or a mistake of ours
-        if "--debug" in sys.argv:
-            raise
-        message = f"Error: {type(error).__name__}: {error}\nTo see where it came from, run it with --debug in front."
+        message = f"Error: {error}"
+        if not isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
+            # A library's own kind of error, or a mistake of ours: its text alone may say little.
+            message = (
+                f"Error: {type(error).__name__}: {error}\nTo see where it came from, run it with --debug in front."
+            )
         err.print(message, style="red", markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

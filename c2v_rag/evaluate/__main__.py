@@ -22,14 +22,11 @@ from c2v_rag.index import Embedder
 from c2v_rag.model import Causal2Vec
 
 
-def evaluate(folder: Path, embedder: Embedder, similarity: Embedder) -> dict[str, float]:
-    """Score x 100 of one folder, by which columns of the embedding were used: all, and each half where there are two.
-
-    `similarity` embeds sentence pairs without an instruction.
-    """
+def evaluate(folder: Path, embedder: Embedder) -> dict[str, float]:
+    """Score x 100 of one folder, by which columns of the embedding were used: all, or one of the two halves."""
     if (folder / "pairs.parquet").is_file():
         pairs = pq.read_table(folder / "pairs.parquet").to_pydict()
-        first, second = (similarity.encode_document(pairs[name]) for name in ("sentence1", "sentence2"))
+        first, second = (embedder.encode_document(pairs[name]) for name in ("sentence1", "sentence2"))
         return {
             name: 100 * float(spearmanr((a * b).sum(axis=1), pairs["score"]).statistic)
             for name, a, b in _halves(first, second)
@@ -75,8 +72,8 @@ def main() -> None:
     encoder = EncoderEmbedder(model)
     table = Table("set", "context_eos", "contextual half", "eos half", "encoder alone")
     for folder in arguments.folders:
-        ours = evaluate(folder, model, model)
-        alone = evaluate(folder, encoder, encoder)["all"]
+        ours = evaluate(folder, model)
+        alone = evaluate(folder, encoder)["all"]
         table.add_row(folder.name, *(f"{ours[name]:.1f}" for name in ("all", "contextual", "eos")), f"{alone:.1f}")
     Console().print(table)
 

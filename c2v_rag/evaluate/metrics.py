@@ -1,4 +1,4 @@
-"""Ranking metrics over lists of ids, best first, and rank correlation."""
+"""Ranking metrics over lists of ids, best first."""
 
 from __future__ import annotations
 
