@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from c2v_rag.index import Embedder, Hit, IndexReport, VectorIndex
     from c2v_rag.model import Causal2Vec, shared_model
     from c2v_rag.sources import Document, read_sources
+    from c2v_rag.tokenization import TokenBatch
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOME = {
     "Embedder": "index",
     "Hit": "index",
     "IndexReport": "index",
+    "TokenBatch": "tokenization",
     "VectorIndex": "index",
     "read_sources": "sources",
     "shared_model": "model",
@@ -34,6 +36,7 @@ __all__ = [
     "Embedder",
     "Hit",
     "IndexReport",
+    "TokenBatch",
     "VectorIndex",
     "read_sources",
     "shared_model",

@@ -3,6 +3,7 @@
 A checkpoint is a folder:
 
     c2v_config.json  projector.safetensors  llm_adapter/ encoder_adapter/  encoder/ llm/  README.md  SHA256SUMS
+    modules.json  config_sentence_transformers.json
 
 `encoder/` and `llm/` each hold weights and a tokenizer, or one `base.json` that names where they are to be had and
 which hashes are accepted. Only safetensors are read (and GGUF, converted once), never a pickle; no code that came
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 SUMS_FILE = "SHA256SUMS"
 BASE_FILE = "base.json"
 DEFAULT = "default"
-_UNSUMMED = {SUMS_FILE, "README.md", ".gitattributes"}
+# Not ours alone: people edit the card, and sentence-transformers writes its two files anew with its own versions.
+_UNSUMMED = {SUMS_FILE, "README.md", ".gitattributes", "modules.json", "config_sentence_transformers.json"}
 # What a hub snapshot may bring: weights as safetensors, tokenizers and settings. No pickles, no code.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "SHA256SUMS", "*.md"]
 _INSTALL_LINES = {
@@ -299,6 +301,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     """Write a safetensors file, in `dtype` where one is given."""
     save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}, path)
     path.chmod(0o644)  # safetensors makes files that only their owner can read, whatever the umask
+
+
+def write_sentence_transformers(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Write what lets sentence-transformers open `folder` as a model of one module; `prompts` as it names them."""
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers_c2v.module.Causal2VecModule"}]
+    settings = {
+        "model_type": "SentenceTransformer",
+        "prompts": {**prompts, "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    for name, values in (("modules.json", modules), ("config_sentence_transformers.json", settings)):
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_sums(folder: Path) -> None:

@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
 )
 out = Console(soft_wrap=False)
-err = Console(stderr=True)
+err = Console(stderr=True, soft_wrap=True)  # a wrapped path cannot be copied
 
 Store = Annotated[str, typer.Option(help="Folder of the index, or the http(s) URL of a Chroma server.")]
 Collection = Annotated[str, typer.Option(help="Name of the Chroma collection.")]
@@ -116,8 +116,12 @@ def search(
     """Print the passages that answer a query best."""
     from c2v_rag.index import VectorIndex, stored_stamp
 
-    stamp = stored_stamp(store, collection)
-    vectors = VectorIndex(store, _load(model or str(stamp["name"]), device, dtype), collection)
+    name = model or str(stored_stamp(store, collection)["name"])
+    if not name:
+        raise ValueError(
+            "The model that made this index was never saved under a name. Save it and give it with --model."
+        )
+    vectors = VectorIndex(store, _load(name, device, dtype), collection)
     started = time.perf_counter()
     hits = vectors.search(query, k)
     milliseconds = 1000 * (time.perf_counter() - started)

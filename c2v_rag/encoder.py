@@ -45,7 +45,7 @@ class EncoderEmbedder:
         return self._model.stamp | {"part": "encoder", "embedding_dim": self.embedding_dim}
 
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
-        return self._tokenizer(texts, instruction)
+        return self._tokenizer(texts)
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """(B, E), rows of length 1."""

@@ -53,6 +53,9 @@ _GENERATION_FILE = "c2v_generation"
 class Embedder(Protocol):
     """Whatever embeds: a `Causal2Vec`, a remote model, an encoder alone.
 
+    `stamp` tells models apart whose vectors must not be mixed; its "name" is what the model can be loaded by, "" for
+    one that exists in memory only.
+
     `count_tokens(texts) -> list[int]` and `max_tokens` are used where an embedder has them, to cut documents into
     chunks that it reads whole.
     """

@@ -135,7 +135,7 @@ class Causal2Vec(nn.Module):
         self.projector = Projector(encoder.config.hidden_size, self._llm_dim)
         if config.truncate_dim is not None and config.truncate_dim > self._full_dim:
             raise ValueError(f"truncate_dim is {config.truncate_dim}, but an embedding has {self._full_dim} columns.")
-        self.name = "in memory"
+        self.name = ""  # what from_pretrained reads it by; a model that exists in memory only has none
         self._bases: dict[_Part, checkpoint.Base] = {}
         self._base_versions: dict[str, dict[str, int]] = {}
         self._weights_hash: str | None = None  # of the files read, or of the tensors; valid for these versions of them
@@ -174,7 +174,8 @@ class Causal2Vec(nn.Module):
     def stamp(self) -> dict[str, str | int]:
         """What an index must remember of the model that made it; JSON values only.
 
-        `weights` hashes every weight and setting that changes a vector, not the dtype they were loaded in.
+        `weights` hashes every weight and setting that changes a vector, not the dtype they were loaded in. `name` is
+        "" for a model that cannot be loaded by name, because it exists in memory only.
         """
         return {
             "name": self.name,
@@ -299,7 +300,7 @@ class Causal2Vec(nn.Module):
     # Texts to arrays
 
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
-        return self.tokenizer(texts, instruction)
+        return self.tokenizer(texts, self.config.lead(instruction))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Length of each text in this model's tokens; what is longer than `max_tokens` would be cut."""
@@ -383,9 +384,7 @@ class Causal2Vec(nn.Module):
             "encoder": checkpoint.locate_base(encoder, encoder_revision),
             "llm": checkpoint.locate_base(llm, llm_revision),
         }
-        model = cls._assemble(config or Causal2VecConfig(), bases, device, dtype, llm_kwargs, seed)
-        model.name = f"{os.fspath(encoder)} + {os.fspath(llm)}, untrained"
-        return model.eval()
+        return cls._assemble(config or Causal2VecConfig(), bases, device, dtype, llm_kwargs, seed).eval()
 
     @classmethod
     def from_pretrained(
@@ -496,6 +495,7 @@ class Causal2Vec(nn.Module):
             for part in _PARTS:
                 self._save_adapter(part, made, trained_dtype)
                 self._save_base(part, made, list((also_accepted or {}).get(part, [])))
+            checkpoint.write_sentence_transformers(made, {"query": self.config.lead(self.config.instruction)})
             (made / "README.md").write_text(_card(self), encoding="utf-8")
             checkpoint.write_sums(made)
             checkpoint.replace_folder(made, target)

@@ -45,7 +45,7 @@ class TokenBatch:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of some texts that share one instruction; `collate` makes padded batches of any of them."""
+    """Token ids of some texts that share what stands before them; `collate` makes padded batches of any of them."""
 
     prefix_ids: list[int]
     num_lead: int
@@ -110,10 +110,13 @@ class TextTokenizer:
         # activations; the Contextual token would drown in it at position 0.
         self.bos: int = self.eos if llm_tokenizer.bos_token_id is None else llm_tokenizer.bos_token_id
 
-    def __call__(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
-        """Token ids of `texts`, cut at the config's lengths with EOS (and the encoder's own ends) kept."""
+    def __call__(self, texts: Sequence[str], lead: str = "") -> TokenizedTexts:
+        """Token ids of `texts`, cut at the config's lengths with EOS (and the encoder's own ends) kept.
+
+        `lead` (`config.lead(instruction)`) is what the decoder reads before each text, tokenised apart from it.
+        """
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
-        lead = self._ids([self.config.lead(instruction)])[0] if instruction else []
+        lead_ids = self._ids([lead])[0] if lead else []
         behind = self.config.contextual_token == "before_instruction"
 
         # Cutting is a slice, so that what was cut can be counted.
@@ -127,9 +130,9 @@ class TextTokenizer:
             for i, ids in zip(encoder_cut, shorter, strict=True):
                 encoder_ids[i] = ids
         return TokenizedTexts(
-            prefix_ids=[self.bos] + ([] if behind else lead),
-            num_lead=len(lead) if behind else 0,
-            text_ids=[(lead if behind else []) + ids[:room] + [self.eos] for ids in plain],
+            prefix_ids=[self.bos] + ([] if behind else lead_ids),
+            num_lead=len(lead_ids) if behind else 0,
+            text_ids=[(lead_ids if behind else []) + ids[:room] + [self.eos] for ids in plain],
             encoder_ids=encoder_ids,
             truncated=sorted({i for i, ids in enumerate(plain) if len(ids) > room}.union(encoder_cut)),
             text_pad=self.eos,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import doctest
+import inspect
 import re
+import textwrap
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -13,14 +17,18 @@ from llama_index.embeddings.c2v import Causal2VecEmbedding
 
 from c2v_rag import Causal2Vec, VectorIndex
 from chroma_c2v import Causal2VecEmbeddingFunction
+from langchain_c2v import Causal2VecEmbeddings
+from sentence_transformers_c2v import Causal2VecModule, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("shown", [Causal2Vec, VectorIndex, Causal2VecEmbeddingFunction, Causal2VecEmbedding])
+@pytest.mark.parametrize(
+    "shown", [Causal2Vec, VectorIndex, Causal2VecEmbeddingFunction, Causal2VecEmbedding, Causal2VecModule, load]
+)
 def test_examples_in_docstrings_print_what_they_say(
-    shown: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shown: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (example,) = (test for test in doctest.DocTestFinder(recurse=False).find(shown) if test.examples)
@@ -28,6 +36,30 @@ def test_examples_in_docstrings_print_what_they_say(
     result = doctest.DocTestRunner().run(example, out=output.write)
     assert result.attempted >= 3
     assert result.failed == 0, output.getvalue()
+
+
+def test_the_langchain_docstring_does_what_it_says() -> None:
+    """LangChain's template shows code blocks, each followed by what it prints."""
+    doc = inspect.getdoc(Causal2VecEmbeddings) or ""
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:[ ]{8,}.*\n|\n)+)", doc + "\n")
+    blocks = [textwrap.dedent(block).strip() for block in blocks]
+    names: dict[str, object] = {}
+    checked = 0
+    printed = ""
+    for block in blocks:
+        if block.isdigit():
+            assert printed.strip() == block
+            checked += 1
+            continue
+        output = StringIO()
+        with redirect_stdout(output):
+            code = compile(block, "docstring", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            waiting = eval(code, names)
+            if inspect.iscoroutine(waiting):
+                asyncio.run(waiting)
+        printed = output.getvalue()
+    assert checked == 2
+    assert len(blocks) == 6
 
 
 def test_the_readmes_first_example_prints_what_it_says() -> None:

@@ -116,7 +116,7 @@ def run_stage(
 
     def embed(texts: list[str], instruction: str) -> Tensor:
         # "context" sequences hold no text, so none is tokenised.
-        tokenized = tokenizer(texts if pooling != "context" else [""] * len(texts), instruction)
+        tokenized = tokenizer(texts if pooling != "context" else [""] * len(texts), model.config.lead(instruction))
         batch: TokenBatch = tokenized.collate(range(len(texts))).to(model.device)
         with half_precision(model.device):
             embeddings: Tensor = model(batch, pooled=vectors(texts).to(model.device), pooling=pooling)

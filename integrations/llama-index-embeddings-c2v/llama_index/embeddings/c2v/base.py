@@ -88,7 +88,9 @@ class Causal2VecEmbedding(BaseEmbedding):
         return embedder
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weights: workers load them by name."""
+        """Without the weights: workers load them by name. ValueError where the model has none."""
+        if not self.model_name:
+            raise ValueError("A model that exists in memory only cannot be pickled: save it and give its folder.")
         state: dict[str, Any] = super().__getstate__()
         private = state.get("__pydantic_private__") or {}
         return {**state, "__pydantic_private__": {**private, "_model": None}}
