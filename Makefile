@@ -32,7 +32,6 @@ wheel: .venv/test
 	rm -rf build/wheel-env
 
 bench: .venv/test
-	$(PIP) sentence-transformers
 	$(BIN)/python benchmarks/throughput.py --output benchmarks/results/throughput.json
 
 quality: .venv/test

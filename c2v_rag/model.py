@@ -40,33 +40,44 @@ _Part = Literal["encoder", "llm"]
 _PARTS: tuple[_Part, ...] = ("encoder", "llm")
 _PREFIXES_KEPT = 8
 ENCODER_SLICES = 2
+# A token whose embedding is this many times as long as a word's outweighs what the llm's layers add to it: its last
+# hidden state is the encoder's vector, rotated. SmolLM2-135M (12 layers) and all-MiniLM-L6-v2, untrained: Spearman of
+# the Contextual token's state on STSBenchmark dev 23.8 at 1 x, 49.0 at 16 x, 83.3 at 64 x, 86.4 at 256 x, 86.6 at
+# 1024 x; the encoder itself 86.7.
+PASS_THROUGH = 1024
 
 
 class Projector(nn.Module):
     """Two linear layers from the encoder's width E to the llm's width D: one text, one Contextual token.
 
-    The input is brought to mean square 1 first, so that encoders of any scale start alike.
+    The input is brought to mean square 1 first, so that encoders of any scale start alike. A fresh projector is a
+    random rotation: the hidden layer holds x and -x, and gelu(x) - gelu(-x) = x.
     """
+
+    scale: Tensor
 
     def __init__(self, encoder_dim: int, llm_dim: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(encoder_dim, llm_dim)
-        self.output = nn.Linear(llm_dim, llm_dim)
+        self.hidden = nn.Linear(encoder_dim, 2 * encoder_dim)
+        self.output = nn.Linear(2 * encoder_dim, llm_dim)
+        self.register_buffer("scale", torch.ones(()))
+        with torch.no_grad():
+            rotation = nn.init.orthogonal_(torch.empty(llm_dim, encoder_dim))
+            self.hidden.weight.copy_(torch.cat([torch.eye(encoder_dim), -torch.eye(encoder_dim)]))
+            self.output.weight.copy_(torch.cat([rotation, -rotation], dim=1))
+            self.hidden.bias.zero_()
+            self.output.bias.zero_()
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(B, E) -> (B, D)."""
         unit = normalize(pooled.float(), dim=-1) * math.sqrt(pooled.shape[-1])
         output: Tensor = self.output(nn.functional.gelu(self.hidden(unit.to(self.hidden.weight.dtype))))
-        return output
+        return self.scale * output
 
     @torch.no_grad()
     def start_at_norm(self, norm: float) -> None:
-        """Scale a fresh projector so that its outputs have about this norm: that of the llm's token embeddings."""
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randn((256, self.hidden.in_features), generator=generator)
-        scale = norm / self(sample.to(self.hidden.weight)).norm(dim=-1).mean()
-        self.output.weight.mul_(scale)
-        self.output.bias.mul_(scale)
+        """Set the fixed scale of the outputs so that those of a fresh projector have about this norm."""
+        self.scale.fill_(norm / math.sqrt(self.hidden.in_features))
 
 
 def pool_encoder(hidden: Tensor, mask: Tensor, pooling: EncoderPooling) -> Tensor:
@@ -457,7 +468,7 @@ class Causal2Vec(nn.Module):
         device_of_tokens = _token_table(llm).weight.device
         model.projector.to(device_of_tokens)
         model.encoder.to(device_of_tokens)  # type: ignore[arg-type]
-        model.projector.start_at_norm(_token_norm(llm))
+        model.projector.start_at_norm(PASS_THROUGH * _token_norm(llm))
         model._bases = dict(bases)
         model._base_versions = {
             part: {name: parameter._version for name, parameter in getattr(model, part).named_parameters()}

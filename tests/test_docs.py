@@ -13,9 +13,11 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 from llama_index.embeddings.c2v import Causal2VecEmbedding
 
 from c2v_rag import Causal2Vec, VectorIndex
+from c2v_rag.finetune.recipe import Recipe
 from chroma_c2v import Causal2VecEmbeddingFunction
 from langchain_c2v import Causal2VecEmbeddings
 from sentence_transformers_c2v import Causal2VecModule, load
@@ -73,6 +75,12 @@ def test_the_readmes_first_example_prints_what_it_says() -> None:
     assert number.sub("#", output.getvalue().strip()) == number.sub("#", said[1])
     printed = [float(found) for found in number.findall(output.getvalue())]
     assert printed == pytest.approx([float(found) for found in number.findall(said[1])], abs=0.02)
+
+
+def test_the_readmes_recipe_is_one() -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    recipe = Recipe.model_validate(yaml.safe_load(shown))
+    assert recipe.stages[0].mini_batch_size == 16
 
 
 def test_the_readmes_links_and_commands_exist() -> None:

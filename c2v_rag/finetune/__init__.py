@@ -1,1 +1,1 @@
-"""Fine-tuning: recipe -> data -> loss -> trained projector and LoRA. Inference never imports this package."""
+"""Fine-tuning: recipe -> data -> loss -> trained parts. Inference never imports this package."""

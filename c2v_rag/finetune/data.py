@@ -1,14 +1,22 @@
-"""Training pairs: parquet sets in a folder -> batches that each hold one set, drawn by a seed."""
+"""Training pairs: files of one set each -> checked rows -> the datasets of a stage."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_FORMATS = (".parquet", ".jsonl", ".csv")
+_LINES_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,77 +28,146 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class PairSet:
-    """Pairs of one task; `instruction` stands before its queries."""
+    """Pairs of one task; `instruction` stands before its queries. `left_out` maps what was wrong to line numbers."""
 
     name: str
     instruction: str
     pairs: list[Pair]
+    left_out: dict[str, list[int]]
 
 
-@dataclasses.dataclass(frozen=True)
-class PairBatch:
-    instruction: str
-    queries: list[str]
-    documents: list[str]  # the positives in the queries' order, then hard negatives
-    also_positive: np.ndarray  # (B, M) bool: documents that answer a query too, by equality of texts
+def read_pair_set(folder: Path, name: str, *, instruction: str | None = None, max_bad_rows: float = 0.05) -> PairSet:
+    """Read NAME.parquet, NAME.jsonl or NAME.csv: query, positive, optional negatives (a list; in CSV as JSON).
 
+    The instruction is the one in NAME.json unless given. Rows that cannot be used are left out and counted: no JSON,
+    a missing or empty text, a positive that is its query, a pair that came before.
 
-def read_pair_set(folder: Path, name: str) -> PairSet:
-    """Read NAME.parquet (query, positive, optional negatives) and the instruction in NAME.json.
-
-    Raises FileNotFoundError, or ValueError naming the file and the first row (from 0) that cannot be used.
+    Raises FileNotFoundError; ValueError, with line numbers, when a column is missing altogether or more rows than
+    the share `max_bad_rows` cannot be used.
     """
-    path = folder / f"{name}.parquet"
-    if not path.is_file():
-        raise FileNotFoundError(f"The recipe names the data set {name!r}, but there is no {path}.")
-    table = pq.read_table(path)
-    if missing := {"query", "positive"} - set(table.column_names):
-        raise ValueError(f"{path} lacks the columns {sorted(missing)}; it has {table.column_names}.")
-    columns = table.to_pydict()
-    negatives = columns.get("negatives") or [[]] * table.num_rows
-    pairs = []
-    for row, (query, positive, others) in enumerate(zip(columns["query"], columns["positive"], negatives, strict=True)):
-        if not (query and query.strip() and positive and positive.strip()):
-            raise ValueError(f"{path}: row {row} has an empty query or positive.")
-        pairs.append(Pair(query, positive, tuple(others or ())))
-    about = folder / f"{name}.json"
-    instruction = json.loads(about.read_text(encoding="utf-8")).get("instruction", "") if about.is_file() else ""
-    return PairSet(name, instruction, pairs)
+    found = [path for suffix in _FORMATS if (path := folder / f"{name}{suffix}").is_file()]
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"The recipe names the data set {name!r}, but {folder} holds {len(found) or 'none'} of "
+            + ", ".join(f"{name}{suffix}" for suffix in _FORMATS)
+        )
+    (path,) = found
+    pairs: dict[tuple[str, str], Pair] = {}
+    left_out: dict[str, list[int]] = {}
+    rows = 0
+    for line, row in _rows(path):
+        rows += 1
+        pair = _pair(row)
+        if isinstance(pair, Pair) and (pair.query, pair.positive) in pairs:
+            pair = "the same pair as before"
+        if isinstance(pair, Pair):
+            pairs[pair.query, pair.positive] = pair
+        else:
+            left_out.setdefault(pair, []).append(line)
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
+    if left_out:
+        bad = sum(map(len, left_out.values()))
+        report = f"{path}: {bad} of {rows} rows cannot be used:\n" + "\n".join(
+            f"- {reason}: {len(lines)}, line {', '.join(map(str, lines[:_LINES_SHOWN]))}"
+            + (", ..." if len(lines) > _LINES_SHOWN else "")
+            for reason, lines in left_out.items()
+        )
+        if bad > max_bad_rows * rows:
+            raise ValueError(f"{report}\nMend them, or raise max_bad_rows (now {max_bad_rows}) in the recipe's data.")
+        logger.warning(report)
+    if instruction is None:
+        about = folder / f"{name}.json"
+        instruction = json.loads(about.read_text(encoding="utf-8")).get("instruction", "") if about.is_file() else ""
+    return PairSet(name, instruction, list(pairs.values()), left_out)
 
 
-def draw_batches(
-    sets: list[PairSet],
-    weights: Mapping[str, float],
-    *,
-    batch_size: int,
-    num_batches: int,
-    num_negatives: int,
-    seed: int,
-) -> Iterator[PairBatch]:
-    """`num_batches` batches, each from one set, drawn in proportion to weight times the square root of its rows.
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a file; a row of a JSONL file that is no JSON comes as None. Parquet rows are counted from 1."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
 
-    A set is gone through in a shuffled order, and again in another one when it is used up. The same arguments give
-    the same batches.
+        file = pq.ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names)
+        names = [name for name in ("query", "positive", "negatives") if name in file.schema_arrow.names]
+        line = 0
+        for batch in file.iter_batches(columns=names):
+            for row in batch.to_pylist():
+                line += 1
+                yield line, row
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as text:
+            reader = csv.DictReader(text)
+            _check_columns(path, reader.fieldnames or [])
+            for row in reader:
+                yield reader.line_num, row
+    else:
+        with path.open(encoding="utf-8") as text:
+            for line, content in enumerate(text, start=1):
+                if not content.strip():
+                    continue
+                try:
+                    yield line, json.loads(content)
+                except json.JSONDecodeError:
+                    yield line, None
+
+
+def _check_columns(path: Path, names: Any) -> None:
+    if missing := {"query", "positive"} - set(names):
+        raise ValueError(f"{path} lacks the columns {sorted(missing)}; it has {list(names)}.")
+
+
+def _pair(row: Any) -> Pair | str:
+    """The row as a pair, or what is wrong with it."""
+    if not isinstance(row, Mapping):
+        return "not a JSON object"
+    query, positive, negatives = row.get("query"), row.get("positive"), row.get("negatives")
+    for name, value in (("query", query), ("positive", positive)):
+        if not isinstance(value, str) or not value.strip():
+            return f"no text in {name!r}"
+    if query == positive:
+        return "query and positive are the same"
+    if isinstance(negatives, str):
+        try:
+            negatives = json.loads(negatives) if negatives.strip() else None
+        except json.JSONDecodeError:
+            return "'negatives' is not a JSON list"
+    if negatives is None:
+        negatives = []
+    if not isinstance(negatives, list) or not all(isinstance(text, str) and text.strip() for text in negatives):
+        return "'negatives' is not a list of texts"
+    return Pair(str(query), str(positive), tuple(text for text in negatives if text not in (query, positive)))
+
+
+def draw_stage(
+    sets: list[PairSet], weights: Mapping[str, float], *, batch_size: int, steps: int, num_negatives: int, seed: int
+) -> dict[str, Dataset]:
+    """Datasets that hold about `steps` batches, a set's share its weight times the square root of its rows.
+
+    The trainer makes every batch from one dataset and draws datasets in proportion to their rows. A set is gone
+    through in a shuffled order, and again when it is used up. Columns: query, positive, and `num_negatives` more
+    where a row has as many; rows that lack them make a dataset of their own, since a batch has one shape.
     """
     rng = np.random.default_rng(seed)
     share = np.array([weights[one.name] * np.sqrt(len(one.pairs)) for one in sets])
-    orders: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in sets]
-    for _ in range(num_batches):
-        which = int(rng.choice(len(sets), p=share / share.sum()))
-        pairs = sets[which].pairs
-        while len(orders[which]) < min(batch_size, len(pairs)):
-            orders[which] = np.concatenate([orders[which], rng.permutation(len(pairs))])
-        rows, orders[which] = np.split(orders[which], [min(batch_size, len(pairs))])
-        yield make_batch(sets[which].instruction, [pairs[row] for row in rows], num_negatives)
+    counts = rng.multinomial(steps, share / share.sum())
+    drawn: dict[str, Dataset] = {}
+    for one, num_batches in zip(sets, counts, strict=True):
+        rows: list[Pair] = []
+        while len(rows) < num_batches * batch_size:
+            order = rng.permutation(len(one.pairs))[: num_batches * batch_size - len(rows)]
+            rows += [one.pairs[i] for i in order]
+        full = [pair for pair in rows if num_negatives and len(pair.negatives) >= num_negatives]
+        plain = [pair for pair in rows if not (num_negatives and len(pair.negatives) >= num_negatives)]
+        for name, part, negatives in ((one.name, plain, 0), (f"{one.name} with negatives", full, num_negatives)):
+            # Fewer than a batch are no batch of their own, unless the set has no more than that.
+            if len(part) >= batch_size or (part and len(part) == len(rows)):
+                drawn[name] = _dataset(part, negatives)
+    return drawn
 
 
-def make_batch(instruction: str, pairs: list[Pair], num_negatives: int) -> PairBatch:
-    """Queries and documents of some pairs, and which documents must not count as negatives of which query."""
-    positives = [pair.positive for pair in pairs]
-    negatives = [text for pair in pairs for text in pair.negatives[:num_negatives]]
-    documents = positives + negatives
-    answers: dict[str, set[str]] = {}
-    for pair in pairs:
-        answers.setdefault(pair.query, set()).add(pair.positive)
-    also_positive = np.array([[document in answers[pair.query] for document in documents] for pair in pairs])
-    return PairBatch(instruction, [pair.query for pair in pairs], documents, also_positive)
+def _dataset(pairs: list[Pair], num_negatives: int) -> Dataset:
+    columns = {"query": [pair.query for pair in pairs], "positive": [pair.positive for pair in pairs]}
+    for i in range(num_negatives):
+        columns[f"negative_{i + 1}"] = [pair.negatives[i] for pair in pairs]
+    return Dataset.from_dict(columns)

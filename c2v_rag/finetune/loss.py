@@ -1,42 +1,44 @@
 """The training loss: InfoNCE and in-batch distillation, on the embedding and on each of its halves.
 
-B queries, M documents of which the first B are the queries' positives.
+B queries, M documents of which the first B are the queries' positives, D and K columns.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
 
 _MASKED = -1e4  # a finite logit whose probability is 0: a row of -inf alone would give NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class LossWeights:
-    """`distill` and `info_nce` are added; `halves` adds the same sum on the Contextual and the EOS half alone."""
+class LossWeights(BaseModel):
+    """`distill` and `info_nce` are added; `halves` adds the same sum on the Contextual and the EOS half alone.
 
-    distill: float = 1.0
-    info_nce: float = 0.3
-    halves: float = 0.0
-    temperature: float = 0.05
+    `matryoshka_dims` adds it on the first so many columns too, for embeddings that are to be cut.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    distill: NonNegativeFloat = 1.0
+    info_nce: NonNegativeFloat = 0.3
+    halves: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 0.05
+    matryoshka_dims: tuple[PositiveInt, ...] = ()
 
 
-def info_nce(queries: Tensor, documents: Tensor, temperature: float, also_positive: Tensor | None = None) -> Tensor:
+def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
     """InfoNCE over in-batch and hard negatives; unit-length rows, so that scores are cosine similarities.
 
-    `queries` (B, D); `documents` (M, D), the positive of query i at row i. `also_positive` (B, M) marks documents
-    that answer a query too (equal texts in the batch); they are left out of its sum.
+    `queries` (B, D); `documents` (M, D), the positive of query i at row i.
     """
-    logits = queries @ documents.T / temperature
-    labels = torch.arange(len(queries), device=queries.device)
-    if also_positive is not None:
-        others = also_positive.clone()
-        others[labels, labels] = False
-        logits = logits.masked_fill(others, _MASKED)
-    return cross_entropy(logits, labels)
+    return cross_entropy(queries @ documents.T / temperature, torch.arange(len(queries), device=queries.device))
 
 
 def score_distillation(student: Tensor, teacher: Tensor, temperature: float, *, leave_out_diagonal: bool) -> Tensor:
@@ -68,22 +70,70 @@ def in_batch_distillation(
 def combined_loss(
     queries: Tensor,
     documents: Tensor,
-    teacher_queries: Tensor,
-    teacher_documents: Tensor,
+    teacher_queries: Tensor | None,
+    teacher_documents: Tensor | None,
     weights: LossWeights,
-    also_positive: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum, on the embeddings and, where `weights.halves` is not 0, on both interleaved halves."""
+    """The weighted sum over the embeddings and the parts of them that `weights` names; computed in float32.
+
+    `queries` (B, D), `documents` (M, D), a teacher's (B, K) and (M, K), all of unit length. Without a teacher there
+    is no distillation.
+    """
 
     def on(q: Tensor, d: Tensor) -> Tensor:
-        distilled = in_batch_distillation(q, d, teacher_queries, teacher_documents, weights.temperature)
-        contrasted = info_nce(q, d, weights.temperature, also_positive)
-        return weights.distill * distilled + weights.info_nce * contrasted
+        loss = weights.info_nce * info_nce(q, d, weights.temperature)
+        if teacher_queries is not None and teacher_documents is not None:
+            distilled = in_batch_distillation(q, d, teacher_queries, teacher_documents, weights.temperature)
+            loss = loss + weights.distill * distilled
+        return loss
+
+    def on_columns(columns: slice) -> Tensor:
+        return on(normalize(queries[:, columns], dim=1), normalize(documents[:, columns], dim=1))
 
     loss = on(queries, documents)
     if weights.halves:
-        for half in (0, 1):
-            loss = loss + weights.halves * on(
-                normalize(queries[:, half::2], dim=1), normalize(documents[:, half::2], dim=1)
-            )
+        loss = loss + weights.halves * (on_columns(slice(0, None, 2)) + on_columns(slice(1, None, 2)))
+    for dim in weights.matryoshka_dims:
+        loss = loss + on_columns(slice(0, dim))
     return loss
+
+
+class Causal2VecLoss(CachedLossMixin, nn.Module):
+    """`combined_loss` for sentence-transformers' trainer: columns query, positive, and any number of negatives.
+
+    A teacher's vectors come as the feature "teacher" (B, 1, K) of each column. With `mini_batch_size`, activations of
+    so many texts are alive at a time (GradCache, arXiv 2101.06983; the library's), whatever the batch size.
+    """
+
+    def __init__(self, model: SentenceTransformer, weights: LossWeights, mini_batch_size: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.weights = weights
+        self.uses_gradient_cache = mini_batch_size is not None
+        self.mini_batch_size = mini_batch_size or 0
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        """The loss of one batch; there are no labels."""
+        features = list(sentence_features)
+        teachers: Any = [column["teacher"].squeeze(1) for column in features] if "teacher" in features[0] else None
+        if self.uses_gradient_cache:
+            loss: Tensor = self.forward_cached(features, teachers)
+            return loss
+        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], teachers)
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
+        """From the embeddings of each column, in slices; `labels` are the columns' teacher vectors, or None.
+
+        The mixin calls it too, and hands `labels` through as they are.
+        """
+        queries, *documents = [torch.cat(column) for column in reps]
+        teacher_queries, teacher_documents = (labels[0], torch.cat(list(labels[1:]))) if labels else (None, None)
+        # Half-precision similarities tie candidates.
+        with torch.autocast(queries.device.type, enabled=False):
+            loss = combined_loss(
+                queries.float(), torch.cat(documents).float(), teacher_queries, teacher_documents, self.weights
+            )
+        if with_backward:
+            torch.autograd.backward(loss)
+            return loss.detach()
+        return loss

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from c2v_rag.finetune.loss import LossWeights
+
+TrainedPart = Literal["projector", "llm_adapter", "encoder_adapter", "encoder"]
 
 
 class _Strict(BaseModel):
@@ -16,56 +18,96 @@ class _Strict(BaseModel):
 
 
 class BaseModels(_Strict):
-    """`encoder`, `llm`: what `Causal2Vec.from_parts` takes. The `*_also` lists name further sources of the same
-    model (entries of base.json) that the finished checkpoint accepts."""
+    """What is trained: a new model of `encoder` and `llm` (what `Causal2Vec.from_parts` takes), or `checkpoint`, one
+    that `Causal2Vec.from_pretrained` reads. The `*_also` lists name further sources of the same weights (entries of
+    base.json) that the finished checkpoint accepts. `config` holds further settings of `Causal2VecConfig`."""
 
-    encoder: str
-    llm: str
+    checkpoint: str | None = None
+    encoder: str | None = None
+    llm: str | None = None
     num_llm_layers: PositiveInt | None = None
     encoder_max_length: PositiveInt = 512
+    config: dict[str, Any] = {}
     encoder_also: list[dict[str, Any]] = []
     llm_also: list[dict[str, Any]] = []
 
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> BaseModels:
+        new = self.encoder is not None and self.llm is not None
+        if (self.checkpoint is not None) == new or (self.checkpoint is not None and (self.encoder or self.llm)):
+            raise ValueError("give either 'checkpoint', or both 'encoder' and 'llm'")
+        return self
+
+
+class SetOptions(_Strict):
+    """`instruction` stands before the set's queries; the one in NAME.json unless given here."""
+
+    weight: PositiveFloat = 1.0
+    instruction: str | None = None
+
 
 class Data(_Strict):
-    """`sets` maps a set's name (NAME.parquet, NAME.json in the data folder) to its weight in the mixture.
+    """`sets` maps a set's name (NAME.parquet, NAME.jsonl or NAME.csv in the data folder) to its weight in the mixture,
+    or to weight and instruction.
 
-    A set is drawn with probability in proportion to its weight times the square root of its rows.
+    A set is drawn in proportion to its weight times the square root of its rows. More bad rows than the share
+    `max_bad_rows` are an error; fewer are left out and counted.
     """
 
-    sets: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+    folder: Path | None = None
+    sets: Annotated[dict[str, PositiveFloat | SetOptions], Field(min_length=1)]
+    max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+    def options(self, name: str) -> SetOptions:
+        given = self.sets[name]
+        return given if isinstance(given, SetOptions) else SetOptions(weight=given)
 
 
 class Lora(_Strict):
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Stage(_Strict):
     """One stage: what is trained, on sequences of which kind, for how long.
 
     `sequences`: "context" ends every sequence at the Contextual token, one token per text through the decoder;
-    "full" runs whole texts. `learning_rate`: per trained part, the peak of a cosine with a 5 % warm-up.
-    `max_length`: tokens at which a text is cut, in both tokenizers. `num_negatives`: hard negatives taken a pair.
+    "no_text" puts EOS right behind it, two tokens per text, so that EOS learns to read it; "full" runs whole texts.
+    `learning_rate`: per trained part, the peak of a cosine with a 5 % warm-up. `batch_size`: pairs, all of one set;
+    `mini_batch_size`: texts whose activations are in memory at a time, the whole batch unless given. `max_length`:
+    tokens at which a text is cut, in both tokenizers. `num_negatives`: hard negatives taken a pair.
     """
 
-    name: str
-    sequences: Literal["context", "full"]
-    train: Annotated[list[Literal["projector", "llm_adapter"]], Field(min_length=1)]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
+    sequences: Literal["context", "no_text", "full"]
+    train: Annotated[list[TrainedPart], Field(min_length=1)]
     steps: PositiveInt
-    batch_size: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]
+    mini_batch_size: PositiveInt | None = None
     max_length: PositiveInt
     num_negatives: Annotated[int, Field(ge=0)] = 1
-    learning_rate: dict[Literal["projector", "llm_adapter"], PositiveFloat]
+    learning_rate: dict[TrainedPart, PositiveFloat]
     loss: LossWeights = LossWeights()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Stage:
+        if set(self.train) != set(self.learning_rate):
+            raise ValueError(f"'learning_rate' must name the trained parts {self.train}, got {[*self.learning_rate]}")
+        return self
 
 
 class Recipe(_Strict):
+    """`teacher`: a sentence-transformers model whose similarities are distilled; the encoder alone unless given."""
+
     base: BaseModels
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1)]
     lora: Lora = Lora()
+    teacher: str | None = None
     seed: int = 0
+    save_steps: PositiveInt = 50
+    output: Path | None = None
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

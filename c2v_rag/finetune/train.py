@@ -1,225 +1,457 @@
-"""Training in stages: the Contextual token's half first, on sequences of one token; then whole texts.
+"""Training in stages, each one run of sentence-transformers' trainer.
 
-Run as `python -m c2v_rag.finetune.train RECIPE.yaml --data FOLDER --output FOLDER`.
+The Contextual token's half can be trained first, on sequences that end at it: under a causal mask its state depends
+on nothing behind it, so that a text costs the decoder one token. Whole texts come after.
+
+Run as `c2v-rag train RECIPE.yaml --data FOLDER --output FOLDER`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import hashlib
 import json
 import logging
-import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference
 from c2v_rag.config import Causal2VecConfig
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.finetune.data import PairBatch, draw_batches, read_pair_set
-from c2v_rag.finetune.loss import combined_loss
-from c2v_rag.finetune.recipe import Recipe, Stage
+from c2v_rag.finetune.data import PairSet, draw_stage, read_pair_set
+from c2v_rag.finetune.loss import Causal2VecLoss
+from c2v_rag.finetune.recipe import Recipe, Stage, TrainedPart
+from c2v_rag.finetune.vectors import TextVectors
 from c2v_rag.model import Causal2Vec
-from c2v_rag.tokenization import TextTokenizer, TokenBatch
+from c2v_rag.tokenization import TextTokenizer
+from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
 
 logger = logging.getLogger(__name__)
 
 WARM_UP = 0.05
+_COMPLETE = "complete"
+_TRAINED_FILE = "trained.safetensors"
+# Which parameters of a Causal2Vec model belong to a part: of these names, with or without LoRA in them.
+_PART_PREFIX: dict[TrainedPart, tuple[str, bool]] = {
+    "projector": ("projector.", False),
+    "llm_adapter": ("llm.", True),
+    "encoder_adapter": ("encoder.", True),
+    "encoder": ("encoder.", False),
+}
 
 
-def half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 matrix products over float32 weights, where the hardware has them."""
-    dtype = inference.default_dtype(device)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-class EncoderVectors:
-    """The frozen encoder's vectors of texts, computed once; the teacher's and the projector's input."""
-
-    def __init__(self, embedder: EncoderEmbedder) -> None:
-        self._embedder = embedder
-        self._rows: dict[str, int] = {}
-        self._vectors = np.empty((0, embedder.embedding_dim), dtype=np.float32)
-
-    def add(self, texts: Sequence[str], *, show_progress: bool = False) -> None:
-        """Compute what is not there yet."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        with half_precision(self._embedder.device):
-            vectors = self._embedder.encode_document(new, on_truncate="ignore", show_progress=show_progress)
-        self._rows.update({text: len(self._rows) + i for i, text in enumerate(new)})
-        self._vectors = np.concatenate([self._vectors, vectors])
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(n, E), rows of length 1."""
-        return torch.from_numpy(self._vectors[[self._rows[text] for text in texts]])
+def part_of(name: str) -> TrainedPart | None:
+    """The part that a parameter of this name belongs to; None for the decoder's own weights, which stay."""
+    for part, (prefix, low_rank) in _PART_PREFIX.items():
+        if name.startswith(prefix) and (".lora_" in name) == low_rank:
+            return part
+    return None
 
 
 def new_model(recipe: Recipe, *, device: str | None = None) -> Causal2Vec:
-    """The recipe's untrained model in float32, with a fresh LoRA on the decoder; all else frozen."""
-    config = Causal2VecConfig(
-        num_llm_layers=recipe.base.num_llm_layers, encoder_max_length=recipe.base.encoder_max_length
-    )
-    model = Causal2Vec.from_parts(
-        recipe.base.encoder, recipe.base.llm, config=config, device=device, dtype=torch.float32, seed=recipe.seed
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        lora = LoraConfig(r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules="all-linear")
-        inject_adapter_in_model(lora, model.llm)
+    """The recipe's model before training, in float32, with fresh LoRA where a stage trains one.
+
+    A checkpoint's own adapter is trained further where it has one. Raises what `from_parts`, `from_pretrained` raise.
+    """
+    base = recipe.base
+    if base.checkpoint is not None:
+        model = Causal2Vec.from_pretrained(base.checkpoint, device=device, dtype=torch.float32)
+    else:
+        config = Causal2VecConfig(
+            num_llm_layers=base.num_llm_layers, encoder_max_length=base.encoder_max_length, **base.config
+        )
+        model = Causal2Vec.from_parts(
+            str(base.encoder), str(base.llm), config=config, device=device, dtype=torch.float32, seed=recipe.seed
+        )
+    trained = {part for stage in recipe.stages for part in stage.train}
+    for part, module in (("llm_adapter", model.llm), ("encoder_adapter", model.encoder)):
+        if part not in trained:
+            continue
+        if any(".lora_" in name for name, _ in module.named_parameters()):
+            for layer in module.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.unmerge()
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            lora = LoraConfig(
+                r=recipe.lora.rank,
+                lora_alpha=recipe.lora.alpha,
+                lora_dropout=recipe.lora.dropout,
+                target_modules="all-linear",
+            )
+            inject_adapter_in_model(lora, module)
     return model
 
 
-def trained_parameters(model: Causal2Vec, part: str) -> list[nn.Parameter]:
-    if part == "projector":
-        return list(model.projector.parameters())
-    return [parameter for name, parameter in model.llm.named_parameters() if ".lora_" in name]
+class TrainingModule(Causal2VecModule):
+    """`Causal2VecModule` that cuts, shows and caches what a stage says.
+
+    Beside those of the base class there are the features "rows" (B,), the places in `texts`; "pooled" (B, 1, E), the
+    encoder's vectors where it is frozen; and "teacher" (B, 1, K).
+    """
+
+    def __init__(self, model: Causal2Vec, stage: Stage, texts: TextVectors, teacher: TextVectors | None) -> None:
+        super().__init__(model)
+        self._stage = stage
+        self._cutter = cutter(model, stage.max_length)
+        self.texts = texts
+        self._teacher = teacher
+        self._encoder_is_frozen = not {"encoder", "encoder_adapter"} & set(stage.train)
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        # Other sequences hold no text. The encoder still reads it, unless its vectors are cached.
+        tokenized = self._cutter(inputs, prompt or "")
+        if self._stage.sequences != "full":
+            empty = self._cutter([""], prompt or "").text_ids
+            tokenized = dataclasses.replace(tokenized, text_ids=empty * len(inputs))
+        features = to_features(tokenized.collate(range(len(inputs))))
+        features["rows"] = self.texts.rows(inputs)
+        if self._encoder_is_frozen:
+            features["pooled"] = self.texts(features["rows"]).unsqueeze(1)
+        if self._teacher is not None:
+            features["teacher"] = self._teacher(self._teacher.rows(inputs)).unsqueeze(1)
+        return features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        pooled = features["pooled"].squeeze(1) if "pooled" in features else None
+        pooling = "context" if self._stage.sequences == "context" else self.model.config.pooling
+        features["sentence_embedding"] = self.model(to_token_batch(features), pooled=pooled, pooling=pooling)
+        return features
+
+
+def cutter(model: Causal2Vec, max_length: int) -> TextTokenizer:
+    """The model's tokenizers, cutting at `max_length`."""
+    config = dataclasses.replace(
+        model.config, max_length=max_length, encoder_max_length=min(max_length, model.config.encoder_max_length)
+    )
+    return TextTokenizer(config, model.tokenizer.encoder, model.tokenizer.llm)
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """Saves the trained parameters alone, and stops at a loss that is not finite."""
+
+    tokens = 0
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        self.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
+        rows = {name.removesuffix("_rows"): rows for name, rows in inputs.items() if name.endswith("_rows")}
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        if not torch.isfinite(value):
+            texts = self._module.texts.texts
+            path = Path(str(self.args.output_dir)) / f"bad-batch-{self.state.global_step}.json"
+            batch = {column: [texts[row] for row in found.tolist()] for column, found in rows.items()}
+            path.write_text(json.dumps(batch, indent=1, ensure_ascii=False), encoding="utf-8")
+            raise FloatingPointError(
+                f"The loss is {value.item()} at step {self.state.global_step}. The batch is in {path}. Lower the "
+                "learning rates; --resume goes on from the last checkpoint before it."
+            )
+        return loss
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: the card is ours."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_tensors(self._module.model), folder / _TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self._module.model, Path(resume_from_checkpoint) / _TRAINED_FILE)
+
+    @property
+    def _module(self) -> TrainingModule:
+        return cast(TrainingModule, self.model[0])
+
+
+class _Watch(TrainerCallback):
+    """A progress bar with loss and tokens a second, and a mark in every checkpoint that was written to its end."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self.trainer: _Trainer | None = None
+        self._bar: tqdm[Any] | None = None
+        self._started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self._stage.name, unit="step", mininterval=5
+        )
+        self._started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._bar is not None and self.trainer is not None and "loss" in (logs or {}):
+            speed = self.trainer.tokens / (time.perf_counter() - self._started)
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def trained_tensors(model: Causal2Vec) -> dict[str, Tensor]:
+    """The parameters that any recipe can train and this model has, apart from an encoder that is as it was read."""
+    tensors = {name: parameter for name, parameter in model.named_parameters() if part_of(name) is not None}
+    if not any(parameter.requires_grad for name, parameter in tensors.items() if part_of(name) == "encoder"):
+        tensors = {name: parameter for name, parameter in tensors.items() if part_of(name) != "encoder"}
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in tensors.items()}
+
+
+@torch.no_grad()
+def load_trained(model: Causal2Vec, path: Path) -> None:
+    """Write the tensors of a file that `trained_tensors` filled into the model."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_file(path).items():
+        parameters[name].copy_(tensor)
 
 
 def run_stage(
-    model: Causal2Vec, stage: Stage, batches: list[PairBatch], vectors: EncoderVectors
+    model: Causal2Vec,
+    stage: Stage,
+    datasets: Mapping[str, Dataset],
+    instructions: Mapping[str, str],
+    texts: TextVectors,
+    teacher: TextVectors | None,
+    folder: Path,
+    *,
+    seed: int = 0,
+    save_steps: int = 50,
+    resume: bool = False,
 ) -> list[dict[str, float]]:
-    """Train one stage in place; returns a row a step: loss, learning rate as a share of the peak, seconds.
+    """Train one stage in place; returns a row a step: loss, gradient norm, learning rate.
 
-    Raises FloatingPointError when the loss is not finite.
+    `instructions` by data set. With `resume`, go on from the last complete checkpoint in `folder`. Raises
+    FloatingPointError when the loss is not finite, and writes the batch beside the checkpoints.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    groups: list[dict[str, Any]] = []
-    trained: list[nn.Parameter] = []
-    for part in stage.train:
-        parameters = trained_parameters(model, part)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        trained += parameters
-        groups.append({"params": parameters, "lr": stage.learning_rate[part]})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    warm_up = max(1, round(stage.steps * WARM_UP))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            (step + 1) / warm_up
-            if step < warm_up
-            else 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, stage.steps - warm_up)))
-        ),
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in stage.train)
+    module = TrainingModule(model, stage, texts, teacher)
+    on_cpu = model.device.type == "cpu"
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=max(stage.learning_rate.values()),
+        learning_rate_mapping={_pattern(part): rate for part, rate in stage.learning_rate.items()},
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(stage.steps * WARM_UP)),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=inference.default_dtype(model.device) == torch.bfloat16,
+        use_cpu=on_cpu,
+        seed=seed,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
+        prompts={
+            name: {"query": model.config.lead(instructions[name.removesuffix(" with negatives")])} for name in datasets
+        },
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=not on_cpu,
     )
-    config = dataclasses.replace(model.config, max_length=stage.max_length)
-    tokenizer = TextTokenizer(config, model.tokenizer.encoder, model.tokenizer.llm)
-    pooling = "context" if stage.sequences == "context" else model.config.pooling
-
-    def embed(texts: list[str], instruction: str) -> Tensor:
-        # "context" sequences hold no text, so none is tokenised.
-        tokenized = tokenizer(texts if pooling != "context" else [""] * len(texts), model.config.lead(instruction))
-        batch: TokenBatch = tokenized.collate(range(len(texts))).to(model.device)
-        with half_precision(model.device):
-            embeddings: Tensor = model(batch, pooled=vectors(texts).to(model.device), pooling=pooling)
-        return embeddings
-
-    log: list[dict[str, float]] = []
-    model.train()
-    progress = tqdm(batches, desc=stage.name, unit="step", mininterval=10)
-    for step, batch in enumerate(progress):
-        started = time.perf_counter()
-        weights = stage.loss if pooling == "context_eos" else dataclasses.replace(stage.loss, halves=0.0)
-        loss = combined_loss(
-            embed(batch.queries, batch.instruction),
-            embed(batch.documents, ""),
-            vectors(batch.queries).to(model.device),
-            vectors(batch.documents).to(model.device),
-            weights,
-            torch.from_numpy(batch.also_positive).to(model.device),
-        )
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss of stage {stage.name!r} is {loss.item()} at step {step}.")
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - started, 2)})
-        if step % 10 == 9:
-            recent = sum(row["loss"] for row in log[-10:]) / 10
-            progress.set_postfix(loss=f"{recent:.3f}")
+    loaded = SentenceTransformer(modules=[module], device=str(model.device))
+    has_halves = model.config.pooling == "context_eos" and stage.sequences != "context"
+    weights = stage.loss if has_halves else stage.loss.model_copy(update={"halves": 0.0})
+    loss = Causal2VecLoss(loaded, weights, stage.mini_batch_size)
+    watch = _Watch(stage)
+    trainer = _Trainer(model=loaded, args=arguments, train_dataset=dict(datasets), loss=loss, callbacks=[watch])
+    trainer.remove_callback(PrinterCallback)
+    watch.trainer = trainer
+    trainer.train(resume_from_checkpoint=_last_complete(folder) if resume else None)
     model.eval()
-    return log
+    return [
+        {"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"], "learning_rate": row["learning_rate"]}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+
+
+def _pattern(part: TrainedPart) -> str:
+    """Of the names of a part's parameters inside the trainer's loss: model.0.model.NAME."""
+    prefix, low_rank = _PART_PREFIX[part]
+    return rf"^model\.0\.model\.{prefix[:-1]}\." + (r".*\.lora_" if low_rank else r"(?!.*\.lora_)")
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; unfinished ones are deleted."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _COMPLETE).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def train(
-    recipe: Recipe, data: Path, output: Path, *, device: str | None = None, max_steps: int | None = None
+    recipe: Recipe,
+    data: Path,
+    output: Path,
+    *,
+    device: str | None = None,
+    max_steps: int | None = None,
+    resume: bool = False,
 ) -> Causal2Vec:
-    """Run every stage and save the checkpoint, with the loss of every step, after each. Returns the model.
+    """Run every stage, save the checkpoint to `output`, and return the model.
 
-    `max_steps` shortens each stage, for a dry run.
+    `OUTPUT.training` beside it keeps what a stopped run needs to go on (`resume`), the loss of every step as
+    log.json and loss.png, and the vectors of the texts. `max_steps` shortens each stage, for a dry run.
+
+    Raises ValueError for data or a recipe that cannot be used, FileExistsError when there is a run already and
+    `resume` was not asked for, FloatingPointError for a loss that is not finite.
     """
-    sets = [read_pair_set(data, name) for name in recipe.data.sets]
+    if max_steps is not None:
+        stages = [stage.model_copy(update={"steps": min(stage.steps, max_steps)}) for stage in recipe.stages]
+        recipe = recipe.model_copy(update={"stages": stages})
+    options = {name: recipe.data.options(name) for name in recipe.data.sets}
+    sets = [
+        read_pair_set(data, name, instruction=option.instruction, max_bad_rows=recipe.data.max_bad_rows)
+        for name, option in options.items()
+    ]
+    work = output.with_name(f"{output.name}.training")
+    _claim(work, recipe, sets, resume)
     model = new_model(recipe, device=device)
-    log: dict[str, Any] = {"recipe": recipe.model_dump(), "stages": {}}
-    for number, stage in enumerate(recipe.stages):
-        if max_steps is not None:
-            stage = stage.model_copy(update={"steps": min(stage.steps, max_steps)})
-        batches = list(
-            draw_batches(
-                sets,
-                recipe.data.sets,
-                batch_size=stage.batch_size,
-                num_batches=stage.steps,
-                num_negatives=stage.num_negatives,
-                seed=recipe.seed + number,
-            )
+    log: dict[str, list[dict[str, float]]] = {}
+    for number, stage in enumerate(recipe.stages, start=1):
+        finished = work / f"{number}-{stage.name}.safetensors"
+        rows_file = finished.with_suffix(".json")
+        if rows_file.is_file():
+            load_trained(model, finished)
+            log[stage.name] = json.loads(rows_file.read_text(encoding="utf-8"))
+            continue
+        seed = recipe.seed + number
+        datasets = draw_stage(
+            sets,
+            {name: option.weight for name, option in options.items()},
+            batch_size=stage.batch_size,
+            steps=stage.steps,
+            num_negatives=stage.num_negatives,
+            seed=seed,
         )
-        config = dataclasses.replace(
-            model.config, encoder_max_length=min(stage.max_length, model.config.encoder_max_length)
-        )
-        cutter = TextTokenizer(config, model.tokenizer.encoder, model.tokenizer.llm)
-        vectors = EncoderVectors(EncoderEmbedder(model, cutter))
-        started = time.perf_counter()
-        vectors.add([text for batch in batches for text in batch.queries + batch.documents], show_progress=True)
-        encoded = time.perf_counter() - started
-        rows = run_stage(model, stage, batches, vectors)
-        log["stages"][stage.name] = {
-            "pairs": sum(len(batch.queries) for batch in batches),
-            "encoder_seconds": round(encoded, 1),
-            "seconds": round(time.perf_counter() - started, 1),
-            "steps": rows,
-        }
-        save(model, recipe, output)
-        (output.parent / f"{output.name}.log.json").write_text(json.dumps(log, indent=1), encoding="utf-8")
-    return model
-
-
-def save(model: Causal2Vec, recipe: Recipe, folder: Path) -> None:
-    """Save the checkpoint with half-precision trained parts, the recipe's further sources of the bases accepted."""
+        texts, teacher = _vectors(model, recipe, stage, work)
+        every = [text for one in datasets.values() for column in one.column_names for text in one[column]]
+        texts.prepare(every)
+        if teacher is not None and teacher is not texts:
+            teacher.prepare(every)
+        log[stage.name] = run_stage(
+            model, stage, datasets, {one.name: one.instruction for one in sets}, texts, teacher,
+            work / f"{number}-{stage.name}", seed=seed, save_steps=recipe.save_steps, resume=resume,
+        )  # fmt: skip
+        aside = finished.with_suffix(".part")
+        save_file(trained_tensors(model), aside)
+        aside.rename(finished)
+        rows_file.write_text(json.dumps(log[stage.name]), encoding="utf-8")
+        shutil.rmtree(work / f"{number}-{stage.name}")
+    (work / "log.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "steps": log}, indent=1))
+    plot_losses(log, work / "loss.png")
     model.save_pretrained(
-        folder,
+        output,
         trained_dtype=torch.float16,
         also_accepted={"encoder": recipe.base.encoder_also, "llm": recipe.base.llm_also},
     )
+    return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder of NAME.parquet and NAME.json files")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the finished checkpoint")
-    parser.add_argument("--device")
-    parser.add_argument("--max-steps", type=int, help="shorten every stage, for a dry run")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
-    train(
-        Recipe.load(arguments.recipe),
-        arguments.data,
-        arguments.output,
-        device=arguments.device,
-        max_steps=arguments.max_steps,
+def _claim(work: Path, recipe: Recipe, sets: list[PairSet], resume: bool) -> None:
+    """Make the run's folder, or check that the run in it is this one."""
+    digest = hashlib.sha256()
+    for one in sets:
+        digest.update(
+            json.dumps([one.name, one.instruction, [dataclasses.astuple(pair) for pair in one.pairs]]).encode()
+        )
+    run = {"recipe": recipe.model_dump(mode="json", exclude={"output"}), "data": digest.hexdigest()}
+    path = work / "run.json"
+    if path.is_file():
+        if not resume:
+            raise FileExistsError(f"{work} holds a run already. Go on with it (--resume), or delete the folder.")
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [key for key in run if run[key] != earlier[key]]:
+            raise ValueError(f"{work} holds a run of another {' and other '.join(changed)}: it cannot be resumed.")
+        return
+    if resume:
+        logger.warning("There is no run in %s yet: starting one.", work)
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=1), encoding="utf-8")
+
+
+def _vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path) -> tuple[TextVectors, TextVectors | None]:
+    """The encoder's vectors of texts cut as the stage says, and the teacher's, None where nothing is distilled."""
+    encoder = EncoderEmbedder(model, cutter(model, stage.max_length))
+    low_precision = inference.default_dtype(model.device) == torch.bfloat16
+
+    def fast() -> torch.autocast:
+        return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision)
+
+    def by_encoder(some: Sequence[str]) -> np.ndarray:
+        with fast():
+            return encoder.encode_document(some, on_truncate="ignore", show_progress=True)
+
+    def by_teacher(some: Sequence[str]) -> np.ndarray:
+        teacher = SentenceTransformer(str(recipe.teacher), device=str(model.device))
+        teacher.max_seq_length = min(stage.max_length, teacher.max_seq_length or stage.max_length)
+        with fast():
+            vectors = teacher.encode(list(some), normalize_embeddings=True, show_progress_bar=True)
+        return np.asarray(vectors, dtype=np.float32)
+
+    digest = hashlib.sha256()  # an earlier stage may have trained the encoder
+    for tensor in model.encoder.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    texts = TextVectors(work / "vectors" / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", by_encoder)
+    if not stage.loss.distill:
+        return texts, None
+    return texts, texts if recipe.teacher is None else TextVectors(
+        work / "vectors" / f"teacher-{stage.max_length}", by_teacher
     )
 
 
-if __name__ == "__main__":
-    main()
+def plot_losses(log: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """The loss of every step, stage after stage, and its running mean, as an image."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(log), figsize=(5 * len(log), 3.5), squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], log.items(), strict=True):
+        losses = np.array([row["loss"] for row in rows])
+        window = max(1, len(losses) // 20)
+        axis.plot(losses, linewidth=0.6, alpha=0.5, color="tab:blue", label="each step")
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axis.plot(np.arange(window - 1, len(losses)), smooth, color="tab:blue", label=f"mean of {window}")
+        axis.set(title=f"stage {name}", xlabel="step", ylabel="loss")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

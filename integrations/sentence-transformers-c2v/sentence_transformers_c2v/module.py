@@ -39,36 +39,15 @@ class Causal2VecModule(InputModule):
         self.model = model
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Token batches of strings; all tensors have B rows. Raises TypeError for anything that is no string.
-
-        `input_ids` (B, T) is the only name of that ending: the trainer looks for it to find the columns. The other
-        ids have a dimension more, (B, 1, S) and (B, 1, P): the cached losses cut the padding off every tensor that
-        is as wide as `input_ids`, whatever is in it.
-        """
+        """Features of strings, as `to_features` makes them. Raises TypeError for anything that is no string."""
         for text in inputs:
             if not isinstance(text, str):
                 raise TypeError(f"A text must be a string, got {type(text).__name__}: {text!r:.80}.")
-        batch = self.model.tokenizer(inputs, prompt or "").collate(range(len(inputs)))
-        rows = len(inputs)
-        return {
-            "input_ids": batch.text_ids,
-            "attention_mask": batch.text_mask,
-            "encoder_ids": batch.encoder_ids.unsqueeze(1),
-            "encoder_mask": batch.encoder_mask.unsqueeze(1),
-            "lead_ids": batch.prefix_ids.expand(rows, 1, -1),
-            "num_lead": torch.full((rows,), batch.num_lead),
-        }
+        return to_features(self.model.tokenizer(inputs, prompt or "").collate(range(len(inputs))))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds "sentence_embedding" (B, embedding_dim), rows of length 1."""
-        batch = TokenBatch(
-            prefix_ids=features["lead_ids"][0, 0],
-            text_ids=features["input_ids"],
-            text_mask=features["attention_mask"],
-            num_lead=int(features["num_lead"][0]),
-            encoder_ids=features["encoder_ids"].squeeze(1),
-            encoder_mask=features["encoder_mask"].squeeze(1),
-        )
+        batch = to_token_batch(features)
         # Training repeats its forward without gradients and must draw the same dropout: nothing may be kept there.
         features["sentence_embedding"] = self.model(batch) if self.training else self.model.embed(batch).float()
         return features
@@ -132,6 +111,36 @@ class Causal2VecModule(InputModule):
         if folder is None:
             raise FileNotFoundError(f"{model_name_or_path!r} is neither a folder nor on the Hub.")
         return cls(Causal2Vec.from_pretrained(folder, **dict(model_kwargs or {})))
+
+
+def to_features(batch: TokenBatch) -> dict[str, Tensor]:
+    """A token batch as sentence-transformers carries one: tensors by name, each of B rows.
+
+    `input_ids` (B, T) is the only name of that ending: the trainer looks for it to find the columns. The other ids
+    have a dimension more, (B, 1, S) and (B, 1, P): the cached losses cut the padding off every tensor that is as wide
+    as `input_ids`, whatever is in it.
+    """
+    rows = len(batch.text_ids)
+    return {
+        "input_ids": batch.text_ids,
+        "attention_mask": batch.text_mask,
+        "encoder_ids": batch.encoder_ids.unsqueeze(1),
+        "encoder_mask": batch.encoder_mask.unsqueeze(1),
+        "lead_ids": batch.prefix_ids.expand(rows, 1, -1),
+        "num_lead": torch.full((rows,), batch.num_lead),
+    }
+
+
+def to_token_batch(features: Mapping[str, Tensor]) -> TokenBatch:
+    """What `to_features` was made of."""
+    return TokenBatch(
+        prefix_ids=features["lead_ids"][0, 0],
+        text_ids=features["input_ids"],
+        text_mask=features["attention_mask"],
+        num_lead=int(features["num_lead"][0]),
+        encoder_ids=features["encoder_ids"].squeeze(1),
+        encoder_mask=features["encoder_mask"].squeeze(1),
+    )
 
 
 def load(

@@ -1,0 +1,138 @@
+"""Score a model and its baselines on tasks: mteb's metrics, and a bootstrap interval on each difference."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from c2v_rag.evaluate.metrics import ndcg_at_k
+from c2v_rag.evaluate.systems import BM25, DenseSystem, systems
+from c2v_rag.evaluate.tasks import Task
+from c2v_rag.model import Causal2Vec
+
+RETRIEVAL_METRICS = ("ndcg_at_10", "map_at_10", "recall_at_10", "recall_at_100", "mrr_at_10")
+STS_METRICS = ("cosine_spearman",)
+_DRAWS = 2000
+
+
+def evaluate(model: Causal2Vec, tasks: Sequence[Task], baselines: Sequence[str] = ()) -> dict[str, Any]:
+    """JSON-ready: what was run on what, scores of every system on every task, and the model's lead over each.
+
+    Scores are fractions, as mteb gives them. A lead is the model minus the baseline in the main metric, with the
+    95 % interval of a paired bootstrap over queries (or sentence pairs). BM25 has no scores on sentence pairs.
+    """
+    scored = systems(model, baselines)
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["c2v-rag", *sys.argv[1:]]),
+        "machine": _machine(model),
+        "versions": {name: metadata.version(name) for name in ("c2v-rag", "mteb", "torch", "transformers")},
+        "model": {**model.stamp, "dtype": str(model.dtype).removeprefix("torch.")},
+        "tasks": {},
+    }
+    for task in tasks:
+        scores: dict[str, dict[str, float]] = {}
+        per_item: dict[str, np.ndarray] = {}
+        for system in scored:
+            name = _name(system)
+            if name == BM25 and task.qrels is None:
+                continue
+            scores[name], per_item[name] = _score(system, task)
+        first, *others = scores
+        result["tasks"][task.name] = {
+            "data": task.data,
+            "items": len(per_item[first]),
+            "metric": task.metric,
+            "scores": scores,
+            "lead": {name: _lead(task, per_item[first], per_item[name]) for name in others},
+        }
+        for system in scored:
+            if isinstance(system, DenseSystem):
+                system.forget()
+    result["systems"] = {
+        system.name: {
+            "weights": system.weights,
+            "dimension": system.dimension,
+            "tokens_per_second": round(system.tokens / system.seconds) if system.seconds else None,
+        }
+        for system in scored
+        if isinstance(system, DenseSystem)
+    }
+    return result
+
+
+def _name(system: Any) -> str:
+    return str(system.name) if isinstance(system, DenseSystem) else BM25
+
+
+def _machine(model: Causal2Vec) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _score(system: Any, task: Task) -> tuple[dict[str, float], np.ndarray]:
+    """mteb's scores, and one number an item: nDCG@10 of each query, or the cosine of each pair."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = mteb.evaluate(
+            system, [task.mteb], cache=None, co2_tracker=False, prediction_folder=folder, show_progress_bar=False
+        )
+        predicted = json.loads((Path(folder) / task.mteb.prediction_file_name).read_text(encoding="utf-8"))
+    row = done.task_results[0].scores["test"][0]
+    names = STS_METRICS if task.qrels is None else RETRIEVAL_METRICS
+    scores = {name: float(row[name]) for name in names}
+    found = predicted["default"]["test"]
+    if task.qrels is None:
+        return scores, np.array(found["cosine_scores"])
+    # trec_eval, which mteb asks, puts the later id first where scores are equal.
+    ranked = {query: sorted(hits, key=lambda id: (hits[id], id), reverse=True) for query, hits in found.items()}
+    return scores, np.array([ndcg_at_k(ranked.get(query, []), gains, 10) for query, gains in task.qrels.items()])
+
+
+def _lead(task: Task, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(len(ours), size=(_DRAWS, len(ours)))
+    if task.gold is None:
+        difference = float((ours - theirs).mean())
+        draws = (ours - theirs)[rows].mean(axis=1)
+    else:
+        gold = np.array(task.gold)
+        difference = _spearman(ours, gold) - _spearman(theirs, gold)
+        draws = np.array([_spearman(ours[row], gold[row]) - _spearman(theirs[row], gold[row]) for row in rows])
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"difference": difference, "low": float(low), "high": float(high)}
+
+
+def _spearman(left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
+
+
+def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
+    """The result as a table: a header, then a row a task and metric; scores x 100, leads with their interval."""
+    names = list(dict.fromkeys(name for task in result["tasks"].values() for name in task["scores"]))
+    rows = [["task", "metric", *names, *(f"lead over {name}" for name in names[1:])]]
+    for task_name, task in result["tasks"].items():
+        for metric in task["scores"][names[0]]:
+            row = [task_name, metric]
+            row += [f"{100 * task['scores'][name][metric]:.1f}" if name in task["scores"] else "-" for name in names]
+            for name in names[1:]:
+                lead = task["lead"].get(name) if metric == task["metric"] else None
+                row.append(
+                    f"{100 * lead['difference']:+.1f} ({100 * lead['low']:+.1f} to {100 * lead['high']:+.1f})"
+                    if lead
+                    else ""
+                )
+            rows.append(row)
+    return rows

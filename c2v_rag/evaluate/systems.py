@@ -1,0 +1,129 @@
+"""What is scored: embedders as mteb sees them, and the baselines by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.models.model_meta import ModelMeta
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+
+from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.model import Causal2Vec
+
+BM25 = "bm25"
+
+
+class DenseSystem:
+    """An embedder (of encode, encode_query, encode_document) behind mteb's `EncoderProtocol`.
+
+    It remembers vectors, and what computing them took.
+
+    `columns` keeps some columns of another system's vectors (one of the halves), which are then not computed again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str,
+        embedder: Any,
+        *,
+        count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
+        part_of: DenseSystem | None = None,
+        columns: slice = slice(None),
+    ) -> None:
+        self.name = name
+        self.weights = weights
+        self.dimension = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": weights[:16]})
+        self._embedder = embedder
+        self._count_tokens = count_tokens
+        self._part_of = part_of
+        self._columns = columns
+        self._known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+
+    def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
+        """float32 (n, dimension), rows of length 1; `inputs` is mteb's iterable of batches with "text"."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        vectors = self._vectors(prompt_type.value if prompt_type else "", texts)
+        self.dimension = vectors.shape[1]
+        return vectors
+
+    def _vectors(self, kind: str, texts: list[str]) -> np.ndarray:
+        if self._part_of is not None:
+            cut = self._part_of._vectors(kind, texts)[:, self._columns]
+            return np.asarray(cut / np.linalg.norm(cut, axis=1, keepdims=True))
+        key = kind, tuple(texts)
+        if key not in self._known:
+            encode = {"": "encode", "query": "encode_query", "document": "encode_document"}[kind]
+            started = time.perf_counter()
+            vectors = np.asarray(getattr(self._embedder, encode)(texts), dtype=np.float32)
+            self.seconds += time.perf_counter() - started
+            if self._count_tokens is not None:
+                self.tokens += sum(self._count_tokens(texts))
+            self._known[key] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return self._known[key]
+
+    def forget(self) -> None:
+        """Let go of the vectors; called after each task."""
+        self._known.clear()
+
+    def similarity(self, left: Any, right: Any) -> Any:
+        """(n, m) cosine similarities."""
+        return np.asarray(left) @ np.asarray(right).T
+
+    def similarity_pairwise(self, left: Any, right: Any) -> Any:
+        """(n,) cosine similarities of rows."""
+        return (np.asarray(left) * np.asarray(right)).sum(axis=1)
+
+
+class _Quiet:
+    """A Causal2Vec model that does not warn of texts that are cut: every system cuts them."""
+
+    def __init__(self, model: Causal2Vec | EncoderEmbedder) -> None:
+        self._model = model
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        if isinstance(self._model, Causal2Vec):
+            return self._model.encode(texts, on_truncate="ignore")
+        return self._model.encode_document(texts, on_truncate="ignore")
+
+    def encode_query(self, texts: Sequence[str]) -> np.ndarray:
+        return self._model.encode_query(texts, on_truncate="ignore")
+
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        return self._model.encode_document(texts, on_truncate="ignore")
+
+
+def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
+    """The model first, then each baseline: "encoder" (the one inside the model), "contextual" and "eos" (one half of
+    the embedding alone), "bm25", or a sentence-transformers folder or hub id.
+
+    Tokens are the model's own for all of them, so that tokens/s compare.
+    """
+    weights = str(model.stamp["weights"])
+    ours = DenseSystem("model", weights, _Quiet(model), count_tokens=model.count_tokens)
+    found: list[Any] = [ours]
+    for name in baselines:
+        if name == "encoder":
+            alone = EncoderEmbedder(model)
+            found.append(DenseSystem(name, f"encoder-{weights}", _Quiet(alone), count_tokens=model.count_tokens))
+        elif name in ("contextual", "eos"):
+            if model.config.pooling != "context_eos":
+                raise ValueError(
+                    f"The baseline {name!r} is half of a context_eos embedding; this is {model.config.pooling}."
+                )
+            half = slice(0 if name == "contextual" else 1, None, 2)
+            found.append(DenseSystem(name, f"{name}-{weights}", None, part_of=ours, columns=half))
+        elif name == BM25:
+            found.append(mteb.get_model("mteb/baseline-bm25s"))
+        else:
+            other = SentenceTransformer(name, device=str(model.device))
+            found.append(DenseSystem(name.rstrip("/").split("/")[-1], name, other, count_tokens=model.count_tokens))
+    return found

@@ -1,0 +1,168 @@
+"""Scores are what mteb and the definitions say, from every format, beside baselines, with honest intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import spearmanr
+from typer.testing import CliRunner
+
+from c2v_rag import Causal2Vec
+from c2v_rag.cli import app
+from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.evaluate.metrics import mrr_at_k, ndcg_at_k, recall_at_k, top_k
+from c2v_rag.evaluate.run import evaluate, rows_of
+from c2v_rag.evaluate.tasks import mteb_task, read_task
+from c2v_rag.sources import python_docs
+from tests.tiny import tiny_model
+
+DOCUMENTS = [document.text[:100] for document in python_docs() if len(document.text) > 100][:40]
+CORPUS = [{"_id": f"d{i}", "title": "t" * (i % 2), "text": text} for i, text in enumerate(DOCUMENTS)]
+QUERIES = [{"_id": f"q{i}", "text": text[10:60]} for i, text in enumerate(DOCUMENTS[:12])]
+QRELS = [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 2} for i in range(10)]
+QRELS += [{"query-id": "q0", "corpus-id": "d20", "score": 1}, {"query-id": "q1", "corpus-id": "d21", "score": 0}]
+PAIRS = [{"sentence1": DOCUMENTS[i], "sentence2": DOCUMENTS[i + 10], "score": (7 * i % 11) / 2} for i in range(20)]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".tsv":
+        lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("eval")
+    for name, suffix, qrels in (("Docs", ".parquet", "qrels.parquet"), ("Beir", ".jsonl", "qrels/test.tsv")):
+        write(root / name / f"corpus{suffix}", CORPUS)
+        write(root / name / f"queries{suffix}", QUERIES)
+        write(root / name / qrels, QRELS)
+    write(root / "Pairs" / "pairs.parquet", PAIRS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model() -> Causal2Vec:
+    return tiny_model(max_length=200)
+
+
+def test_scores_are_the_definitions_from_either_format(folders: Path, model: Causal2Vec) -> None:
+    result = evaluate(model, [read_task(folders / name) for name in ("Docs", "Beir", "Pairs")])
+    scores = result["tasks"]["Docs"]["scores"]["model"]
+    assert result["tasks"]["Beir"]["scores"]["model"] == pytest.approx(scores)
+    assert result["tasks"]["Beir"]["data"] != result["tasks"]["Docs"]["data"]
+    assert result["tasks"]["Docs"]["items"] == 10, "q10 and q11 have no relevant document"
+
+    texts = [f"{row['title']} {row['text']}".strip() for row in CORPUS]
+    queries = model.encode_query([str(row["text"]) for row in QUERIES[:10]])
+    ranked = top_k(queries, model.encode_document(texts), [str(row["_id"]) for row in CORPUS], 40)
+    gains = [{f"d{i}": 2.0} | ({"d20": 1.0} if i == 0 else {}) for i in range(10)]
+    by_hand = {
+        "ndcg_at_10": np.mean([ndcg_at_k(ids, gain, 10) for ids, gain in zip(ranked, gains, strict=True)]),
+        "recall_at_10": np.mean([recall_at_k(ids, gain, 10) for ids, gain in zip(ranked, gains, strict=True)]),
+        "mrr_at_10": np.mean([mrr_at_k(ids, gain, 10) for ids, gain in zip(ranked, gains, strict=True)]),
+        "recall_at_100": 1.0,
+    }
+    for name, value in by_hand.items():
+        assert scores[name] == pytest.approx(value, abs=1e-4), name
+    assert 0.05 < by_hand["ndcg_at_10"] < 0.99
+
+    cosines = (
+        model.encode([str(row["sentence1"]) for row in PAIRS]) * model.encode([str(row["sentence2"]) for row in PAIRS])
+    ).sum(axis=1)
+    expected = spearmanr(cosines, [row["score"] for row in PAIRS]).statistic
+    assert result["tasks"]["Pairs"]["scores"]["model"]["cosine_spearman"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_baselines_stand_beside_it_with_an_interval(folders: Path, model: Causal2Vec, tmp_path: Path) -> None:
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    tasks = [read_task(folders / name) for name in ("Docs", "Pairs")]
+    result = evaluate(model, tasks, ["encoder", "contextual", "eos", "bm25"])
+    docs, pairs = result["tasks"]["Docs"], result["tasks"]["Pairs"]
+    assert [*docs["scores"]] == ["model", "encoder", "contextual", "eos", "bm25"]
+    assert [*pairs["scores"]] == ["model", "encoder", "contextual", "eos"]
+    assert docs["scores"]["bm25"]["ndcg_at_10"] > 0.5, "the queries are pieces of the passages"
+    assert {name: one["dimension"] for name, one in result["systems"].items()} == {
+        "model": 64, "encoder": 24, "contextual": 32, "eos": 32,
+    }  # fmt: skip
+    assert result["systems"]["model"]["tokens_per_second"] > 0
+
+    sentences = [[str(row[key]) for row in PAIRS] for key in ("sentence1", "sentence2")]
+    alone = [EncoderEmbedder(model).encode_document(texts) for texts in sentences]
+    expected = spearmanr((alone[0] * alone[1]).sum(axis=1), [row["score"] for row in PAIRS]).statistic
+    assert pairs["scores"]["encoder"]["cosine_spearman"] == pytest.approx(expected, abs=1e-4)
+    both = [model.encode(texts)[:, 1::2] for texts in sentences]
+    cosines = [(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*both, strict=True)]
+    expected = spearmanr(cosines, [row["score"] for row in PAIRS]).statistic
+    assert pairs["scores"]["eos"]["cosine_spearman"] == pytest.approx(expected, abs=1e-4)
+
+    for task in (docs, pairs):
+        for name, lead in task["lead"].items():
+            difference = task["scores"]["model"][task["metric"]] - task["scores"][name][task["metric"]]
+            assert lead["difference"] == pytest.approx(difference, abs=1e-4)
+            assert lead["low"] <= lead["difference"] <= lead["high"]
+    assert docs["lead"]["bm25"]["low"] < docs["lead"]["bm25"]["high"]
+    header, *rows = rows_of(result)
+    assert header[:3] == ["task", "metric", "model"]
+    assert len(rows) == 6
+    assert next(row for row in rows if row[0] == "Pairs")[header.index("bm25")] == "-"
+
+
+def test_a_model_leads_over_itself_by_nothing(folders: Path, tmp_path: Path) -> None:
+    model = tiny_model(encoder_max_length=256)
+    model.encoder.save_pretrained(tmp_path / "st")
+    model.tokenizer.encoder.save_pretrained(tmp_path / "st")
+    encoder = EncoderEmbedder(model)
+    # The encoder alone, opened by sentence-transformers, which adds mean pooling to a plain BERT folder.
+    result = evaluate(model, [read_task(folders / "Docs")], ["encoder", str(tmp_path / "st")])
+    scores = result["tasks"]["Docs"]["scores"]
+    assert scores["st"]["ndcg_at_10"] == pytest.approx(scores["encoder"]["ndcg_at_10"], abs=0.02)
+    assert encoder.embedding_dim == result["systems"]["st"]["dimension"]
+
+
+def test_the_command_prints_a_table_and_writes_what_it_rests_on(folders: Path, tmp_path: Path) -> None:
+    tiny_model(max_length=200).save_pretrained(tmp_path / "model")
+    output = tmp_path / "result.json"
+    arguments = [
+        str(folders / "Docs"),
+        str(folders / "Pairs"),
+        "--model",
+        str(tmp_path / "model"),
+        "--dtype",
+        "float32",
+    ]
+    done = CliRunner().invoke(app, ["evaluate", *arguments, "--baseline", "bm25", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    for word in ("Docs", "Pairs", "ndcg_at_10", "cosine_spearman", "lead over bm25", "tokens/s"):
+        assert word in done.output
+    written = json.loads(output.read_text())
+    assert written["model"]["weights"] == Causal2Vec.from_pretrained(tmp_path / "model").stamp["weights"]
+    assert written["command"].startswith("c2v-rag ")
+    assert written["versions"].keys() == {"c2v-rag", "mteb", "torch", "transformers"}
+
+
+def test_what_cannot_be_read_is_named(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no evaluation set"):
+        read_task(tmp_path)
+    write(tmp_path / "a" / "corpus.jsonl", CORPUS)
+    with pytest.raises(FileNotFoundError, match=r"test\.tsv is missing"):
+        read_task(tmp_path / "a")
+    write(tmp_path / "a" / "qrels" / "test.tsv", [{"query-id": "q99", "corpus-id": "d1", "score": 1}])
+    write(tmp_path / "a" / "queries.jsonl", QUERIES)
+    with pytest.raises(ValueError, match=r"judges queries that .* does not hold: \['q99'\]"):
+        read_task(tmp_path / "a")
+    write(tmp_path / "b" / "pairs.jsonl", [{"sentence1": "a", "score": 1}])
+    with pytest.raises(ValueError, match=r"row 1 lacks \['sentence2'\]"):
+        read_task(tmp_path / "b")
+    with pytest.raises(ValueError, match="neither a folder here nor a task of mteb's"):
+        mteb_task("NoSuchTask")
