@@ -400,6 +400,21 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(checkpoint: Path, 
     assert set(batch["query"]) <= queries
 
 
+@pytest.mark.slow
+def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint, steps=3)))
+    where = ["--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "c2v_rag.cli", "train", str(tmp_path / "recipe.yaml"), *where]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    log = json.loads((tmp_path / "out.training" / "log.json").read_text())
+    assert [len(rows) for rows in log["steps"].values()] == [3, 3]
+    trained = Causal2Vec.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    before = Causal2Vec.from_pretrained(checkpoint, dtype=torch.float32)
+    assert not torch.equal(trained.projector.output.weight, before.projector.output.weight)
+    assert np.isfinite(trained.encode(TEXTS)).all()
+
+
 def test_a_teacher_is_distilled_from_vectors_that_are_kept(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     teacher = tiny_model(encoder_max_length=48, seed=1)
     teacher.encoder.save_pretrained(tmp_path / "teacher")

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -198,7 +199,12 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self._stage.name, unit="step", mininterval=5
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self._stage.name,
+            unit="step",
+            mininterval=5,
+            disable=not state.is_world_process_zero,
         )
         self._started = time.perf_counter()
 
@@ -266,6 +272,8 @@ def run_stage(
         max_grad_norm=1.0,
         bf16=inference.default_dtype(model.device) == torch.bfloat16,
         use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and PartialState().num_processes > 1 else None,
+        ddp_find_unused_parameters=False,
         seed=seed,
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
@@ -311,7 +319,7 @@ def _last_complete(folder: Path) -> str | None:
     for path in folder.glob("checkpoint-*"):
         if (path / _COMPLETE).is_file():
             complete.append(path)
-        else:
+        elif PartialState().is_main_process:
             shutil.rmtree(path)
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
@@ -327,8 +335,9 @@ def train(
 ) -> Causal2Vec:
     """Run every stage, save the checkpoint to `output`, and return the model.
 
-    `OUTPUT.training` beside it keeps what a stopped run needs to go on (`resume`), the loss of every step as
-    log.json and loss.png, and the vectors of the texts. `max_steps` shortens each stage, for a dry run.
+    Under `torchrun` or `accelerate launch` each process takes `batch_size` pairs a step (DDP); negatives are those of
+    its own batch. `OUTPUT.training` beside `output` keeps what a stopped run needs to go on (`resume`), the loss of
+    every step as log.json and loss.png, and the vectors of the texts. `max_steps` shortens each stage, for a dry run.
 
     Raises ValueError for data or a recipe that cannot be used, FileExistsError when there is a run already and
     `resume` was not asked for, FloatingPointError for a loss that is not finite.
@@ -342,8 +351,11 @@ def train(
         for name, option in options.items()
     ]
     work = output.with_name(f"{output.name}.training")
-    _claim(work, recipe, sets, resume)
-    model = new_model(recipe, device=device)
+    processes = PartialState(cpu=device == "cpu")
+    if processes.is_main_process:
+        _claim(work, recipe, sets, resume)
+    processes.wait_for_everyone()
+    model = new_model(recipe, device=device or str(processes.device))
     log: dict[str, list[dict[str, float]]] = {}
     for number, stage in enumerate(recipe.stages, start=1):
         finished = work / f"{number}-{stage.name}.safetensors"
@@ -357,24 +369,29 @@ def train(
             sets,
             {name: option.weight for name, option in options.items()},
             batch_size=stage.batch_size,
-            steps=stage.steps,
+            steps=stage.steps * processes.num_processes,
             num_negatives=stage.num_negatives,
             seed=seed,
         )
-        texts, teacher = _vectors(model, recipe, stage, work)
         every = [text for one in datasets.values() for column in one.column_names for text in one[column]]
-        texts.prepare(every)
-        if teacher is not None and teacher is not texts:
-            teacher.prepare(every)
+        with processes.main_process_first():  # the others find its vectors on disk
+            texts, teacher = _vectors(model, recipe, stage, work)
+            texts.prepare(every)
+            if teacher is not None and teacher is not texts:
+                teacher.prepare(every)
         log[stage.name] = run_stage(
             model, stage, datasets, {one.name: one.instruction for one in sets}, texts, teacher,
             work / f"{number}-{stage.name}", seed=seed, save_steps=recipe.save_steps, resume=resume,
         )  # fmt: skip
-        aside = finished.with_suffix(".part")
-        save_file(trained_tensors(model), aside)
-        aside.rename(finished)
-        rows_file.write_text(json.dumps(log[stage.name]), encoding="utf-8")
-        shutil.rmtree(work / f"{number}-{stage.name}")
+        if processes.is_main_process:
+            aside = finished.with_suffix(".part")
+            save_file(trained_tensors(model), aside)
+            aside.rename(finished)
+            rows_file.write_text(json.dumps(log[stage.name]), encoding="utf-8")
+            shutil.rmtree(work / f"{number}-{stage.name}")
+        processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return model
     (work / "log.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "steps": log}, indent=1))
     plot_losses(log, work / "loss.png")
     model.save_pretrained(
