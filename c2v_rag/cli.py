@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -276,7 +277,8 @@ def evaluate(
     if output is not None and not output.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} into.")
     read = [tasks.read_task(Path(one)) if Path(one).is_dir() else tasks.mteb_task(one) for one in data]
-    result = run.evaluate(_load(model, device, dtype), read, baseline or [])
+    command = shlex.join(["c2v-rag", *sys.argv[1:]])
+    result = run.evaluate(_load(model, device, dtype), read, baseline or [], command=command)
     if output is not None:
         aside = output.with_name(f".{output.name}.part")
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -526,7 +526,8 @@ class Causal2Vec(nn.Module):
         place.mkdir()
         base = self._bases.get(part)
         if base is not None and base.reference is not None and self._is_as_read(part):
-            accepted = [*base.reference.get("accepted", [base.reference]), *also_accepted]
+            accepted = list(base.reference.get("accepted", [base.reference]))
+            accepted += [entry for entry in also_accepted if entry not in accepted]
             text = json.dumps({"accepted": accepted}, indent=2) + "\n"
             (place / checkpoint.BASE_FILE).write_text(text, encoding="utf-8")
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,16 +26,19 @@ STS_METRICS = ("cosine_spearman",)
 _DRAWS = 2000
 
 
-def evaluate(model: Causal2Vec, tasks: Sequence[Task], baselines: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    model: Causal2Vec, tasks: Sequence[Task], baselines: Sequence[str] = (), *, command: str = ""
+) -> dict[str, Any]:
     """JSON-ready: what was run on what, scores of every system on every task, and the model's lead over each.
 
     Scores are fractions, as mteb gives them. A lead is the model minus the baseline in the main metric, with the
     95 % interval of a paired bootstrap over queries (or sentence pairs). BM25 has no scores on sentence pairs.
+    `command` is kept as it is given: what was typed to get here.
     """
     scored = systems(model, baselines)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["c2v-rag", *sys.argv[1:]]),
+        "command": command,
         "machine": _machine(model),
         "versions": {name: metadata.version(name) for name in ("c2v-rag", "mteb", "torch", "transformers")},
         "model": {**model.stamp, "dtype": str(model.dtype).removeprefix("torch.")},
