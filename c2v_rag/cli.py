@@ -218,7 +218,11 @@ def train(
             f"Say where the data is and where to: --data and --output, or data.folder and output in {recipe}."
         )
     training.train(read, folder, target, device=device, max_steps=max_steps, resume=resume)
-    out.print(f"{target} holds the model; {target}.training the loss of every step and its plot.", markup=False)
+    out.print(
+        f"{target} holds the model; {target}.training the loss of every step and its plot.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -250,7 +254,7 @@ def mine(
         relative_margin=relative_margin,
         instruction=instruction,
     )
-    out.print(f"{output}: {found} pairs got {num_negatives} negatives each.", markup=False)
+    out.print(f"{output}: {found} pairs got {num_negatives} negatives each.", markup=False, soft_wrap=True)
 
 
 @app.command()
