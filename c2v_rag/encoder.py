@@ -51,10 +51,10 @@ class EncoderEmbedder:
         """(B, E), rows of length 1."""
         return normalize(self._model.pooled_by_length(batch), dim=1)
 
-    def encode_document(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
+    def encode(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
         """float32 (n, E), in input order; options as in `Causal2Vec.encode`."""
         return inference.encode(self, texts, **options)
 
-    def encode_query(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
-        """The same as `encode_document`: the encoder sees no instruction."""
-        return inference.encode(self, texts, **options)
+    # The encoder sees no instruction, so that queries and documents are embedded alike.
+    encode_query = encode
+    encode_document = encode

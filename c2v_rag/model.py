@@ -304,7 +304,7 @@ class Causal2Vec(nn.Module):
         tensors = tuple((parameter.data_ptr(), parameter._version) for parameter in self.llm.parameters())
         adapters = tuple(
             (tuple(layer.merged_adapters), tuple(layer.active_adapters), layer.disable_adapters)
-            for layer in _adapted_layers(self.llm)
+            for layer in adapted_layers(self.llm)
         )
         return tensors, adapters
 
@@ -513,7 +513,7 @@ class Causal2Vec(nn.Module):
 
     def _save_adapter(self, part: _Part, folder: Path, dtype: torch.dtype | None) -> None:
         module: PreTrainedModel = getattr(self, part)
-        if not _adapted_layers(module):
+        if not adapted_layers(module):
             return
         place = folder / f"{part}_adapter"
         module.peft_config["default"].save_pretrained(place)
@@ -531,7 +531,7 @@ class Causal2Vec(nn.Module):
             text = json.dumps({"accepted": accepted}, indent=2) + "\n"
             (place / checkpoint.BASE_FILE).write_text(text, encoding="utf-8")
             return
-        merged = [layer for layer in _adapted_layers(module) if layer.merged]
+        merged = [layer for layer in adapted_layers(module) if layer.merged]
         for layer in merged:
             layer.unmerge()
         tensors = {
@@ -581,7 +581,8 @@ def _token_norm(llm: PreTrainedModel) -> float:
         return float(table(ids.to(table.weight.device)).float().norm(dim=-1).mean())
 
 
-def _adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
+def adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that carry LoRA; each knows whether it is merged."""
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
@@ -642,7 +643,7 @@ def _load_adapter(module: PreTrainedModel, folder: Path) -> None:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     if not getattr(module, "is_quantized", False):
-        for layer in _adapted_layers(module):
+        for layer in adapted_layers(module):
             layer.merge()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import mteb
@@ -21,7 +22,7 @@ BM25 = "bm25"
 class DenseSystem:
     """An embedder (of encode, encode_query, encode_document) behind mteb's `EncoderProtocol`.
 
-    It remembers vectors, and what computing them took.
+    It remembers vectors, and what computing them took. `options` go along with every call.
 
     `columns` keeps some columns of another system's vectors (one of the halves), which are then not computed again.
     """
@@ -32,6 +33,7 @@ class DenseSystem:
         weights: str,
         embedder: Any,
         *,
+        options: Mapping[str, Any] = MappingProxyType({}),
         count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
         part_of: DenseSystem | None = None,
         columns: slice = slice(None),
@@ -43,6 +45,7 @@ class DenseSystem:
         self.seconds = 0.0
         self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": weights[:16]})
         self._embedder = embedder
+        self._options = options
         self._count_tokens = count_tokens
         self._part_of = part_of
         self._columns = columns
@@ -63,7 +66,7 @@ class DenseSystem:
         if key not in self._known:
             encode = {"": "encode", "query": "encode_query", "document": "encode_document"}[kind]
             started = time.perf_counter()
-            vectors = np.asarray(getattr(self._embedder, encode)(texts), dtype=np.float32)
+            vectors = np.asarray(getattr(self._embedder, encode)(texts, **self._options), dtype=np.float32)
             self.seconds += time.perf_counter() - started
             if self._count_tokens is not None:
                 self.tokens += sum(self._count_tokens(texts))
@@ -83,24 +86,6 @@ class DenseSystem:
         return (np.asarray(left) * np.asarray(right)).sum(axis=1)
 
 
-class _Quiet:
-    """A Causal2Vec model that does not warn of texts that are cut: every system cuts them."""
-
-    def __init__(self, model: Causal2Vec | EncoderEmbedder) -> None:
-        self._model = model
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        if isinstance(self._model, Causal2Vec):
-            return self._model.encode(texts, on_truncate="ignore")
-        return self._model.encode_document(texts, on_truncate="ignore")
-
-    def encode_query(self, texts: Sequence[str]) -> np.ndarray:
-        return self._model.encode_query(texts, on_truncate="ignore")
-
-    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
-        return self._model.encode_document(texts, on_truncate="ignore")
-
-
 def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     """The model first, then each baseline: "encoder" (the one inside the model), "contextual" and "eos" (one half of
     the embedding alone), "bm25", or a sentence-transformers folder or hub id.
@@ -108,12 +93,14 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     Tokens are the model's own for all of them, so that tokens/s compare.
     """
     weights = str(model.stamp["weights"])
-    ours = DenseSystem("model", weights, _Quiet(model), count_tokens=model.count_tokens)
+    quiet = {"on_truncate": "ignore"}  # every system cuts texts, and the others do not say so
+    ours = DenseSystem("model", weights, model, options=quiet, count_tokens=model.count_tokens)
     found: list[Any] = [ours]
     for name in baselines:
         if name == "encoder":
             alone = EncoderEmbedder(model)
-            found.append(DenseSystem(name, f"encoder-{weights}", _Quiet(alone), count_tokens=model.count_tokens))
+            label = f"encoder-{weights}"
+            found.append(DenseSystem(name, label, alone, options=quiet, count_tokens=model.count_tokens))
         elif name in ("contextual", "eos"):
             if model.config.pooling != "context_eos":
                 raise ValueError(

@@ -39,7 +39,7 @@ class Task:
         return "ndcg_at_10" if self.qrels is not None else "cosine_spearman"
 
 
-def read_task(folder: Path, name: str | None = None) -> Task:
+def read_task(folder: Path) -> Task:
     """A folder as a task of its name: any of
 
     - corpus, queries and qrels as .parquet: (_id, title, text), (_id, text), (query-id, corpus-id, score);
@@ -49,13 +49,12 @@ def read_task(folder: Path, name: str | None = None) -> Task:
     Queries without a relevant document are left out, as mteb's own tasks leave them out. Raises FileNotFoundError
     when it is none of these, ValueError naming the file and the missing column.
     """
-    name = name or folder.name
     for suffix in (".parquet", ".jsonl"):
         if (pairs := folder / f"pairs{suffix}").is_file():
-            return _sts_task(name, pairs)
+            return _sts_task(folder.name, pairs)
         if (corpus := folder / f"corpus{suffix}").is_file():
             qrels = folder / ("qrels.parquet" if suffix == ".parquet" else "qrels/test.tsv")
-            return _retrieval_task(name, corpus, folder / f"queries{suffix}", qrels)
+            return _retrieval_task(folder.name, corpus, folder / f"queries{suffix}", qrels)
     raise FileNotFoundError(
         f"{folder} is no evaluation set: it has neither pairs.parquet (sentence pairs) nor corpus.parquet or "
         "corpus.jsonl (retrieval)."
@@ -96,8 +95,10 @@ def _retrieval_task(name: str, corpus: Path, queries: Path, qrels: Path) -> Task
     if strangers := sorted(gains.keys() - known):
         raise ValueError(f"{qrels} judges queries that {queries} does not hold: {strangers[:4]}.")
 
+    revision = _hash(corpus, queries, qrels)
+
     class LocalRetrieval(AbsTaskRetrieval):
-        metadata = _metadata(name, "Retrieval", "ndcg_at_10", _hash(corpus, queries, qrels))
+        metadata = _metadata(name, "Retrieval", "ndcg_at_10", revision)
 
         def load_data(self, *args: Any, **kwargs: Any) -> None:
             self.dataset = {
@@ -112,15 +113,17 @@ def _retrieval_task(name: str, corpus: Path, queries: Path, qrels: Path) -> Task
             }
             self.data_loaded = True
 
-    return Task(name, LocalRetrieval(), _hash(corpus, queries, qrels), qrels=gains)
+    return Task(name, LocalRetrieval(), revision, qrels=gains)
 
 
 def _sts_task(name: str, pairs: Path) -> Task:
     rows = list(_rows(pairs, ("sentence1", "sentence2", "score")))
     scores = [float(row["score"]) for row in rows]
 
+    revision = _hash(pairs)
+
     class LocalSTS(AbsTaskSTS):
-        metadata = _metadata(name, "STS", "cosine_spearman", _hash(pairs))
+        metadata = _metadata(name, "STS", "cosine_spearman", revision)
         min_score, max_score = math.floor(min(scores)), math.ceil(max(scores))
 
         def load_data(self, *args: Any, **kwargs: Any) -> None:
@@ -128,7 +131,7 @@ def _sts_task(name: str, pairs: Path) -> Task:
             self.dataset = {"test": Dataset.from_dict(columns | {"score": scores})}
             self.data_loaded = True
 
-    return Task(name, LocalSTS(), _hash(pairs), gold=scores)
+    return Task(name, LocalSTS(), revision, gold=scores)
 
 
 def _hash(*files: Path) -> str:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = (".parquet", ".jsonl", ".csv")
 _LINES_SHOWN = 5
+WITH_NEGATIVES = " with negatives"  # behind a set's name: the dataset of its rows that have enough of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +158,11 @@ def draw_stage(
         while len(rows) < num_batches * batch_size:
             order = rng.permutation(len(one.pairs))[: num_batches * batch_size - len(rows)]
             rows += [one.pairs[i] for i in order]
-        full = [pair for pair in rows if num_negatives and len(pair.negatives) >= num_negatives]
-        plain = [pair for pair in rows if not (num_negatives and len(pair.negatives) >= num_negatives)]
-        for name, part, negatives in ((one.name, plain, 0), (f"{one.name} with negatives", full, num_negatives)):
+        plain: list[Pair] = []
+        full: list[Pair] = []
+        for pair in rows:
+            (full if num_negatives and len(pair.negatives) >= num_negatives else plain).append(pair)
+        for name, part, negatives in ((one.name, plain, 0), (one.name + WITH_NEGATIVES, full, num_negatives)):
             # Fewer than a batch are no batch of their own, unless the set has no more than that.
             if len(part) >= batch_size or (part and len(part) == len(rows)):
                 drawn[name] = _dataset(part, negatives)

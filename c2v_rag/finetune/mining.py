@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 from datasets import Dataset
@@ -13,8 +12,6 @@ from sentence_transformers.util import mine_hard_negatives
 from c2v_rag.finetune.data import read_pair_set
 from c2v_rag.model import Causal2Vec
 from sentence_transformers_c2v import Causal2VecModule
-
-logger = logging.getLogger(__name__)
 
 
 def mine(

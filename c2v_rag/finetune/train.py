@@ -23,7 +23,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
@@ -33,13 +32,13 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference
-from c2v_rag.config import Causal2VecConfig
+from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.finetune.data import PairSet, draw_stage, read_pair_set
+from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.loss import Causal2VecLoss
 from c2v_rag.finetune.recipe import Recipe, Stage, TrainedPart
 from c2v_rag.finetune.vectors import TextVectors
-from c2v_rag.model import Causal2Vec
+from c2v_rag.model import Causal2Vec, adapted_layers
 from c2v_rag.tokenization import TextTokenizer
 from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
 
@@ -84,10 +83,9 @@ def new_model(recipe: Recipe, *, device: str | None = None) -> Causal2Vec:
     for part, module in (("llm_adapter", model.llm), ("encoder_adapter", model.encoder)):
         if part not in trained:
             continue
-        if any(".lora_" in name for name, _ in module.named_parameters()):
-            for layer in module.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    layer.unmerge()
+        if adapters := adapted_layers(module):
+            for layer in adapters:
+                layer.unmerge()
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -114,6 +112,7 @@ class TrainingModule(Causal2VecModule):
         self._cutter = cutter(model, stage.max_length)
         self.texts = texts
         self._teacher = teacher
+        self.pooling: Pooling = "context" if stage.sequences == "context" else model.config.pooling
         self._encoder_is_frozen = not {"encoder", "encoder_adapter"} & set(stage.train)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
@@ -132,8 +131,7 @@ class TrainingModule(Causal2VecModule):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         pooled = features["pooled"].squeeze(1) if "pooled" in features else None
-        pooling = "context" if self._stage.sequences == "context" else self.model.config.pooling
-        features["sentence_embedding"] = self.model(to_token_batch(features), pooled=pooled, pooling=pooling)
+        features["sentence_embedding"] = self.model(to_token_batch(features), pooled=pooled, pooling=self.pooling)
         return features
 
 
@@ -278,7 +276,7 @@ def run_stage(
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
         prompts={
-            name: {"query": model.config.lead(instructions[name.removesuffix(" with negatives")])} for name in datasets
+            name: {"query": model.config.lead(instructions[name.removesuffix(WITH_NEGATIVES)])} for name in datasets
         },
         save_strategy="steps",
         save_steps=save_steps,
@@ -291,8 +289,7 @@ def run_stage(
         dataloader_pin_memory=not on_cpu,
     )
     loaded = SentenceTransformer(modules=[module], device=str(model.device))
-    has_halves = model.config.pooling == "context_eos" and stage.sequences != "context"
-    weights = stage.loss if has_halves else stage.loss.model_copy(update={"halves": 0.0})
+    weights = stage.loss if module.pooling == "context_eos" else stage.loss.model_copy(update={"halves": 0.0})
     loss = Causal2VecLoss(loaded, weights, stage.mini_batch_size)
     watch = _Watch(stage)
     trainer = _Trainer(model=loaded, args=arguments, train_dataset=dict(datasets), loss=loss, callbacks=[watch])
