@@ -1,4 +1,4 @@
-"""c2v-rag: index, search, embed, info, train, mine, evaluate.
+"""c2v-rag: index, search, embed, info, train, mine, evaluate, app.
 
 Results go to stdout, everything else to stderr. An error is one message and exit code 1; `--debug` shows where.
 """
@@ -298,6 +298,37 @@ def evaluate(
     for name, system in result["systems"].items():
         speed = f", {system['tokens_per_second']:,} tokens/s" if system["tokens_per_second"] else ""
         out.print(f"{name}: {system['dimension']} columns{speed}", markup=False)
+
+
+@app.command("app")
+def search_app(
+    store: Store,
+    collection: Collection = "documents",
+    model: Annotated[
+        str | None, typer.Option(help="The collection's own model unless given, the default for a new one.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; with another one than this, others can see it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Search in the browser, side by side with other methods; add documents, look at a map."""
+    with _needs("demo"):
+        from c2v_rag.app.page import SearchApp, is_loopback
+
+    from c2v_rag.index import stored_stamps
+
+    stamp = stored_stamps(store).get(collection, {})
+    name = model or str(stamp.get("name") or "default")
+    is_local = is_loopback(host)
+    if not is_local:
+        err.print(
+            f"Whoever reaches {host} can search this store and add files to it; there is no password.", style="yellow"
+        )
+    page = SearchApp(store, _load(name, device, dtype), collection=collection, is_local=is_local)
+    page.launch(host=host, port=port or None)
 
 
 @contextmanager

@@ -44,6 +44,14 @@ class EncoderEmbedder:
     def stamp(self) -> dict[str, str | int]:
         return self._model.stamp | {"part": "encoder", "embedding_dim": self.embedding_dim}
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As the whole model counts, so that an index of either holds the same chunks."""
+        return self._model.count_tokens(texts)
+
+    @property
+    def max_tokens(self) -> int:
+        return self._model.max_tokens
+
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
         return self._tokenizer(texts)
 

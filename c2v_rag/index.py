@@ -17,9 +17,9 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -43,6 +43,7 @@ CHUNKS_WRITTEN_AT_ONCE = 256
 CHUNK_TOKENS = 256
 CHUNK_OVERLAP = 0.1
 _TOKENS_UNKNOWN_CHARACTERS = 4  # characters a token, for an embedder that cannot count
+_PAGE = 1000
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 _LOCK_FILE = "c2v_writer.lock"
 _HOLDER_FILE = "c2v_writer.txt"
@@ -76,6 +77,16 @@ class Hit:
     score: float
     text: str
     metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What a collection holds: a part of a document, and its embedding (embedding_dim,) where that was asked for."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+    embedding: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +182,8 @@ class VectorIndex:
         prune: bool = True,
         total: int | None = None,
         show_progress: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+        write_every: int = CHUNKS_WRITTEN_AT_ONCE,
     ) -> IndexReport:
         """Bring the index up to date with `documents`, read as a stream.
 
@@ -179,7 +192,9 @@ class VectorIndex:
         sources are not touched. Killed at any moment and called again with the same documents, it ends with the same
         ids as an undisturbed call. A document's metadata is written with its chunks and not compared afterwards.
         With `prune=False` nothing is deleted, for documents that are only a part of their source.
-        `total` and `show_progress` are for the progress bar.
+        `total` and `show_progress` are for the progress bar. `on_progress(documents, chunks)` is told how many were
+        read and written so far; an exception it raises stops the call, and what was written stays. `write_every`:
+        chunks embedded and written at a time.
         """
         started = time.perf_counter()
         if isinstance(documents, Sequence):
@@ -190,6 +205,7 @@ class VectorIndex:
             stale: dict[str, set[str]] = {}  # by source: ids in the collection that this call has not met
             repeated: Counter[str] = Counter()
             waiting: dict[str, tuple[str, dict[str, Scalar]]] = {}
+            num_read = 0
             with tqdm(total=total, unit="document", disable=not show_progress) as progress:
                 for some in _batched(documents, DOCUMENTS_READ_AHEAD):
                     self._note_present(collection, some, stale)
@@ -201,9 +217,12 @@ class VectorIndex:
                                 counts["unchanged"] += 1
                             else:
                                 waiting[id] = (text, {**document.metadata, "source": document.source})
-                            if len(waiting) >= CHUNKS_WRITTEN_AT_ONCE:
+                            if len(waiting) >= write_every:
                                 self._write(collection, waiting, counts)
                         progress.update()
+                        num_read += 1
+                        if on_progress is not None:
+                            on_progress(num_read, counts["added"])
                 self._write(collection, waiting, counts)
             gone = [id for ids in stale.values() for id in ids] if prune else []
             self._delete(collection, gone)
@@ -226,13 +245,39 @@ class VectorIndex:
 
     def sources(self) -> set[str]:
         """The sources that have chunks here."""
-        found: set[str] = set()
+        return {str(metadata["source"]) for page in self._pages(["metadatas"]) for metadata in page["metadatas"]}
+
+    def chunks(self, *, embeddings: bool = False) -> Iterator[Chunk]:
+        """Every chunk; with its embedding where that is asked for."""
+        for page in self._pages(["documents", "metadatas", *(["embeddings"] if embeddings else [])]):
+            vectors = page["embeddings"] if embeddings else [None] * len(page["ids"])
+            for id, text, metadata, vector in zip(
+                page["ids"], page["documents"], page["metadatas"], vectors, strict=True
+            ):
+                yield Chunk(id, text, dict(metadata), vector)
+
+    def get(self, id: str) -> Chunk | None:
+        """One chunk by its id; None where there is none."""
         with self._store.reading():
-            collection = self._collection()
-            for start in range(0, collection.count(), 1000):
-                metadatas = collection.get(limit=1000, offset=start, include=["metadatas"])["metadatas"] or []
-                found.update(str(metadata["source"]) for metadata in metadatas)
-        return found
+            page = self._collection().get(ids=[id], include=["documents", "metadatas"])
+        if not page["ids"]:
+            return None
+        return Chunk(id, (page["documents"] or [""])[0], dict((page["metadatas"] or [{}])[0]))
+
+    def _pages(self, include: Any) -> Iterator[Any]:
+        """The collection's columns, a thousand chunks at a time."""
+        for start in count(step=_PAGE):
+            with self._store.reading():
+                page = self._collection().get(limit=_PAGE, offset=start, include=include)
+            yield page
+            if len(page["ids"]) < _PAGE:
+                return
+
+    @property
+    def version(self) -> str:
+        """Changes with every write to the folder; of a server's collection, with the number of chunks only."""
+        with self._store.reading():
+            return f"{self._store.generation}-{self._collection().count()}"
 
     def _collection(self) -> Collection:
         """The collection as it is now, after checking that this model made it."""
@@ -331,6 +376,16 @@ def stored_stamp(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_
     return read_stamp(client.get_collection(collection, embedding_function=None).metadata, collection)
 
 
+def stored_stamps(path_or_url: str | os.PathLike[str]) -> dict[str, dict[str, str | int]]:
+    """The collections that c2v_rag made in a store, by name, and the stamps of their models; nothing is created."""
+    if not _is_url(path_or_url) and not (Path(path_or_url) / "chroma.sqlite3").is_file():
+        return {}
+    store = _open_store(path_or_url)
+    with store.reading():
+        listed = store.client().list_collections()
+    return {one.name: read_stamp(one.metadata, one.name) for one in listed if STAMP_KEY in (one.metadata or {})}
+
+
 def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str, str | int]:
     """The stamp in a collection's metadata. ValueError where there is none."""
     if not metadata or STAMP_KEY not in metadata:
@@ -403,6 +458,8 @@ class _Server:
                 f"No Chroma server answers at {url}: {error} Start one: chroma run --path DIR"
             ) from error
 
+    generation = ""
+
     def client(self) -> ClientAPI:
         return self._client
 
@@ -451,6 +508,10 @@ class _Folder:
         with self._lock:
             self._generation = uuid.uuid4().hex
             (self._path / _GENERATION_FILE).write_text(self._generation, encoding="utf-8")
+
+    @property
+    def generation(self) -> str:
+        return self._read(_GENERATION_FILE)
 
     def reading(self) -> AbstractContextManager[object]:
         """Keep other threads from closing the client meanwhile."""

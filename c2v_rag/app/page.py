@@ -1,0 +1,359 @@
+"""The page: search, add documents, map, about. Gradio; nothing on it comes from another server."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from c2v_rag import __version__
+from c2v_rag.app import render
+from c2v_rag.app.adding import Added, add
+from c2v_rag.app.search import CAUSAL2VEC, ENCODER, ENCODER_SUFFIX, METHODS, Searcher
+from c2v_rag.app.task import Stopped, Task
+from c2v_rag.index import DEFAULT_COLLECTION, Chunk, Embedder, stored_stamps
+from c2v_rag.model import Causal2Vec
+from c2v_rag.sources import PYTHON_DOCS
+
+PYTHON_QUESTIONS = (
+    "How do I run several coroutines at the same time and wait for all of them?",
+    "What splits a web address into its parts?",
+    "How can I keep only the most recent results of an expensive function?",
+    "How do I copy a whole folder tree?",
+)
+MAP_POINTS = 1500
+SPEED_TEXTS = 64
+NO_COMPARISON = "(nothing)"
+_FILE_TYPES = [".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".py"]
+# A click on a circle tells Python its chunk; the listener sits on the element, so that it outlives a new map.
+_MAP_CLICK = (
+    "element.addEventListener('click', event => { const id = event.target.dataset && event.target.dataset.id; "
+    "if (id) trigger('click', {id: id}); });"
+)
+
+
+class SearchApp:
+    """The page over one store; `model` embeds new collections and is what the store's collections must be of.
+
+    `is_local`: only this machine reaches the page, so that folders of this machine may be typed in to be indexed.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        model: Embedder,
+        *,
+        collection: str = DEFAULT_COLLECTION,
+        is_local: bool = True,
+    ) -> None:
+        self._store = store
+        self._model = model
+        self._first = collection
+        self._is_local = is_local
+        self._searcher = functools.cache(functools.partial(Searcher, store, model))
+        self._runs: dict[str, Task[Added]] = {}  # by session: what its Cancel button stops
+
+    # What the page shows
+
+    def collections(self) -> list[str]:
+        """Names of the store's collections that this model made."""
+        weights = self._model.stamp["weights"]
+        return sorted(
+            name
+            for name, stamp in stored_stamps(self._store).items()
+            if stamp.get("weights") == weights and not name.endswith(ENCODER_SUFFIX)
+        )
+
+    def blocks(self) -> gr.Blocks:
+        """The page, to be launched or mounted."""
+        with gr.Blocks(title="Causal2Vec search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+            gr.Markdown("# Search what you have")
+            collection = gr.Dropdown(label="Collection", choices=[], scale=1, render=False)
+            with gr.Tab("Search"):
+                with gr.Row():
+                    query = gr.Textbox(
+                        label="Query", placeholder="Ask in your own words, then press Enter", scale=5, autofocus=True
+                    )
+                    go = gr.Button("Search", variant="primary", scale=1, min_width=90)
+                with gr.Row(visible=False) as examples:
+                    asked = [gr.Button(text, size="sm") for text in PYTHON_QUESTIONS]
+                with gr.Row():
+                    collection.render()  # type: ignore[no-untyped-call]
+                    methods = self._methods()
+                    method = gr.Dropdown(label="Method", choices=methods, value=CAUSAL2VEC)
+                    other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
+                    top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
+                found = gr.HTML(elem_id="results")
+                given = [query, collection, method, other, top_k]
+                for event in (query.submit, go.click):
+                    event(
+                        self.search, given, found, concurrency_limit=4, concurrency_id="search", show_progress="hidden"
+                    )
+                for control in (collection, method, other, top_k):
+                    changed = control.release if control is top_k else control.input
+                    changed(self.search_again, given, found, concurrency_id="search", show_progress="hidden")
+                for button in asked:
+                    button.click(lambda text: text, button, query).then(
+                        self.search, given, found, concurrency_id="search", show_progress="hidden"
+                    )
+            with gr.Tab("Add documents"):
+                files = gr.File(
+                    label="Files: txt, md, rst, html, pdf, py", file_count="multiple", file_types=_FILE_TYPES
+                )
+                folder = gr.Textbox(
+                    label="or a folder of this computer", placeholder="/home/me/notes", visible=self._is_local
+                )
+                python = gr.Checkbox(label="and the documentation of Python's standard library")
+                into = gr.Textbox(label="into the collection", value=self._first)
+                with gr.Row():
+                    start = gr.Button("Add", variant="primary")
+                    stop = gr.Button("Cancel", variant="stop")
+                progress = gr.HTML(elem_id="progress")
+                event = start.click(
+                    self.add, [files, folder, python, into], progress, concurrency_limit=None, show_progress="hidden"
+                )
+                stop.click(self.cancel, None, None, queue=False)
+                event.then(self.choices, into, [collection, examples])
+            with gr.Tab("Map") as map_tab:
+                gr.Markdown("Passages near each other mean alike. Colours are sources; click a point to read it.")
+                plot = gr.HTML(elem_id="map", js_on_load=_MAP_CLICK)
+                chosen = gr.HTML(elem_id="chosen")
+                map_tab.select(self.map, collection, plot)
+                plot.click(self.chosen, collection, chosen)
+            with gr.Tab("About") as about_tab:
+                about = gr.HTML(elem_id="about")
+                about_tab.select(self.about, collection, about)
+            page.load(self.choices, gr.State(self._first), [collection, examples])
+        blocks: gr.Blocks = page
+        return blocks
+
+    def launch(
+        self, *, host: str = "127.0.0.1", port: int | None = 7860, in_browser: bool = False, wait: bool = True
+    ) -> tuple[gr.Blocks, str]:
+        """Serve the page; returns it and its address. With `wait`, until Ctrl-C. OSError when the port is taken."""
+        page = self.blocks()
+        page.queue(max_size=64)
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=in_browser,
+            prevent_thread_lock=not wait,
+            share=False,
+            quiet=not wait,
+            footer_links=[],
+            max_file_size="200mb",
+            css=render.CSS,
+            theme=gr.themes.Default(),
+        )
+        return page, address
+
+    def _methods(self) -> list[str]:
+        return [name for name in METHODS if isinstance(self._model, Causal2Vec) or name != ENCODER]
+
+    # What the buttons do
+
+    def choices(self, wanted: str) -> tuple[Any, Any]:
+        """The collections to choose from, and whether the questions about Python fit the one that is chosen."""
+        names = self.collections()
+        value = wanted if wanted in names else (names[0] if names else None)
+        about_python = False
+        if value is not None:
+            about_python = any("kind" in chunk.metadata for chunk in _first(self._searcher(value).index.chunks(), 50))
+        return gr.update(choices=names, value=value), gr.update(visible=about_python)
+
+    def search_again(self, query: str, *rest: Any) -> Iterator[str]:
+        """`search`, when a control was changed: an empty box needs no reminder."""
+        if query.strip():
+            yield from self.search(query, *rest)
+        else:
+            yield ""
+
+    def search(self, query: str, collection: str | None, method: str, other: str, top_k: int) -> Iterator[str]:
+        """Messages while something is built, then the results; an error is a message too."""
+        query = query.strip()
+        if not query:
+            yield render.message("Type a question or a few words first, then press Enter.")
+            return
+        if collection is None:
+            yield render.message("Nothing is indexed yet. Open “Add documents” and give it some files.")
+            return
+        try:
+            searcher = self._searcher(collection)
+            if not len(searcher.index):
+                yield render.message("This collection is empty. Open “Add documents” and give it some files.")
+                return
+            names = [method] if other in (NO_COMPARISON, method) else [method, other]
+            for name in names:
+                if not searcher.is_prepared(name):
+                    building = Task[None](functools.partial(_prepare, searcher, name))
+                    for text in building.messages():
+                        yield render.message(text or "Preparing …", "busy")
+                    building.result()
+            yield self._results(searcher, query, names, int(top_k))
+        except Exception as error:
+            yield render.message(_reason(error), "error")
+
+    def _results(self, searcher: Searcher, query: str, names: list[str], top_k: int) -> str:
+        columns = []
+        for name in names:
+            started = time.perf_counter()
+            hits = searcher.search(name, query, top_k)
+            took = render.milliseconds(time.perf_counter() - started)
+            timing = f"{len(hits)} of {len(searcher.index):,} passages in {took}"
+            columns.append((name, METHODS[name], timing, hits))
+        texts = {hit.id: hit.text for *_, hits in columns for hit in hits}
+        spans = dict(zip(texts, searcher.best_sentences(query, list(texts.values())), strict=True))
+        return render.results(
+            [(*column, [spans[hit.id] for hit in column[3]]) for column in columns], self._notices(query)
+        )
+
+    def _notices(self, query: str) -> list[str]:
+        model = self._model
+        if not isinstance(model, Causal2Vec):
+            return []
+        (length,) = model.count_tokens([query])
+        if length <= model.max_tokens:
+            return []
+        return [
+            f"Your query has {length:,} tokens; the encoder reads its first {model.config.encoder_max_length}, the "
+            f"decoder its first {model.config.max_length}. BM25 uses all of it."
+        ]
+
+    def add(self, files: list[str] | None, folder: str, python: bool, into: str, request: gr.Request) -> Iterator[str]:
+        """Index what was given; messages on the way, a report at the end."""
+        sources = [folder.strip()] if self._is_local and folder.strip() else []
+        sources += [PYTHON_DOCS] if python else []
+        uploads = [Path(file) for file in files or []]
+        if not uploads and not sources:
+            yield render.message("Choose files, a folder or Python's documentation first.")
+            return
+        session = str(request.session_hash)
+        if session in self._runs:
+            yield render.message("This page is adding documents already. Cancel that first, or wait for its end.")
+            return
+        try:
+            searcher = self._searcher(into.strip())
+            run = Task[Added](lambda task: add(task, searcher.index, uploads, sources))
+        except Exception as error:
+            yield render.message(_reason(error), "error")
+            return
+        self._runs[session] = run
+        try:
+            for text in run.messages():
+                yield render.message(text or "Reading …", "busy")
+            yield render.message(_report(run.result(), len(searcher.index)), "done")
+        except Stopped:
+            kept = f"{len(searcher.index):,} passages are in the collection"
+            yield render.message(f"Cancelled; {kept}. Add the same again to go on where it stopped.", "done")
+        except Exception as error:
+            yield render.message(_reason(error), "error")
+        finally:
+            del self._runs[session]
+
+    def cancel(self, request: gr.Request) -> None:
+        """Stop this page's run; what is written stays."""
+        if run := self._runs.get(str(request.session_hash)):
+            run.stop()
+
+    def map(self, collection: str | None) -> str:
+        """Two principal components of the embeddings; a sample of a large collection."""
+        if collection is None:
+            return render.message("Nothing is indexed yet.")
+        from sklearn.decomposition import PCA
+
+        try:
+            chunks = _sample(list(self._searcher(collection).index.chunks(embeddings=True)), MAP_POINTS)
+        except Exception as error:
+            return render.message(_reason(error), "error")
+        if len(chunks) < 3:
+            return render.message("A map needs at least three passages.")
+        embeddings = np.stack([chunk.embedding for chunk in chunks if chunk.embedding is not None])
+        return render.map_svg(chunks, PCA(2, random_state=0).fit_transform(embeddings))
+
+    def chosen(self, collection: str, event: gr.EventData) -> str:
+        """The passage behind a point of the map."""
+        chunk = self._searcher(collection).index.get(str(event._data["id"]))
+        if chunk is None:
+            return render.message("This passage is no longer in the collection. Open the map again.")
+        return render.chunk(chunk)
+
+    def about(self, collection: str | None) -> str:
+        """Model, device, dimensions, and a speed measured now on the collection's own passages."""
+        rows: dict[str, Any] = {"c2v-rag": __version__, "store": self._store}
+        rows |= {name: value for name, value in self._model.stamp.items() if value != ""}
+        if isinstance(self._model, Causal2Vec):
+            rows |= {
+                "device": self._model.device,
+                "dtype": str(self._model.dtype).removeprefix("torch."),
+                "decoder layers": self._model.llm.config.get_text_config().num_hidden_layers,
+                "longest text": f"{self._model.config.max_length} tokens in the decoder, "
+                f"{self._model.config.encoder_max_length} in the encoder",
+            }
+        if collection is not None:
+            index = self._searcher(collection).index
+            rows["passages"] = f"{len(index):,}"
+            rows |= _measure(self._model, [chunk.text for chunk in _first(index.chunks(), SPEED_TEXTS)])
+        return render.table(rows)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _prepare(searcher: Searcher, method: str, task: Task[None]) -> None:
+    searcher.prepare(method, task.report)
+
+
+def _report(added: Added, passages: int) -> str:
+    report = added.report
+    lines = [
+        f"Done in {report.seconds:.1f} s: {report.added:,} passages added, {report.unchanged:,} were there, "
+        f"{report.replaced + report.removed:,} outdated ones deleted; {passages:,} in the collection."
+    ]
+    lines += [f"Left out: {line}" for line in added.left_out]
+    lines += [f"No text found in {name} (a scan without a text layer?)." for name in added.empty]
+    return "\n".join(lines)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Stopped):
+        return "Stopped."
+    if isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"  # a library's own kind of error: its text alone may say little
+
+
+def _first(chunks: Iterator[Chunk], number: int) -> list[Chunk]:
+    return [chunk for chunk, _ in zip(chunks, range(number), strict=False)]
+
+
+def _sample(chunks: list[Chunk], number: int) -> list[Chunk]:
+    if len(chunks) <= number:
+        return chunks
+    rows = np.random.default_rng(0).choice(len(chunks), number, replace=False)
+    return [chunks[row] for row in sorted(rows)]
+
+
+def _measure(model: Embedder, texts: list[str]) -> Mapping[str, str]:
+    if not texts:
+        return {}
+    started = time.perf_counter()
+    model.encode_document(texts)
+    documents = time.perf_counter() - started
+    started = time.perf_counter()
+    model.encode_query(["how fast is one query?"])
+    query = time.perf_counter() - started
+    speed = f"{len(texts) / documents:.0f} passages/s"
+    if isinstance(model, Causal2Vec):
+        speed += f", {sum(model.count_tokens(texts)) / documents:,.0f} tokens/s"
+    return {"measured now": f"{speed}; one query {render.milliseconds(query)}"}

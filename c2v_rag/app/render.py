@@ -1,0 +1,151 @@
+"""Results, map and messages as HTML; every text that comes from outside is escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from c2v_rag.index import Chunk, Hit
+
+# Okabe and Ito's palette, which colour-blind people can tell apart, and grey for the rest.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#b8a500", "#795548")
+OTHER_COLOUR = "#9e9e9e"
+MAP_WIDTH, MAP_HEIGHT = 900, 560
+
+CSS = """
+.c2v-columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 1.2rem; }
+.c2v-columns h3 { margin: 0 0 .1rem; }
+.c2v-how { opacity: .7; font-size: .85rem; margin-bottom: .6rem; }
+.c2v-hit { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .8rem;
+           margin-bottom: .7rem; }
+.c2v-head { display: flex; gap: .6rem; align-items: baseline; flex-wrap: wrap; }
+.c2v-rank { font-weight: 700; }
+.c2v-source { font-family: var(--font-mono); font-size: .85rem; overflow-wrap: anywhere; flex: 1; }
+.c2v-score { font-variant-numeric: tabular-nums; opacity: .75; font-size: .85rem; }
+.c2v-text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; margin-top: .4rem; max-height: 15rem;
+            overflow-y: auto; }
+.c2v-text mark { background: #ffe08a; color: #222; padding: 0 .1rem; border-radius: 3px; }
+.c2v-moved { font-size: .75rem; border-radius: 9px; padding: 0 .5rem; background: var(--background-fill-secondary); }
+.c2v-up { background: #c9f0d8; color: #14532d; } .c2v-down { background: #fbdcc4; color: #7c2d12; }
+.c2v-only { background: #d6e4ff; color: #1e3a8a; }
+.c2v-message { padding: .7rem .9rem; border-radius: 8px; background: var(--background-fill-secondary); }
+.c2v-error { border-left: 4px solid #d55e00; } .c2v-done { border-left: 4px solid #009e73; }
+.c2v-busy { border-left: 4px solid #0072b2; }
+.c2v-map circle { cursor: pointer; stroke: white; stroke-width: .6; fill-opacity: .85; }
+.c2v-map circle:hover { stroke: black; stroke-width: 1.5; }
+.c2v-legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .85rem; margin-top: .4rem; }
+.c2v-legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%; margin-right: .3rem; }
+.c2v-about td { padding: .2rem 1.2rem .2rem 0; vertical-align: top; overflow-wrap: anywhere; }
+"""
+
+
+def message(text: str, kind: str = "") -> str:
+    """A box; `kind` is "error", "done", "busy" or "". Line breaks stay."""
+    return f'<div class="c2v-message c2v-{kind}" role="status">{escape(text).replace(chr(10), "<br>")}</div>'
+
+
+def results(
+    columns: Sequence[tuple[str, str, str, Sequence[Hit], Sequence[tuple[int, int]]]], notices: Sequence[str] = ()
+) -> str:
+    """One or two columns of hits: (method, how it scores, a line on time, hits, spans to highlight)."""
+    parts = []
+    for number, (method, how, timing, hits, spans) in enumerate(columns):
+        others = {hit.id: rank for rank, hit in enumerate(columns[1 - number][3], 1)} if len(columns) == 2 else None
+        found = "".join(
+            _hit(rank, hit, span, _moved(rank, hit.id, others))
+            for rank, (hit, span) in enumerate(zip(hits, spans, strict=True), 1)
+        )
+        found = found or message("Nothing found: no passage shares a word with the query.")
+        parts.append(
+            f'<section><h3>{escape(method)}</h3><div class="c2v-how">{escape(how)} · {escape(timing)}</div>'
+            f"{found}</section>"
+        )
+    return "".join(map(message, notices)) + f'<div class="c2v-columns">{"".join(parts)}</div>'
+
+
+def _moved(rank: int, id: str, others: Mapping[str, int] | None) -> str:
+    """A badge that says where the other column has this passage."""
+    if others is None:
+        return ""
+    if id not in others:
+        return '<span class="c2v-moved c2v-only" title="not among the other method’s results">only here</span>'
+    by = others[id] - rank
+    if not by:
+        return '<span class="c2v-moved" title="the same place in both">=</span>'
+    arrow, kind = ("▲", "up") if by > 0 else ("▼", "down")
+    return f'<span class="c2v-moved c2v-{kind}" title="place {others[id]} in the other column">{arrow} {abs(by)}</span>'
+
+
+def _hit(rank: int, hit: Hit, span: tuple[int, int], badge: str) -> str:
+    return (
+        f'<article class="c2v-hit"><div class="c2v-head"><span class="c2v-rank">{rank}</span>'
+        f'<span class="c2v-source">{escape(str(hit.metadata["source"]))}</span>{badge}'
+        f'<span class="c2v-score">{hit.score:.3f}</span></div>{passage(hit.text, span)}</article>'
+    )
+
+
+def passage(text: str, span: tuple[int, int] = (0, 0)) -> str:
+    """A text with the sentence at `span` marked."""
+    start, end = span
+    marked = f"<mark>{escape(text[start:end])}</mark>" if end > start else ""
+    return f'<div class="c2v-text">{escape(text[:start])}{marked}{escape(text[end:])}</div>'
+
+
+def chunk(one: Chunk) -> str:
+    """A passage of the map, with its source."""
+    return (
+        f'<article class="c2v-hit"><div class="c2v-head"><span class="c2v-source">{escape(str(one.metadata["source"]))}'
+        f"</span></div>{passage(one.text)}</article>"
+    )
+
+
+def source_group(source: str) -> str:
+    """What sources are coloured by: a file's folder, else the first part of a dotted name."""
+    if "/" in source or "\\" in source:
+        return PurePath(source).parent.name or source
+    return source.partition(".")[0]
+
+
+def map_svg(chunks: Sequence[Chunk], points: np.ndarray) -> str:
+    """A scatter plot of `points` (n, 2), coloured by the most frequent groups of sources; data-id names the chunk."""
+    groups = [source_group(str(chunk.metadata["source"])) for chunk in chunks]
+    if len(set(groups)) == 1:  # one folder: its files
+        groups = [PurePath(str(chunk.metadata["source"])).name for chunk in chunks]
+    named = [group for group, _ in Counter(groups).most_common(len(COLOURS))]
+    colour = dict(zip(named, COLOURS, strict=False))
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = 14
+    unit = (points - low) / np.where(high > low, high - low, 1.0)
+    x = margin + unit[:, 0] * (MAP_WIDTH - 2 * margin)
+    y = margin + (1 - unit[:, 1]) * (MAP_HEIGHT - 2 * margin)
+    radius = 5 if len(chunks) < 500 else 3.5
+    circles = "".join(
+        f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="{radius}" fill="{colour.get(groups[i], OTHER_COLOUR)}" '
+        f'data-id="{escape(chunk.id)}"><title>{escape(str(chunk.metadata["source"]))}</title></circle>'
+        for i, chunk in enumerate(chunks)
+    )
+    legend = [(colour[name], name) for name in named]
+    if len(set(groups)) > len(named):
+        legend.append((OTHER_COLOUR, "other"))
+    swatches = "".join(f'<span><i style="background:{one}"></i>{escape(name)}</span>' for one, name in legend)
+    return (
+        f'<svg class="c2v-map" viewBox="0 0 {MAP_WIDTH} {MAP_HEIGHT}" width="100%" role="img" '
+        f'aria-label="Map of passages">{circles}</svg><div class="c2v-legend">{swatches}</div>'
+    )
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    body = "".join(
+        f"<tr><td><b>{escape(name)}</b></td><td>{escape(str(value))}</td></tr>" for name, value in rows.items()
+    )
+    return f'<table class="c2v-about">{body}</table>'
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{math.ceil(1000 * seconds):,} ms"

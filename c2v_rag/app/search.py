@@ -1,0 +1,170 @@
+"""One collection searched in several ways: Causal2Vec, the encoder inside it, BM25, and both kinds fused."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.fusion import reciprocal_rank_fusion
+from c2v_rag.index import Chunk, Embedder, Hit, VectorIndex
+from c2v_rag.model import Causal2Vec
+from c2v_rag.sources import Document
+
+CAUSAL2VEC, ENCODER, BM25, HYBRID = "Causal2Vec", "Encoder alone", "BM25", "Hybrid (Causal2Vec + BM25)"
+METHODS = {
+    CAUSAL2VEC: "cosine similarity of the embeddings",
+    ENCODER: "cosine similarity of the contextual encoder's own vectors",
+    BM25: "words in common, rare ones counting more",
+    HYBRID: "reciprocal rank fusion of Causal2Vec and BM25",
+}
+ENCODER_SUFFIX = ".encoder"
+FUSED_DEPTH = 100
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|\n\s*\n")
+
+
+class Searcher:
+    """Searches a `VectorIndex` by any of `METHODS`.
+
+    `prepare` builds what a method needs beside the index (the encoder's vectors, in a collection of their own in the
+    same store; BM25's counts, in memory), and brings it up to date when documents were added or removed.
+    """
+
+    def __init__(self, store: str | Path, model: Embedder, collection: str) -> None:
+        self.index = VectorIndex(store, model, collection)
+        self.model = model
+        self.collection = collection
+        self._store = store
+        self._preparing = threading.Lock()
+        self._encoder_index: VectorIndex | None = None
+        self._bm25: _Bm25 | None = None
+        self._prepared: dict[str, str] = {}  # method -> the version of the index that it was prepared for
+
+    def is_prepared(self, method: str) -> bool:
+        """Whether `search` by this method can answer at once."""
+        return method == CAUSAL2VEC or self._prepared.get(_needs(method)) == self.index.version
+
+    def prepare(self, method: str, report: Callable[[str], None] = lambda message: None) -> None:
+        """Build what `method` needs, unless it is there; `report` is told how far it is and may raise to stop it."""
+        with self._preparing:
+            if self.is_prepared(method):
+                return
+            version = self.index.version
+            chunks = list(self.index.chunks())
+            if method == ENCODER:
+                self._prepare_encoder(chunks, report)
+            else:
+                report(f"Counting the words of {len(chunks):,} passages for BM25 …")
+                self._bm25 = _Bm25(chunks)
+            # Writing the encoder's collection changes the folder's version too; the documents are the same.
+            self._prepared[_needs(method)] = self.index.version if method == ENCODER else version
+
+    def _prepare_encoder(self, chunks: Sequence[Chunk], report: Callable[[str], None]) -> None:
+        if self._encoder_index is None:
+            assert isinstance(self.model, Causal2Vec)
+            self._encoder_index = VectorIndex(
+                self._store, EncoderEmbedder(self.model), self.collection + ENCODER_SUFFIX
+            )
+        for gone in self._encoder_index.sources() - {str(chunk.metadata["source"]) for chunk in chunks}:
+            self._encoder_index.delete(gone)
+        self._encoder_index.add(
+            [
+                Document(
+                    chunk.text,
+                    str(chunk.metadata["source"]),
+                    {key: value for key, value in chunk.metadata.items() if key != "source"},
+                )
+                for chunk in chunks
+            ],
+            on_progress=lambda read, added: report(
+                f"First use: embedding with the encoder alone, {read:,} of {len(chunks):,} passages …"
+            ),
+            write_every=64,
+        )
+
+    def search(self, method: str, query: str, top_k: int) -> list[Hit]:
+        """The best passages, by a method that is prepared; `score` is on the method's own scale."""
+        if method == CAUSAL2VEC:
+            return self.index.search(query, top_k)
+        if method == ENCODER:
+            assert self._encoder_index is not None
+            return self._encoder_index.search(query, top_k)
+        assert self._bm25 is not None
+        if method == BM25:
+            return self._bm25.search(query, top_k)
+        dense, sparse = self.index.search(query, FUSED_DEPTH), self._bm25.search(query, FUSED_DEPTH)
+        found = {hit.id: hit for hit in (*dense, *sparse)}
+        fused = reciprocal_rank_fusion([[hit.id for hit in dense], [hit.id for hit in sparse]])
+        return [Hit(id, score, found[id].text, found[id].metadata) for id, score in list(fused.items())[:top_k]]
+
+    def best_sentences(self, query: str, texts: Sequence[str]) -> list[tuple[int, int]]:
+        """For each text the span (start, end) of the sentence that is most similar to the query.
+
+        Judged by the encoder alone where there is one, which is quick, whatever method found the text.
+        """
+        spans = [sentences(text) for text in texts]
+        cut = [text[start:end] for text, found in zip(texts, spans, strict=True) for start, end in found]
+        if not cut:
+            return [(0, 0) for _ in texts]
+        judge: Any = EncoderEmbedder(self.model) if isinstance(self.model, Causal2Vec) else self.model
+        options = {"on_truncate": "ignore"} if isinstance(self.model, Causal2Vec) else {}
+        similarities = judge.encode_document(cut, **options) @ judge.encode_query([query], **options)[0]
+        best, at = [], 0
+        for found in spans:
+            here = similarities[at : at + len(found)]
+            best.append(found[int(np.argmax(here))] if found else (0, 0))
+            at += len(found)
+        return best
+
+
+def _needs(method: str) -> str:
+    """The method whose preparations `method` uses."""
+    return BM25 if method == HYBRID else method
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Spans (start, end) of the sentences and paragraphs of a text, without white space around them."""
+    spans, start = [], 0
+    for end, following in [*((m.start(), m.end()) for m in _SENTENCE_END.finditer(text)), (len(text), len(text))]:
+        piece = text[start:end]
+        if piece.strip():
+            first = start + len(piece) - len(piece.lstrip())
+            spans.append((first, start + len(piece.rstrip())))
+        start = following
+    return spans
+
+
+class _Bm25:
+    """BM25 over the chunks, by bm25s with the English Snowball stemmer."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        import bm25s
+        import Stemmer
+
+        self._chunks = chunks
+        self._stemmer = Stemmer.Stemmer("english")
+        self._index: Any = None
+        if any(chunk.text.strip() for chunk in chunks):
+            self._index = bm25s.BM25()
+            self._index.index(self._tokens([chunk.text for chunk in chunks]), show_progress=False)
+
+    def _tokens(self, texts: list[str]) -> Any:
+        import bm25s
+
+        return bm25s.tokenize(texts, stopwords="en", stemmer=self._stemmer, show_progress=False)
+
+    def search(self, query: str, top_k: int) -> list[Hit]:
+        """Chunks that share a word with the query; there may be none."""
+        if self._index is None:
+            return []
+        rows, scores = self._index.retrieve(self._tokens([query]), k=min(top_k, len(self._chunks)), show_progress=False)
+        return [
+            Hit(self._chunks[row].id, float(score), self._chunks[row].text, self._chunks[row].metadata)
+            for row, score in zip(rows[0], scores[0], strict=True)
+            if score > 0
+        ]

@@ -1,0 +1,28 @@
+"""The search app on Python's own docstrings: index them, then open http://127.0.0.1:7860."""
+
+from __future__ import annotations
+
+import argparse
+
+from quickstart import MODULES
+
+from c2v_rag import Causal2Vec, VectorIndex
+from c2v_rag.app.page import SearchApp
+from c2v_rag.sources import python_docs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", default="demo-store", help="folder of the index")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--port", type=int, default=7860)
+    arguments = parser.parse_args()
+
+    model = Causal2Vec.from_pretrained(arguments.model)
+    documents = [document for document in python_docs() if document.source.split(".")[0] in MODULES]
+    VectorIndex(arguments.store, model).add(documents, show_progress=True)
+    SearchApp(arguments.store, model).launch(port=arguments.port)
+
+
+if __name__ == "__main__":
+    main()
