@@ -33,7 +33,8 @@ def add(task: Task[Any], index: VectorIndex, uploads: Sequence[Path], sources: S
     empty: list[str] = []
 
     def leave_out(path: Path, error: Exception) -> None:
-        left_out.append(str(error) if path.name in str(error) else f"{path.name}: {error}")
+        shown = str(error).replace(str(path), path.name) if path in uploads else str(error)
+        left_out.append(shown if path.name in shown else f"{path.name}: {shown}")
 
     def documents() -> Iterator[Document]:
         for path in uploads:

@@ -25,7 +25,7 @@ METHODS = {
 }
 ENCODER_SUFFIX = ".encoder"
 FUSED_DEPTH = 100
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|\n\s*\n")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
 
 
 class Searcher:

@@ -1,0 +1,218 @@
+"""What the page says when things go wrong, and that nothing is lost; handlers called as Gradio calls them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from c2v_rag import Document, VectorIndex
+from c2v_rag.app import render
+from c2v_rag.app.page import NO_COMPARISON, SearchApp, is_loopback
+from c2v_rag.app.search import BM25, CAUSAL2VEC
+from c2v_rag.app.task import Stopped, Task
+from c2v_rag.index import Chunk, Hit
+from c2v_rag.model import Causal2Vec
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> Causal2Vec:
+    return tiny_model()
+
+
+@pytest.fixture
+def app(tmp_path: Path, model: Causal2Vec) -> SearchApp:
+    return SearchApp(tmp_path / "store", model)
+
+
+def last(messages: Any) -> str:
+    *_, end = messages
+    return str(end)
+
+
+def search(app: SearchApp, query: str, method: str = CAUSAL2VEC, other: str = NO_COMPARISON) -> str:
+    return last(app.search(query, "documents", method, other, 3))
+
+
+def add(app: SearchApp, files: list[Path], folder: str = "", session: str = "s") -> str:
+    request: Any = SimpleNamespace(session_hash=session)
+    return last(app.add([str(file) for file in files], folder, False, "documents", request))
+
+
+def test_an_empty_query_an_empty_store_and_an_empty_collection_say_what_to_do(app: SearchApp) -> None:
+    assert app.collections() == []
+    assert "Type a question" in search(app, "  ")
+    assert "Nothing is indexed yet" in last(app.search("a", None, CAUSAL2VEC, NO_COMPARISON, 3))
+    assert "Nothing is indexed yet" in app.map(None)
+    assert "store" in app.about(None)
+    assert "collection is empty" in search(app, "a")
+    assert last(app.search_again(" ", "documents", CAUSAL2VEC, NO_COMPARISON, 3)) == ""
+    assert "Choose files" in add(app, [])
+
+
+def test_a_very_long_query_is_answered_and_told_what_was_read(app: SearchApp, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Bread needs yeast.")
+    add(app, [tmp_path / "a.txt"])
+    answer = search(app, "yeast " * 8334)
+    assert "the encoder reads its first 64, the decoder its first 256" in answer
+    assert "a.txt" in answer
+    assert "reads its first" not in search(app, "yeast")
+
+
+def test_files_that_cannot_be_read_are_named_and_the_rest_is_found(app: SearchApp, tmp_path: Path) -> None:
+    (tmp_path / "good.md").write_text("A heap keeps its smallest item first.")
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7 and then nothing")
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    (tmp_path / "blank.txt").write_text("  \n")
+    report = add(app, [tmp_path / name for name in ("good.md", "broken.pdf", "latin.txt", "blank.txt", "gone.txt")])
+    assert "1 passages added" in report
+    for name in ("broken.pdf", "latin.txt", "gone.txt"):
+        assert name in report.partition("Left out: ")[2]
+    assert str(tmp_path) not in report, "where an upload lies for a moment is nobody's business"
+    assert "No text found in blank.txt" in report
+    assert "good.md" in search(app, "heap", BM25)
+    assert "no file or folder" in add(app, [], folder=str(tmp_path / "nowhere")).lower()
+    assert len(VectorIndex(tmp_path / "store", app._model)) == 1
+
+
+def test_a_folder_of_this_computer_only_where_the_page_is_local(app: SearchApp, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("Bread needs yeast.")
+    assert "1 passages added" in add(app, [], folder=str(tmp_path / "notes"))
+    (tmp_path / "notes" / "a.txt").unlink()
+    assert "1 outdated" in add(app, [], folder=str(tmp_path / "notes"))
+    open_to_all = SearchApp(tmp_path / "other", app._model, is_local=False)
+    assert "Choose files" in add(open_to_all, [], folder=str(tmp_path / "notes"))
+    assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "example.org")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_a_second_run_waits_for_the_first_and_loses_nothing(app: SearchApp, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Bread needs yeast.")
+    store = tmp_path / "store"
+    store.mkdir()
+    request: Any = SimpleNamespace(session_hash="first")
+    with FileLock(store / "c2v_writer.lock"):
+        run = app.add([str(tmp_path / "a.txt")], "", False, "documents", request)
+        shown = next(message for message in run if "Waiting" in message)
+        assert "is being written by" in shown
+        assert "adding documents already" in add(app, [tmp_path / "a.txt"], session="first")
+    assert "1 passages added" in last(run)
+
+
+def test_cancelled_half_way_and_started_again_it_ends_with_everything(app: SearchApp, tmp_path: Path) -> None:
+    for i in range(120):
+        (tmp_path / f"{i:03d}.txt").write_text(f"Passage number {i}.")
+    files = sorted(tmp_path.glob("*.txt"))
+    request: Any = SimpleNamespace(session_hash="s")
+    slow = app._model.encode_document
+    wrote = threading.Event()
+
+    def watched(texts: list[str], **options: Any) -> np.ndarray:
+        wrote.set()
+        time.sleep(0.3)
+        return slow(texts, **options)
+
+    app._model.encode_document = watched  # type: ignore[method-assign, assignment]
+    try:
+        run = app.add([str(file) for file in files], "", False, "documents", request)
+        next(run)
+        wrote.wait(20)
+        app.cancel(request)
+        assert "Cancelled" in last(run)
+    finally:
+        del app._model.encode_document
+    kept = len(app._searcher("documents").index)
+    assert 0 < kept < 120
+    report = add(app, files)
+    assert f"{120 - kept} passages added, {kept} were there, 0 outdated" in report
+
+
+def test_an_error_inside_a_method_is_a_message(app: SearchApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    app._searcher("documents").index.add([Document("Bread.", "a.txt")])
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no <words>")
+
+    monkeypatch.setattr("bm25s.BM25.index", broken)
+    assert "RuntimeError: no &lt;words&gt;" in search(app, "bread", BM25)
+    assert "a.txt" in search(app, "bread")
+
+
+def test_map_and_about(app: SearchApp) -> None:
+    index = app._searcher("documents").index
+    index.add([Document("Bread.", "a.txt")])
+    assert "at least three" in app.map("documents")
+    index.add([Document(f"Passage {i}.", f"/notes/{i}.txt") for i in range(30)])
+    drawn = app.map("documents")
+    assert drawn.count("<circle") == 31
+    assert "<title>/notes/7.txt</title>" in drawn
+    id = next(chunk.id for chunk in index.chunks() if chunk.text == "Passage 3.")
+    event: Any = SimpleNamespace(_data={"id": id})
+    assert "Passage 3." in app.chosen("documents", event)
+    index.delete("/notes/3.txt")
+    assert "no longer" in app.chosen("documents", event)
+    about = app.about("documents")
+    assert "tokens/s" in about
+    assert "30" in about
+
+
+def test_what_moved_is_marked_and_texts_are_escaped() -> None:
+    def hit(id: str) -> Hit:
+        return Hit(id, 0.5, f"<b>{id}</b> text. More.", {"source": f"<i>{id}"})
+
+    spans = [(0, 14)] * 3
+    html = render.results(
+        [
+            ("M", "how", "1 ms", [hit("a"), hit("b"), hit("c")], spans),
+            ("N", "how", "1 ms", [hit("b"), hit("a"), hit("d")], spans),
+        ]
+    )
+    assert html.count("only here") == 2
+    assert html.count("▲ 1") == 2
+    assert html.count("▼ 1") == 2
+    assert "<b>" not in html
+    assert "<i>" not in html
+    assert "<mark>&lt;b&gt;a&lt;/b&gt; text.</mark> More." in html
+    assert "Nothing found" in render.results([("M", "how", "1 ms", [], [])])
+
+
+def test_sources_are_coloured_by_folder_module_or_file() -> None:
+    assert render.source_group("/home/me/notes/a.txt") == "notes"
+    assert render.source_group("asyncio.tasks.gather") == "asyncio"
+    one_folder = [Chunk(str(i), "", {"source": f"/notes/{i}.txt"}) for i in range(12)]
+    drawn = render.map_svg(one_folder, np.random.default_rng(0).normal(size=(12, 2)))
+    assert "</i>0.txt</span>" in drawn
+    assert "</i>other</span>" in drawn
+
+
+def test_a_task_reports_stops_and_hands_errors_on() -> None:
+    def work(task: Task[int]) -> int:
+        for i in range(1000):
+            task.report(f"{i}")
+            task.wait(0.01)
+        return 7
+
+    task = Task(work)
+    for message in task.messages():
+        if message:
+            task.stop()
+    with pytest.raises(Stopped):
+        task.result()
+    assert Task[int](lambda task: 7).result() == 7
+    with pytest.raises(ZeroDivisionError):
+        Task[float](lambda task: 1 / 0).result()
+    abandoned = Task(work)
+    messages = abandoned.messages()
+    next(messages)
+    messages.close()  # what Gradio does when the page is gone
+    with pytest.raises(Stopped):
+        abandoned.result()

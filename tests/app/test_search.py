@@ -1,0 +1,101 @@
+"""The methods behind the page: each against what it should be, kept up to date, and fused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from c2v_rag import Document
+from c2v_rag.app.search import BM25, CAUSAL2VEC, ENCODER, HYBRID, METHODS, Searcher, sentences
+from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.fusion import reciprocal_rank_fusion
+from c2v_rag.model import Causal2Vec
+from tests.tiny import tiny_model
+
+DOCUMENTS = [Document(f"Passage {word} is about topic {i % 7}.", f"{word}.txt") for i, word in enumerate(
+    "heap bread yeast museum moon tide glass harbour violin copper lantern orchard".split()
+)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Causal2Vec:
+    return tiny_model()
+
+
+@pytest.fixture
+def searcher(tmp_path: Path, model: Causal2Vec) -> Searcher:
+    made = Searcher(tmp_path / "store", model, "documents")
+    made.index.add(DOCUMENTS)
+    return made
+
+
+def test_every_method_ranks_as_it_says(searcher: Searcher, model: Causal2Vec) -> None:
+    query, texts = "the violin by the harbour", [document.text for document in DOCUMENTS]
+    for method in METHODS:
+        searcher.prepare(method)
+        assert searcher.is_prepared(method)
+    found = {method: [hit.text for hit in searcher.search(method, query, 4)] for method in METHODS}
+    for method, embedder in ((CAUSAL2VEC, model), (ENCODER, EncoderEmbedder(model))):
+        scores = embedder.encode_document(texts) @ embedder.encode_query([query])[0]
+        assert found[method] == [texts[i] for i in np.argsort(-scores)[:4]]
+    assert {*found[BM25]} == {"Passage violin is about topic 1.", "Passage harbour is about topic 0."}
+    dense, sparse = ([hit.id for hit in searcher.search(method, query, 100)] for method in (CAUSAL2VEC, BM25))
+    fused = reciprocal_rank_fusion([dense, sparse])
+    hits = searcher.search(HYBRID, query, 100)
+    assert {hit.id: hit.score for hit in hits} == fused
+    assert hits[0].id in sparse, "what both find comes first"
+
+
+def test_methods_follow_what_is_added_and_deleted(searcher: Searcher) -> None:
+    for method in (ENCODER, BM25):
+        searcher.prepare(method)
+    searcher.index.delete("violin.txt")
+    searcher.index.add([Document("A walrus sings.", "walrus.txt")])
+    said: list[str] = []
+    for method in (ENCODER, BM25):
+        assert not searcher.is_prepared(method)
+        searcher.prepare(method, said.append)
+        sources = {hit.metadata["source"] for hit in searcher.search(method, "a walrus plays the violin", 20)}
+        assert "walrus.txt" in sources
+        assert "violin.txt" not in sources
+    assert said[-1] == "Counting the words of 12 passages for BM25 …"
+    assert "encoder alone, 12 of 12" in said[-2]
+
+
+def test_the_encoders_index_is_kept_in_the_store(searcher: Searcher, model: Causal2Vec, tmp_path: Path) -> None:
+    searcher.prepare(ENCODER)
+    again = Searcher(tmp_path / "store", model, "documents")
+    again.prepare(ENCODER)
+    assert again._encoder_index is not None
+    assert len(again._encoder_index) == len(DOCUMENTS)
+    assert {chunk.id for chunk in again._encoder_index.chunks()} == {chunk.id for chunk in again.index.chunks()}
+
+
+def test_words_that_are_nowhere_find_nothing_by_bm25(searcher: Searcher) -> None:
+    searcher.prepare(BM25)
+    for query in ("xylophone", "the", "?!", "\ud800"):
+        assert searcher.search(BM25, query, 3) == []
+
+
+def test_sentences_and_the_best_of_them(searcher: Searcher) -> None:
+    text = "  One is here. Two, e.g. this?\n\n  Three has no end  "
+    assert [text[start:end] for start, end in sentences(text)] == [
+        "One is here.", "Two, e.g. this?", "Three has no end",
+    ]  # fmt: skip
+    assert sentences(" \n ") == []
+    texts = ["Bread needs yeast. The moon is far.", "", "Copper conducts. The moon is far. Glass breaks."]
+    spans = searcher.best_sentences("The moon is far.", texts)
+    assert [text[start:end] for text, (start, end) in zip(texts, spans, strict=True)] == [
+        "The moon is far.", "", "The moon is far.",
+    ]  # fmt: skip
+    assert searcher.best_sentences("anything", []) == []
+
+
+def test_reciprocal_rank_fusion() -> None:
+    fused = reciprocal_rank_fusion([["a", "b", "c"], ["c", "a"]])
+    assert list(fused) == ["a", "c", "b"]
+    assert fused["a"] == pytest.approx(1 / 61 + 1 / 62)
+    assert fused["b"] == pytest.approx(1 / 62)
+    assert reciprocal_rank_fusion([[], []]) == {}
