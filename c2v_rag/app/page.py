@@ -91,16 +91,20 @@ class SearchApp:
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
                 found = gr.HTML(elem_id="results")
                 given = [query, collection, method, other, top_k]
-                for event in (query.submit, go.click):
-                    event(
-                        self.search, given, found, concurrency_limit=4, concurrency_id="search", show_progress="hidden"
-                    )
-                for control in (collection, method, other, top_k):
-                    changed = control.release if control is top_k else control.input
-                    changed(self.search_again, given, found, concurrency_id="search", show_progress="hidden")
+                # One listener for all of them, and the last request wins: results never arrive in another order.
+                gr.on(
+                    [query.submit, go.click, collection.input, method.input, other.input, top_k.release],
+                    self.search,
+                    given,
+                    found,
+                    trigger_mode="always_last",
+                    show_progress="hidden",
+                    concurrency_limit=4,
+                    concurrency_id="search",
+                )
                 for button in asked:
                     button.click(lambda text: text, button, query).then(
-                        self.search, given, found, concurrency_id="search", show_progress="hidden"
+                        self.search, given, found, show_progress="hidden", concurrency_id="search"
                     )
             with gr.Tab("Add documents"):
                 files = gr.File(
@@ -166,13 +170,6 @@ class SearchApp:
         if value is not None:
             about_python = any("kind" in chunk.metadata for chunk in _first(self._searcher(value).index.chunks(), 50))
         return gr.update(choices=names, value=value), gr.update(visible=about_python)
-
-    def search_again(self, query: str, *rest: Any) -> Iterator[str]:
-        """`search`, when a control was changed: an empty box needs no reminder."""
-        if query.strip():
-            yield from self.search(query, *rest)
-        else:
-            yield ""
 
     def search(self, query: str, collection: str | None, method: str, other: str, top_k: int) -> Iterator[str]:
         """Messages while something is built, then the results; an error is a message too."""

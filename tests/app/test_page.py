@@ -53,7 +53,6 @@ def test_an_empty_query_an_empty_store_and_an_empty_collection_say_what_to_do(ap
     assert "Nothing is indexed yet" in app.map(None)
     assert "store" in app.about(None)
     assert "collection is empty" in search(app, "a")
-    assert last(app.search_again(" ", "documents", CAUSAL2VEC, NO_COMPARISON, 3)) == ""
     assert "Choose files" in add(app, [])
 
 
