@@ -489,7 +489,6 @@ class _Folder:
 
     def client(self) -> ClientAPI:
         import chromadb
-        from chromadb.config import Settings
 
         with self._lock:
             generation = self._read(_GENERATION_FILE)
@@ -498,8 +497,8 @@ class _Folder:
                 self._client = None
             if self._client is None:
                 self._path.mkdir(parents=True, exist_ok=True)
-                settings = Settings(anonymized_telemetry=False)
-                self._client = chromadb.PersistentClient(str(self._path), settings=settings)
+                # No settings of our own: Chroma refuses a folder's second client (a framework's) with other ones.
+                self._client = chromadb.PersistentClient(str(self._path))
                 self._generation = generation
             client: ClientAPI = self._client
             return client

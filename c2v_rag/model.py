@@ -19,7 +19,8 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 
@@ -196,6 +197,26 @@ class Causal2Vec(nn.Module):
             "embedding_dim": self.embedding_dim,
             "pooling": self.config.pooling,
             "instruction": self.config.instruction,
+        }
+
+    @property
+    def llm_folder(self) -> Path:
+        """The folder the decoder's weights were read from. ValueError where they came from nowhere or were changed."""
+        base = self._bases.get("llm")
+        if base is None or not self._is_as_read("llm"):
+            raise ValueError("This decoder exists in memory only. Save the model and load it again.")
+        return base.folder
+
+    @contextmanager
+    def same_weights(self) -> Iterator[None]:
+        """What is done inside changes where the llm's weights lie, not what they are: the stamp stays."""
+        stamp = self._weights()
+        yield
+        self._weights_hash, self._versions_hashed = stamp, self._versions()
+        self._base_versions["llm"] = {
+            name.replace(".base_layer.", "."): parameter._version
+            for name, parameter in self.llm.named_parameters()
+            if ".lora_" not in name
         }
 
     def _versions(self) -> list[int]:

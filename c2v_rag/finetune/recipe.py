@@ -98,13 +98,14 @@ class Stage(_Strict):
 
 
 class Recipe(_Strict):
-    """`teacher`: a sentence-transformers model whose similarities are distilled; the encoder alone unless given."""
+    """`teachers`: whose similarities are distilled, their mean where there are several: "encoder", the one inside the
+    model, or sentence-transformers models."""
 
     base: BaseModels
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1)]
     lora: Lora = Lora()
-    teacher: str | None = None
+    teachers: Annotated[list[str], Field(min_length=1)] = ["encoder"]
     seed: int = 0
     save_steps: PositiveInt = 50
     output: Path | None = None

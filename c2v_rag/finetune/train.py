@@ -44,6 +44,7 @@ from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_t
 
 logger = logging.getLogger(__name__)
 
+ENCODER = "encoder"  # among a recipe's teachers: the one inside the model
 WARM_UP = 0.05
 _COMPLETE = "complete"
 _TRAINED_FILE = "trained.safetensors"
@@ -433,12 +434,18 @@ def _vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path) -> tup
         with fast():
             return encoder.encode_document(some, on_truncate="ignore", show_progress=True)
 
-    def by_teacher(some: Sequence[str]) -> np.ndarray:
-        teacher = SentenceTransformer(str(recipe.teacher), device=str(model.device))
-        teacher.max_seq_length = min(stage.max_length, teacher.max_seq_length or stage.max_length)
-        with fast():
-            vectors = teacher.encode(list(some), normalize_embeddings=True, show_progress_bar=True)
-        return np.asarray(vectors, dtype=np.float32)
+    def by_teachers(some: Sequence[str]) -> np.ndarray:
+        """Vectors side by side, so that their cosine similarity is the mean of the teachers'."""
+        vectors = []
+        for name in recipe.teachers:
+            if name == ENCODER:
+                vectors.append(by_encoder(some))
+                continue
+            teacher = SentenceTransformer(name, device=str(model.device))
+            teacher.max_seq_length = min(stage.max_length, teacher.max_seq_length or stage.max_length)
+            with fast():
+                vectors.append(teacher.encode(list(some), normalize_embeddings=True, show_progress_bar=True))
+        return np.hstack(vectors).astype(np.float32) / np.sqrt(len(vectors))
 
     digest = hashlib.sha256()  # an earlier stage may have trained the encoder
     for tensor in model.encoder.state_dict().values():
@@ -446,9 +453,10 @@ def _vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path) -> tup
     texts = TextVectors(work / "vectors" / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", by_encoder)
     if not stage.loss.distill:
         return texts, None
-    return texts, texts if recipe.teacher is None else TextVectors(
-        work / "vectors" / f"teacher-{stage.max_length}", by_teacher
-    )
+    if recipe.teachers == [ENCODER]:
+        return texts, texts
+    names = hashlib.sha256("\n".join(recipe.teachers).encode()).hexdigest()[:8]
+    return texts, TextVectors(work / "vectors" / f"teachers-{names}-{stage.max_length}", by_teachers)
 
 
 def plot_losses(log: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
