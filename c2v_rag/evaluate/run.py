@@ -17,7 +17,7 @@ import torch
 from scipy.stats import rankdata
 
 from c2v_rag.evaluate.metrics import ndcg_at_k
-from c2v_rag.evaluate.systems import BM25, DenseSystem, systems
+from c2v_rag.evaluate.systems import BM25, HYBRID, SEARCH_ONLY, DenseSystem, HybridSystem, systems
 from c2v_rag.evaluate.tasks import Task
 from c2v_rag.model import Causal2Vec
 
@@ -32,8 +32,8 @@ def evaluate(
     """JSON-ready: what was run on what, scores of every system on every task, and the model's lead over each.
 
     Scores are fractions, as mteb gives them. A lead is the model minus the baseline in the main metric, with the
-    95 % interval of a paired bootstrap over queries (or sentence pairs). BM25 has no scores on sentence pairs.
-    `command` is kept as it is given: what was typed to get here.
+    95 % interval of a paired bootstrap over queries (or sentence pairs). BM25 and the hybrid have no scores on
+    sentence pairs. `command` is kept as it is given: what was typed to get here.
     """
     scored = systems(model, baselines)
     result: dict[str, Any] = {
@@ -49,7 +49,7 @@ def evaluate(
         per_item: dict[str, np.ndarray] = {}
         for system in scored:
             name = _name(system)
-            if name == BM25 and task.qrels is None:
+            if name in SEARCH_ONLY and task.qrels is None:
                 continue
             scores[name], per_item[name] = _score(system, task)
         first, *others = scores
@@ -76,7 +76,9 @@ def evaluate(
 
 
 def _name(system: Any) -> str:
-    return str(system.name) if isinstance(system, DenseSystem) else BM25
+    if isinstance(system, DenseSystem):
+        return system.name
+    return HYBRID if isinstance(system, HybridSystem) else BM25
 
 
 def _machine(model: Causal2Vec) -> str:

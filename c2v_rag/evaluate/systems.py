@@ -10,13 +10,17 @@ from typing import Any
 import mteb
 import numpy as np
 from mteb.models.model_meta import ModelMeta
+from mteb.models.search_wrappers import SearchEncoderWrapper
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
 from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
 from c2v_rag.model import Causal2Vec
 
-BM25 = "bm25"
+BM25, HYBRID = "bm25", "hybrid"
+_MTEB_BM25 = "mteb/baseline-bm25s"
+SEARCH_ONLY = (BM25, HYBRID)  # these rank documents and have no similarity for a pair of sentences
 
 
 class DenseSystem:
@@ -86,9 +90,32 @@ class DenseSystem:
         return (np.asarray(left) * np.asarray(right)).sum(axis=1)
 
 
+class HybridSystem:
+    """A dense system and BM25, fused by rank, behind mteb's `SearchProtocol`."""
+
+    def __init__(self, dense: DenseSystem) -> None:
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{HYBRID}-{dense.name}"})
+        self._parts: list[Any] = [SearchEncoderWrapper(dense), mteb.get_model(_MTEB_BM25)]
+
+    def index(self, corpus: Any, **options: Any) -> None:
+        for part in self._parts:
+            part.index(corpus, **options)
+
+    def search(self, queries: Any, *, top_k: int, **options: Any) -> dict[str, dict[str, float]]:
+        """For each query id, scores by document id: `reciprocal_rank_fusion` of both lists."""
+        dense, sparse = (part.search(queries, top_k=FUSED_DEPTH, **options) for part in self._parts)
+        fused = {}
+        for query in dense:
+            # BM25's list is filled up with documents that share no word with the query; those are not found.
+            shared = {id: score for id, score in sparse[query].items() if score > 0}
+            rankings = [sorted(scores, key=lambda id: -scores[id]) for scores in (dense[query], shared)]
+            fused[query] = dict(list(reciprocal_rank_fusion(rankings).items())[:top_k])
+        return fused
+
+
 def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     """The model first, then each baseline: "encoder" (the one inside the model), "contextual" and "eos" (one half of
-    the embedding alone), "bm25", or a sentence-transformers folder or hub id.
+    the embedding alone), "bm25", "hybrid" (the model and BM25 fused), or a sentence-transformers folder or hub id.
 
     Tokens are the model's own for all of them, so that tokens/s compare.
     """
@@ -109,7 +136,9 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
             half = slice(0 if name == "contextual" else 1, None, 2)
             found.append(DenseSystem(name, f"{name}-{weights}", None, part_of=ours, columns=half))
         elif name == BM25:
-            found.append(mteb.get_model("mteb/baseline-bm25s"))
+            found.append(mteb.get_model(_MTEB_BM25))
+        elif name == HYBRID:
+            found.append(HybridSystem(ours))
         else:
             other = SentenceTransformer(name, device=str(model.device))
             found.append(DenseSystem(name.rstrip("/").split("/")[-1], name, other, count_tokens=model.count_tokens))

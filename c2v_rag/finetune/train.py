@@ -445,7 +445,7 @@ def _vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path) -> tup
             teacher.max_seq_length = min(stage.max_length, teacher.max_seq_length or stage.max_length)
             with fast():
                 vectors.append(teacher.encode(list(some), normalize_embeddings=True, show_progress_bar=True))
-        return np.hstack(vectors).astype(np.float32) / np.sqrt(len(vectors))
+        return np.asarray(np.hstack(vectors) / np.sqrt(len(vectors)), dtype=np.float32)
 
     digest = hashlib.sha256()  # an earlier stage may have trained the encoder
     for tensor in model.encoder.state_dict().values():

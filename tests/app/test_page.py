@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,6 +168,23 @@ def test_map_and_about(app: SearchApp) -> None:
     assert "30" in about
 
 
+@pytest.mark.slow
+def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    command = [sys.executable, "-m", "c2v_rag.cli", "app", "--store", str(tmp_path / "store"), "--port", "0"]
+    process = subprocess.Popen([*command, "--model", str(tmp_path / "tiny")], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "The page is at" in line)
+        address = line.split()[4]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert b"Causal2Vec search" in page.read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
 def test_what_moved_is_marked_and_texts_are_escaped() -> None:
     def hit(id: str) -> Hit:
         return Hit(id, 0.5, f"<b>{id}</b> text. More.", {"source": f"<i>{id}"})
@@ -182,6 +203,20 @@ def test_what_moved_is_marked_and_texts_are_escaped() -> None:
     assert "<i>" not in html
     assert "<mark>&lt;b&gt;a&lt;/b&gt; text.</mark> More." in html
     assert "Nothing found" in render.results([("M", "how", "1 ms", [], [])])
+
+
+def test_of_a_long_passage_the_part_around_the_sentence_is_shown() -> None:
+    text = "word " * 300 + "The answer." + " more" * 300
+    shown, whole = render.passage(text, (1500, 1511)).split("<details")
+    assert "<mark>The answer.</mark>" in shown
+    assert "<mark>The answer.</mark>" in whole
+    assert shown.count("word") < 60
+    assert shown.count("…") == 2
+    assert whole.count("word") == 300
+    for span in ((0, 0), (0, 5), (len(text) - 5, len(text))):
+        shown = render.passage(text, span).split("<details")[0]
+        assert 500 < len(shown) < 700
+        assert ("<mark>" in shown) == (span != (0, 0))
 
 
 def test_sources_are_coloured_by_folder_module_or_file() -> None:
