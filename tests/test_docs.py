@@ -87,8 +87,8 @@ def test_the_readmes_links_and_commands_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^\$ make (\w+)", README, re.MULTILINE))
-    assert targets == {"demo", "test"}
+    targets = set(re.findall(r"^\$ make ([\w-]+)", README, re.MULTILINE))
+    assert targets == {"demo", "demo-app", "test"}
     for target in targets:
         assert f"\n{target}:" in makefile
     assert "@@" not in README
