@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from c2v_rag.config import Causal2VecConfig
+    from c2v_rag.gatherer import gather
     from c2v_rag.index import Embedder, Hit, IndexReport, VectorIndex
     from c2v_rag.model import Causal2Vec, shared_model
     from c2v_rag.sources import Document, read_sources
@@ -26,6 +27,7 @@ _HOME = {
     "IndexReport": "index",
     "TokenBatch": "tokenization",
     "VectorIndex": "index",
+    "gather": "gatherer",
     "read_sources": "sources",
     "shared_model": "model",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "IndexReport",
     "TokenBatch",
     "VectorIndex",
+    "gather",
     "read_sources",
     "shared_model",
 ]

@@ -14,7 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "c2v_rag"
 # What each module of the core may import of the package; packages above the core (finetune, evaluate, app) may import
 # all of it, and it never imports them.
 CORE = {
-    "__init__": {"config", "index", "model", "sources", "tokenization"},  # for type checkers, and on first use
+    "__init__": {
+        "config",
+        "gatherer",
+        "index",
+        "model",
+        "sources",
+        "tokenization",
+    },  # for type checkers, and on first use
     "config": set(),
     "sources": set(),
     "tokenization": {"config"},
@@ -24,6 +31,7 @@ CORE = {
     "encoder": {"model", "inference", "tokenization"},
     "index": {"sources"},
     "fusion": set(),
+    "gatherer": {"index"},  # for type checkers
     "generation": {"model", "checkpoint"},
     "cli": {"model", "index", "sources", "finetune", "evaluate", "app"},
 }

@@ -7,6 +7,7 @@ import ipaddress
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ class SearchApp:
         value = wanted if wanted in names else (names[0] if names else None)
         about_python = False
         if value is not None:
-            about_python = any("kind" in chunk.metadata for chunk in _first(self._searcher(value).index.chunks(), 50))
+            about_python = any("kind" in chunk.metadata for chunk in islice(self._searcher(value).index.chunks(), 50))
         return gr.update(choices=names, value=value), gr.update(visible=about_python)
 
     def search(self, query: str, collection: str | None, method: str, other: str, top_k: int) -> Iterator[str]:
@@ -296,7 +297,7 @@ class SearchApp:
         if collection is not None:
             index = self._searcher(collection).index
             rows["passages"] = f"{len(index):,}"
-            rows |= _measure(self._model, [chunk.text for chunk in _first(index.chunks(), SPEED_TEXTS)])
+            rows |= _measure(self._model, [chunk.text for chunk in islice(index.chunks(), SPEED_TEXTS)])
         return render.table(rows)
 
 
@@ -329,10 +330,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
         return str(error)
     return f"{type(error).__name__}: {error}"  # a library's own kind of error: its text alone may say little
-
-
-def _first(chunks: Iterator[Chunk], number: int) -> list[Chunk]:
-    return [chunk for chunk, _ in zip(chunks, range(number), strict=False)]
 
 
 def _sample(chunks: list[Chunk], number: int) -> list[Chunk]:

@@ -91,7 +91,7 @@ def test_enter_searches_and_another_method_stands_beside_it(page: Page, address:
     ask(page, "How do I copy a whole folder tree?")
     first = page.locator("article.c2v-hit").first
     expect(first).to_contain_text("shutil.copytree")
-    expect(first.locator("mark")).not_to_be_empty()
+    expect(first.locator("mark").first).not_to_be_empty()
     choose(page, "Compare with", "BM25")
     expect(page.locator("section h3")).to_have_text(["Causal2Vec", "BM25"])
     expect(page.locator(".c2v-only").first).to_be_visible()

@@ -117,14 +117,14 @@ def test_async_does_not_block_the_loop(folder: str, monkeypatch: pytest.MonkeyPa
     embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     expected = embeddings.embed_query("a heap")
     started = threading.Event()
-    embed = Causal2VecEmbeddings.embed_query
+    encode = Causal2Vec.encode_query
 
-    def slow(self: Causal2VecEmbeddings, text: str) -> list[float]:
+    def slow(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
         started.set()
         time.sleep(0.3)
-        return embed(self, text)
+        return encode(self, texts, **options)
 
-    monkeypatch.setattr(Causal2VecEmbeddings, "embed_query", slow)
+    monkeypatch.setattr(Causal2Vec, "encode_query", slow)
 
     async def run() -> tuple[list[float], int]:
         task = asyncio.ensure_future(embeddings.aembed_query("a heap"))
@@ -137,6 +137,26 @@ def test_async_does_not_block_the_loop(folder: str, monkeypatch: pytest.MonkeyPa
     vector, ticks = asyncio.run(run())
     assert vector == expected
     assert ticks >= 5, "the loop stood still while it embedded"
+
+
+def test_calls_that_wait_together_are_embedded_together(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
+    questions = [f"question number {i}" for i in range(64)]
+    expected = [embeddings.embed_query(question) for question in questions]
+    encode, calls = Causal2Vec.encode_query, []
+
+    def counted(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
+        calls.append(len(texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(Causal2Vec, "encode_query", counted)
+
+    async def run() -> list[list[float]]:
+        return await asyncio.gather(*(embeddings.aembed_query(question) for question in questions))
+
+    np.testing.assert_allclose(asyncio.run(run()), expected, atol=1e-5)
+    assert sum(calls) == 64
+    assert len(calls) < 32, calls
 
 
 def test_a_cache_tells_models_apart_and_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Any
 
 from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from c2v_rag import Embedder
+from c2v_rag import Embedder, gather
 
 
 class Causal2VecEmbeddings(BaseModel, Embeddings):
@@ -104,6 +105,13 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
     def embed_query(self, text: str) -> list[float]:
         """Embedding of what is asked."""
         vector: list[float] = self._embedder().encode_query([text], **self._options(self.query_instruction))[0].tolist()
+        return vector
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """`embed_query`; calls that wait at the same time are embedded together."""
+        embedder = await asyncio.to_thread(self._embedder)
+        waiting = gather(embedder, "query", text, **self._options(self.query_instruction))
+        vector: list[float] = (await asyncio.wrap_future(waiting)).tolist()
         return vector
 
     @property

@@ -9,7 +9,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager
 
-from c2v_rag import Embedder
+from c2v_rag import Embedder, gather
 
 
 class Causal2VecEmbedding(BaseEmbedding):
@@ -112,11 +112,16 @@ class Causal2VecEmbedding(BaseEmbedding):
         rows: list[list[float]] = vectors.tolist()
         return rows
 
+    # Calls that wait at the same time are embedded together.
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return await asyncio.to_thread(self._get_query_embedding, query)
+        vector = gather(self._embedder(), "query", query, **self._options(self.query_instruction))
+        row: list[float] = (await asyncio.wrap_future(vector)).tolist()
+        return row
 
     async def _aget_text_embedding(self, text: str) -> list[float]:
-        return await asyncio.to_thread(self._get_text_embedding, text)
+        vector = gather(self._embedder(), "document", text, **self._options(self.text_instruction))
+        row: list[float] = (await asyncio.wrap_future(vector)).tolist()
+        return row
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return await asyncio.to_thread(self._get_text_embeddings, texts)
