@@ -72,7 +72,7 @@ def _read(
         if str(source) == PYTHON_DOCS:
             yield from python_docs()
             continue
-        for path in _files(Path(source)):
+        for path in files_below(Path(source)):
             try:
                 yield from _read_file(path, text_column)
             except (OSError, ValueError) as error:
@@ -81,7 +81,8 @@ def _read(
                 on_error(path, error)
 
 
-def _files(path: Path) -> Iterator[Path]:
+def files_below(path: Path) -> Iterator[Path]:
+    """The files that can be read in a folder and below it, hidden ones left out; a file is its own only one."""
     if path.is_file():
         yield path
         return

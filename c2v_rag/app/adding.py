@@ -9,7 +9,7 @@ from typing import Any
 
 from c2v_rag.app.task import Task
 from c2v_rag.index import IndexReport, VectorIndex, remove_vanished
-from c2v_rag.sources import Document, read_sources
+from c2v_rag.sources import PYTHON_DOCS, Document, files_below, python_docs, read_sources
 
 WAIT_S = 2.0
 WRITE_EVERY = 32  # chunks: a second or two on a CPU, so that stopping is quick
@@ -52,15 +52,18 @@ def add(task: Task[Any], index: VectorIndex, uploads: Sequence[Path], sources: S
                 empty.append(Path(document.source).name)
             yield document
 
+    def report_progress(read: int, added: int) -> None:
+        of = f" of {total:,}" if read <= total else ""  # a table holds more documents than one
+        task.report(f"{read:,}{of} documents read, {added:,} passages embedded …", read / total if of else None)
+
     for source in sources:
         next(read_sources([source], limit=0), None)  # a wrong path is an error before anything is written
+    total = len(uploads) + sum(
+        len(python_docs()) if source == PYTHON_DOCS else sum(1 for _ in files_below(Path(source))) for source in sources
+    )
     while True:
         try:
-            report = index.add(
-                counted(),
-                on_progress=lambda read, added: task.report(f"{read:,} documents read, {added:,} passages embedded …"),
-                write_every=WRITE_EVERY,
-            )
+            report = index.add(counted(), on_progress=report_progress, write_every=WRITE_EVERY)
             break
         except PermissionError as error:
             task.report(f"Waiting for another run to end. {error}")

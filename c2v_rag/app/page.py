@@ -191,8 +191,8 @@ class SearchApp:
             for name in names:
                 if not searcher.is_prepared(name):
                     building = Task[None](functools.partial(_prepare, searcher, name))
-                    for text in building.messages():
-                        yield render.message(text or "Preparing …", "busy")
+                    for progress in building.watch():
+                        yield render.progress(progress.message, progress.done)
                     building.result()
             yield self._results(searcher, query, names, int(top_k))
         except Exception as error:
@@ -244,8 +244,8 @@ class SearchApp:
             return
         self._runs[session] = run
         try:
-            for text in run.messages():
-                yield render.message(text or "Reading …", "busy")
+            for progress in run.watch():
+                yield render.progress(progress.message, progress.done)
             yield render.message(_report(run.result(), len(searcher.index)), "done")
         except Stopped:
             kept = f"{len(searcher.index):,} passages are in the collection"

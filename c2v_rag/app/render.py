@@ -38,6 +38,7 @@ CSS = """
 .c2v-message { padding: .7rem .9rem; border-radius: 8px; background: var(--background-fill-secondary); }
 .c2v-error { border-left: 4px solid #d55e00; } .c2v-done { border-left: 4px solid #009e73; }
 .c2v-busy { border-left: 4px solid #0072b2; }
+.c2v-message progress { display: block; width: 100%; margin-top: .4rem; accent-color: #0072b2; }
 .c2v-map circle { cursor: pointer; stroke: white; stroke-width: .6; fill-opacity: .85; }
 .c2v-map circle:hover { stroke: black; stroke-width: 1.5; }
 .c2v-legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .85rem; margin-top: .4rem; }
@@ -47,8 +48,17 @@ CSS = """
 
 
 def message(text: str, kind: str = "") -> str:
-    """A box; `kind` is "error", "done", "busy" or "". Line breaks stay."""
+    """A box; `kind` is "error", "done" or "". Line breaks stay."""
     return f'<div class="c2v-message c2v-{kind}" role="status">{escape(text).replace(chr(10), "<br>")}</div>'
+
+
+def progress(text: str, done: float | None) -> str:
+    """A message with a bar under it, filled to the share `done`; moving, where that is not known."""
+    value = "" if done is None else f' value="{done:.3f}"'
+    return (
+        f'<div class="c2v-message c2v-busy" role="status">{escape(text or "Starting …")}'
+        f"<progress{value}></progress></div>"
+    )
 
 
 def results(

@@ -16,6 +16,7 @@ from c2v_rag.index import Chunk, Embedder, Hit, VectorIndex
 from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import Document
 
+Report = Callable[[str, float | None], None]
 CAUSAL2VEC, ENCODER, BM25, HYBRID = "Causal2Vec", "Encoder alone", "BM25", "Hybrid (Causal2Vec + BM25)"
 METHODS = {
     CAUSAL2VEC: "cosine similarity of the embeddings",
@@ -25,6 +26,10 @@ METHODS = {
 }
 ENCODER_SUFFIX = ".encoder"
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
+
+
+def _unheard(message: str, done: float | None) -> None:
+    pass
 
 
 class Searcher:
@@ -48,7 +53,7 @@ class Searcher:
         """Whether `search` by this method can answer at once."""
         return method == CAUSAL2VEC or self._prepared.get(_needs(method)) == self.index.version
 
-    def prepare(self, method: str, report: Callable[[str], None] = lambda message: None) -> None:
+    def prepare(self, method: str, report: Report = _unheard) -> None:
         """Build what `method` needs, unless it is there; `report` is told how far it is and may raise to stop it."""
         with self._preparing:
             if self.is_prepared(method):
@@ -58,12 +63,12 @@ class Searcher:
             if method == ENCODER:
                 self._prepare_encoder(chunks, report)
             else:
-                report(f"Counting the words of {len(chunks):,} passages for BM25 …")
+                report(f"Counting the words of {len(chunks):,} passages for BM25 …", None)
                 self._bm25 = _Bm25(chunks)
             # Writing the encoder's collection changes the folder's version too; the documents are the same.
             self._prepared[_needs(method)] = self.index.version if method == ENCODER else version
 
-    def _prepare_encoder(self, chunks: Sequence[Chunk], report: Callable[[str], None]) -> None:
+    def _prepare_encoder(self, chunks: Sequence[Chunk], report: Report) -> None:
         if self._encoder_index is None:
             assert isinstance(self.model, Causal2Vec)
             self._encoder_index = VectorIndex(
@@ -81,7 +86,8 @@ class Searcher:
                 for chunk in chunks
             ],
             on_progress=lambda read, added: report(
-                f"First use: embedding with the encoder alone, {read:,} of {len(chunks):,} passages …"
+                f"First use: embedding with the encoder alone, {read:,} of {len(chunks):,} passages …",
+                read / len(chunks),
             ),
             write_every=64,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -14,12 +15,18 @@ class Stopped(Exception):
     """Raised inside the work when it was asked to stop."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    message: str
+    done: float | None
+
+
 class Task(Generic[T]):
     """Runs `work(task)` in a thread of its own; the work calls `report`, which raises `Stopped` once it shall stop."""
 
     def __init__(self, work: Callable[[Task[T]], T]) -> None:
         self._work = work
-        self._message = ""
+        self._progress = Progress("", None)
         self._shall_stop = threading.Event()
         self._result: T | None = None
         self._error: Exception | None = None
@@ -32,9 +39,9 @@ class Task(Generic[T]):
         except Exception as error:
             self._error = error
 
-    def report(self, message: str) -> None:
-        """Say how far it is. Raises Stopped where it shall go no further."""
-        self._message = message
+    def report(self, message: str, done: float | None = None) -> None:
+        """Say how far it is; `done` is the share from 0 to 1, where it is known. Raises Stopped where it shall stop."""
+        self._progress = Progress(message, done)
         if self._shall_stop.is_set():
             raise Stopped
 
@@ -46,12 +53,12 @@ class Task(Generic[T]):
     def stop(self) -> None:
         self._shall_stop.set()
 
-    def messages(self) -> Iterator[str]:
-        """The latest message, again and again until the work has ended. Closing the iterator stops the work."""
+    def watch(self) -> Iterator[Progress]:
+        """The latest report, again and again until the work has ended. Closing the iterator stops the work."""
         try:
             while self._thread.is_alive():
                 self._thread.join(_POLL_S)
-                yield self._message
+                yield self._progress
         finally:
             self.stop()
 

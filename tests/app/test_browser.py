@@ -5,6 +5,7 @@ Screenshots go to build/screenshots.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,8 @@ def test_a_run_is_cancelled_and_can_be_taken_up_again(page: Page) -> None:
     page.get_by_role("button", name="Add", exact=True).click()
     progress = page.locator("#progress")
     expect(progress).to_contain_text("passages embedded", timeout=120_000)
+    expect(progress.locator("progress")).to_have_attribute("value", re.compile(r"0\.\d+"))
+    shoot(page, "adding")
     page.get_by_role("button", name="Cancel").click()
     expect(progress).to_contain_text("Cancelled", timeout=120_000)
     shoot(page, "cancelled")

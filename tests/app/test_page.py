@@ -127,12 +127,16 @@ def test_cancelled_half_way_and_started_again_it_ends_with_everything(app: Searc
     app._model.encode_document = watched  # type: ignore[method-assign, assignment]
     try:
         run = app.add([str(file) for file in files], "", False, "documents", request)
-        next(run)
+        shown = [next(run)]
         wrote.wait(20)
+        while "documents read" not in shown[-1]:
+            shown.append(next(run))
         app.cancel(request)
         assert "Cancelled" in last(run)
     finally:
         del app._model.encode_document
+    assert "of 120 documents read" in shown[-1]
+    assert "<progress value=" in shown[-1]
     kept = len(app._searcher("documents").index)
     assert 0 < kept < 120
     report = add(app, files)
@@ -236,8 +240,8 @@ def test_a_task_reports_stops_and_hands_errors_on() -> None:
         return 7
 
     task = Task(work)
-    for message in task.messages():
-        if message:
+    for progress in task.watch():
+        if progress.message:
             task.stop()
     with pytest.raises(Stopped):
         task.result()
@@ -245,8 +249,8 @@ def test_a_task_reports_stops_and_hands_errors_on() -> None:
     with pytest.raises(ZeroDivisionError):
         Task[float](lambda task: 1 / 0).result()
     abandoned = Task(work)
-    messages = abandoned.messages()
-    next(messages)
-    messages.close()  # what Gradio does when the page is gone
+    watching = abandoned.watch()
+    next(watching)
+    watching.close()  # what Gradio does when the page is gone
     with pytest.raises(Stopped):
         abandoned.result()

@@ -56,7 +56,7 @@ def test_methods_follow_what_is_added_and_deleted(searcher: Searcher) -> None:
     said: list[str] = []
     for method in (ENCODER, BM25):
         assert not searcher.is_prepared(method)
-        searcher.prepare(method, said.append)
+        searcher.prepare(method, lambda message, done: said.append(message))
         sources = {hit.metadata["source"] for hit in searcher.search(method, "a walrus plays the violin", 20)}
         assert "walrus.txt" in sources
         assert "violin.txt" not in sources
