@@ -38,7 +38,11 @@ CSS = """
 .c2v-message { padding: .7rem .9rem; border-radius: 8px; background: var(--background-fill-secondary); }
 .c2v-error { border-left: 4px solid #d55e00; } .c2v-done { border-left: 4px solid #009e73; }
 .c2v-busy { border-left: 4px solid #0072b2; }
-.c2v-message progress { display: block; width: 100%; margin-top: .4rem; accent-color: #0072b2; }
+.c2v-message progress { display: block; width: 100%; height: .5rem; margin-top: .5rem; appearance: none; border: none;
+                        border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.c2v-message progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.c2v-message progress::-webkit-progress-value { background: #0072b2; }
+.c2v-message progress::-moz-progress-bar { background: #0072b2; }
 .c2v-map circle { cursor: pointer; stroke: white; stroke-width: .6; fill-opacity: .85; }
 .c2v-map circle:hover { stroke: black; stroke-width: 1.5; }
 .c2v-legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .85rem; margin-top: .4rem; }
