@@ -365,25 +365,31 @@ def stored_stamp(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_
 
     Raises FileNotFoundError when there is no such store or collection, ValueError when c2v_rag did not make it.
     """
-    if not _is_url(path_or_url) and not (Path(path_or_url) / "chroma.sqlite3").is_file():
+    if not _holds_store(path_or_url):
         raise FileNotFoundError(
             f"There is no index in {path_or_url}. Make one: c2v-rag index SOURCE --store {path_or_url}"
         )
-    client = _open_store(path_or_url).client()
-    names = [entry.name for entry in client.list_collections()]
-    if collection not in names:
-        raise FileNotFoundError(f"{path_or_url} has no collection {collection!r}; it has {names}.")
-    return read_stamp(client.get_collection(collection, embedding_function=None).metadata, collection)
+    found = _stored_metadata(path_or_url)
+    if collection not in found:
+        raise FileNotFoundError(f"{path_or_url} has no collection {collection!r}; it has {list(found)}.")
+    return read_stamp(found[collection], collection)
 
 
 def stored_stamps(path_or_url: str | os.PathLike[str]) -> dict[str, dict[str, str | int]]:
     """The collections that c2v_rag made in a store, by name, and the stamps of their models; nothing is created."""
-    if not _is_url(path_or_url) and not (Path(path_or_url) / "chroma.sqlite3").is_file():
-        return {}
+    found = _stored_metadata(path_or_url) if _holds_store(path_or_url) else {}
+    return {name: read_stamp(metadata, name) for name, metadata in found.items() if STAMP_KEY in (metadata or {})}
+
+
+def _holds_store(path_or_url: str | os.PathLike[str]) -> bool:
+    return _is_url(path_or_url) or (Path(path_or_url) / "chroma.sqlite3").is_file()
+
+
+def _stored_metadata(path_or_url: str | os.PathLike[str]) -> dict[str, Mapping[str, Any] | None]:
+    """The metadata of every collection of a store, by name."""
     store = _open_store(path_or_url)
     with store.reading():
-        listed = store.client().list_collections()
-    return {one.name: read_stamp(one.metadata, one.name) for one in listed if STAMP_KEY in (one.metadata or {})}
+        return {one.name: one.metadata for one in store.client().list_collections()}
 
 
 def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str, str | int]:

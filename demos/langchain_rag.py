@@ -17,11 +17,10 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from local_llm import load_local_llm
-from quickstart import MODULES
+from quickstart import MODULES, documents_of
 from transformers import pipeline
 
 from c2v_rag import Causal2Vec, VectorIndex
-from c2v_rag.sources import python_docs
 from langchain_c2v import Causal2VecEmbeddings
 
 
@@ -52,8 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = Causal2Vec.from_pretrained("default")
-    documents = [document for document in python_docs() if document.source.split(".")[0] in arguments.modules]
-    VectorIndex(arguments.store, model).add(documents, show_progress=True)
+    VectorIndex(arguments.store, model).add(documents_of(arguments.modules), show_progress=True)
 
     store = Chroma("documents", Causal2VecEmbeddings(model=model), persist_directory=arguments.store)
     found = store.get()

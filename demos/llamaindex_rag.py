@@ -19,10 +19,9 @@ from llama_index.llms.huggingface import HuggingFaceLLM
 from llama_index.retrievers.bm25 import BM25Retriever
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from local_llm import load_local_llm
-from quickstart import MODULES
+from quickstart import MODULES, documents_of
 
 from c2v_rag import Causal2Vec
-from c2v_rag.sources import python_docs
 
 
 def local_llm(model: Causal2Vec, one_model: bool) -> LLM:
@@ -45,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = Causal2Vec.from_pretrained("default")
-    found = [document for document in python_docs() if document.source.split(".")[0] in arguments.modules]
+    found = documents_of(arguments.modules)
     documents = [Document(id_=one.source, text=one.text, metadata={"source": one.source}) for one in found]
     splitter = SentenceSplitter(
         chunk_size=256, chunk_overlap=0, tokenizer=model.tokenizer.llm.encode, id_func=lambda i, one: f"{one.id_} {i}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Collection
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from c2v_rag import Causal2Vec, VectorIndex
+from c2v_rag import Causal2Vec, Document, VectorIndex
 from c2v_rag.sources import python_docs
 
 MODULES = set(
@@ -26,6 +27,11 @@ QUESTIONS = [
 ]
 
 
+def documents_of(modules: Collection[str]) -> list[Document]:
+    """The documentation of these modules of the standard library."""
+    return [document for document in python_docs() if document.source.split(".")[0] in modules]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", default="demo-store", help="folder of the index")
@@ -38,8 +44,7 @@ def main() -> None:
     out.print(f"Loaded {model.name} on {model.device} in {time.perf_counter() - started:.1f} s")
 
     index = VectorIndex(arguments.store, model)
-    documents = [document for document in python_docs() if document.source.split(".")[0] in MODULES]
-    report = index.add(documents, show_progress=True)
+    report = index.add(documents_of(MODULES), show_progress=True)
     out.print(f"{report.added} passages added, {report.unchanged} there already, in {report.seconds:.1f} s\n")
 
     for question in QUESTIONS:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from quickstart import MODULES
+from quickstart import MODULES, documents_of
 
 from c2v_rag import Causal2Vec, VectorIndex
 from c2v_rag.app.page import SearchApp
-from c2v_rag.sources import python_docs
 
 
 def main() -> None:
@@ -19,8 +18,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = Causal2Vec.from_pretrained(arguments.model)
-    documents = [document for document in python_docs() if document.source.split(".")[0] in MODULES]
-    VectorIndex(arguments.store, model).add(documents, show_progress=True)
+    VectorIndex(arguments.store, model).add(documents_of(MODULES), show_progress=True)
     SearchApp(arguments.store, model).launch(port=arguments.port)
 
 
