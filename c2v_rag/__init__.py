@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from c2v_rag.gatherer import gather
     from c2v_rag.index import Embedder, Hit, IndexReport, VectorIndex
     from c2v_rag.model import Causal2Vec, shared_model
+    from c2v_rag.remote import RemoteModel, load_embedder
     from c2v_rag.sources import Document, read_sources
     from c2v_rag.tokenization import TokenBatch
 
@@ -25,9 +26,11 @@ _HOME = {
     "Embedder": "index",
     "Hit": "index",
     "IndexReport": "index",
+    "RemoteModel": "remote",
     "TokenBatch": "tokenization",
     "VectorIndex": "index",
     "gather": "gatherer",
+    "load_embedder": "remote",
     "read_sources": "sources",
     "shared_model": "model",
 }
@@ -38,9 +41,11 @@ __all__ = [
     "Embedder",
     "Hit",
     "IndexReport",
+    "RemoteModel",
     "TokenBatch",
     "VectorIndex",
     "gather",
+    "load_embedder",
     "read_sources",
     "shared_model",
 ]

@@ -1,4 +1,4 @@
-"""c2v-rag: index, search, embed, info, train, mine, evaluate, app.
+"""c2v-rag: index, search, embed, info, train, mine, evaluate, serve, app.
 
 Results go to stdout, everything else to stderr. An error is one message and exit code 1; `--debug` shows where.
 """
@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. An error is one message and exi
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import logging
 import shlex
@@ -26,6 +27,7 @@ from c2v_rag import __version__
 if TYPE_CHECKING:
     import numpy as np
 
+    from c2v_rag.index import Embedder
     from c2v_rag.model import Causal2Vec
 
 app = typer.Typer(
@@ -40,6 +42,9 @@ err = Console(stderr=True, soft_wrap=True)  # a wrapped path cannot be copied
 Store = Annotated[str, typer.Option(help="Folder of the index, or the http(s) URL of a Chroma server.")]
 Collection = Annotated[str, typer.Option(help="Name of the Chroma collection.")]
 ModelName = Annotated[str, typer.Option(help='"default", a checkpoint folder, or a Hugging Face Hub id.')]
+EmbedderName = Annotated[
+    str, typer.Option("--model", help='"default", a checkpoint folder, a Hugging Face Hub id, or the URL of a server.')
+]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first there is unless given.")]
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; what the hardware computes in unless given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
@@ -65,7 +70,7 @@ def _options(
 def index(
     sources: Annotated[list[str], typer.Argument(help='Files, folders, or "python-docs", the standard library.')],
     store: Store,
-    model: ModelName = "default",
+    model: EmbedderName = "default",
     collection: Collection = "documents",
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many documents, for a first look.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
@@ -86,7 +91,7 @@ def index(
     documents = read_sources(sources, limit=limit, text_column=text_column, on_error=leave_out)
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
     total = min(total, limit) if total and limit else total
-    vectors = VectorIndex(store, _load(model, device, dtype), collection)
+    vectors = VectorIndex(store, _open(model, device, dtype), collection)
     # A first look has not seen everything, so what it has not seen stays.
     report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
     if limit is None:
@@ -123,7 +128,7 @@ def search(
         raise ValueError(
             "The model that made this index was never saved under a name. Save it and give it with --model."
         )
-    vectors = VectorIndex(store, _load(name, device, dtype), collection)
+    vectors = VectorIndex(store, _open(name, device, dtype), collection)
     started = time.perf_counter()
     hits = vectors.search(query, k)
     milliseconds = 1000 * (time.perf_counter() - started)
@@ -144,7 +149,7 @@ def search(
 def embed(
     file: Annotated[str, typer.Argument(help='A .jsonl, .csv or .parquet table, a text file (a text a line), or "-".')],
     output: Annotated[Path, typer.Option("-o", "--output", help="OUT.npy, OUT.parquet or OUT.jsonl.")],
-    model: ModelName = "default",
+    model: EmbedderName = "default",
     query: Annotated[bool, typer.Option("--query", help="Embed as queries, with the instruction.")] = False,
     instruction: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Shorter embeddings.")] = None,
@@ -158,8 +163,8 @@ def embed(
     if not output.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} into.")
     texts = list(_texts(file, text_column))
-    encoder = _load(model, device, dtype)
-    encode = encoder.encode_query if query else encoder.encode_document
+    embedder = _open(model, device, dtype)
+    encode: Any = embedder.encode_query if query else embedder.encode_document
     embeddings = encode(texts, instruction=instruction, truncate_dim=truncate_dim, show_progress=True)
     _write_embeddings(output, texts, embeddings)
     out.print(f"{len(texts)} embeddings of {embeddings.shape[1]} columns in {output}", markup=False)
@@ -302,6 +307,42 @@ def evaluate(
         out.print(f"{name}: {system['dimension']} columns{speed}", markup=False)
 
 
+@app.command()
+def serve(
+    model: ModelName = "default",
+    host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with a key a line; clients must send one.")] = None,
+    no_key: Annotated[bool, typer.Option("--no-key", help="Let everyone who reaches the address use it.")] = False,
+    name: Annotated[str, typer.Option(help="What clients call the model, its own name unless given.")] = "",
+    max_body: Annotated[int, typer.Option(min=1, help="MiB a request.")] = 16,
+    max_inputs: Annotated[int, typer.Option(min=1, help="Texts a request.")] = 2048,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a text; what the decoder reads unless given.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Texts accepted and not answered yet.")] = 8192,
+    max_seconds: Annotated[float, typer.Option(min=0.1, help="Until an answer.")] = 120.0,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Embed for other programs, over HTTP as OpenAI does; NAME embeds documents, NAME:query queries."""
+    with _needs("server"):
+        from c2v_rag.server import run
+        from c2v_rag.server.api import Limits
+
+    if not (_is_loopback(host) or api_key_file or no_key):
+        raise ValueError(
+            f"Whoever reaches {host} could use this server. Give --api-key-file, or say --no-key if that is meant."
+        )
+    keys = run.read_keys(api_key_file) if api_key_file else []
+    limits = Limits(
+        body_bytes=max_body * 2**20, inputs=max_inputs, tokens=max_tokens, waiting=max_waiting, seconds=max_seconds
+    )
+    run.serve(_load(model, device, dtype), host=host, port=port, name=name, api_keys=keys, limits=limits)
+
+
 @app.command("app")
 def search_app(
     store: Store,
@@ -318,18 +359,18 @@ def search_app(
 ) -> None:
     """Search in the browser, side by side with other methods; add documents, look at a map."""
     with _needs("demo"):
-        from c2v_rag.app.page import SearchApp, is_loopback
+        from c2v_rag.app.page import SearchApp
 
     from c2v_rag.index import stored_stamps
 
     stamp = stored_stamps(store).get(collection, {})
     name = model or str(stamp.get("name") or "default")
-    is_local = is_loopback(host)
+    is_local = _is_loopback(host)
     if not is_local:
         err.print(
             f"Whoever reaches {host} can search this store and add files to it; there is no password.", style="yellow"
         )
-    page = SearchApp(store, _load(name, device, dtype), collection=collection, is_local=is_local)
+    page = SearchApp(store, _open(name, device, dtype), collection=collection, is_local=is_local)
     page.launch(host=host, port=port or None)
 
 
@@ -342,6 +383,22 @@ def _needs(extra: str) -> Iterator[None]:
         if (error.name or "").split(".")[0] in ("c2v_rag", "sentence_transformers_c2v"):
             raise
         raise ImportError(f'This command needs {error.name}: pip install "c2v-rag[{extra}]"') from error
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _open(name: str, device: str | None, dtype: str | None) -> Embedder:
+    """A model to embed with, here or behind a server's URL."""
+    with err.status("Loading the model"):
+        from c2v_rag.remote import load_embedder
+
+        return load_embedder(name, device=device, dtype=dtype)
 
 
 def _load(name: str, device: str | None, dtype: str | None) -> Causal2Vec:

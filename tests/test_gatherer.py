@@ -73,6 +73,16 @@ def test_kinds_and_options_are_not_mixed_and_a_call_has_an_end(monkeypatch: pyte
     ]
 
 
+def test_long_texts_are_few_to_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gatherer, "MOST_CHARACTERS", 10)
+    embedder = Slow()
+    first = gather(embedder, "query", "first")
+    embedder.begun.wait(5)
+    for future in (first, *[gather(embedder, "query", "x" * length) for length in (4, 6, 20, 5)]):
+        future.result(timeout=10)
+    assert [[len(text) for text in texts] for _, texts, _ in embedder.calls] == [[5], [4, 6], [20], [5]]
+
+
 def test_an_error_stays_with_its_text_and_a_cancelled_one_costs_nothing() -> None:
     embedder = Slow()
     first = gather(embedder, "document", "first")

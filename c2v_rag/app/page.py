@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import ipaddress
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -299,14 +298,6 @@ class SearchApp:
             rows["passages"] = f"{len(index):,}"
             rows |= _measure(self._model, [chunk.text for chunk in islice(index.chunks(), SPEED_TEXTS)])
         return render.table(rows)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server bound to `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _prepare(searcher: Searcher, method: str, task: Task[None]) -> None:

@@ -73,9 +73,9 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
 
     def _embedder(self) -> Embedder:
         if self._model is None:
-            from c2v_rag import shared_model
+            from c2v_rag import load_embedder
 
-            self._model = shared_model(self.name_or_path, revision=self.revision, device=self.device, dtype=self.dtype)
+            self._model = load_embedder(self.name_or_path, revision=self.revision, device=self.device, dtype=self.dtype)
         return self._model
 
     def _options(self, instruction: str | None) -> dict[str, Any]:

@@ -122,9 +122,9 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
     def _embedder(self) -> Embedder:
         if self._model is None:
-            from c2v_rag import shared_model
+            from c2v_rag import load_embedder
 
-            self._model = shared_model(
+            self._model = load_embedder(
                 self.name_or_path, revision=self.revision, device=self.device, dtype=self.dtype, **self.llm_kwargs
             )
         return self._model

@@ -81,9 +81,9 @@ class Causal2VecEmbedding(BaseEmbedding):
 
     def _embedder(self) -> Embedder:
         if self._model is None:
-            from c2v_rag import shared_model
+            from c2v_rag import load_embedder
 
-            self._model = shared_model(self.model_name, revision=self.revision, device=self.device, dtype=self.dtype)
+            self._model = load_embedder(self.model_name, revision=self.revision, device=self.device, dtype=self.dtype)
         embedder: Embedder = self._model
         return embedder
 

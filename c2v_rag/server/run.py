@@ -1,0 +1,31 @@
+"""The server's process: keys from a file, uvicorn around the application."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from c2v_rag.model import Causal2Vec
+from c2v_rag.server.api import Limits, create_app
+
+
+def read_keys(path: Path) -> list[str]:
+    """A key a line; empty lines and those that start with # are left out. ValueError where there is none."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"{path} holds no key. Write one a line, such as the output of `openssl rand -hex 32`.")
+    return keys
+
+
+def serve(
+    model: Causal2Vec, *, host: str, port: int, name: str = "", api_keys: Sequence[str] = (), limits: Limits
+) -> None:
+    """Answer until SIGTERM or Ctrl-C; what was accepted before is still answered. SystemExit when the port is taken."""
+    app = create_app(model, name=name, api_keys=api_keys, limits=limits)
+    logging.getLogger("c2v_rag").setLevel(logging.INFO)
+    model.encode_query(["warm up"])  # the first call is the slowest
+    uvicorn.run(app, host=host, port=port, server_header=False, log_level="info", access_log=False)
