@@ -76,33 +76,34 @@ def combined_loss(
 ) -> Tensor:
     """The weighted sum over the embeddings and the parts of them that `weights` names; computed in float32.
 
-    `queries` (B, D), `documents` (M, D), a teacher's (B, K) and (M, K), all of unit length. Without a teacher there
-    is no distillation.
+    `queries` (B, D) and `documents` (M, D) of unit length; a teacher's (B, 2, K) and (M, 2, K): the vector of unit
+    length that the Contextual half is taught by, and the EOS half's. The whole embedding is taught the mean of their
+    similarities. Without a teacher there is no distillation.
     """
 
-    def on(q: Tensor, d: Tensor) -> Tensor:
+    def on(columns: slice, half: slice) -> Tensor:
+        q, d = (normalize(side[:, columns], dim=1) for side in (queries, documents))
         loss = weights.info_nce * info_nce(q, d, weights.temperature)
         if teacher_queries is not None and teacher_documents is not None:
-            distilled = in_batch_distillation(q, d, teacher_queries, teacher_documents, weights.temperature)
-            loss = loss + weights.distill * distilled
+            t_q, t_d = (normalize(side[:, half].flatten(1), dim=1) for side in (teacher_queries, teacher_documents))
+            loss = loss + weights.distill * in_batch_distillation(q, d, t_q, t_d, weights.temperature)
         return loss
 
-    def on_columns(columns: slice) -> Tensor:
-        return on(normalize(queries[:, columns], dim=1), normalize(documents[:, columns], dim=1))
-
-    loss = on(queries, documents)
+    whole = slice(None)
+    loss = on(whole, whole)
     if weights.halves:
-        loss = loss + weights.halves * (on_columns(slice(0, None, 2)) + on_columns(slice(1, None, 2)))
+        loss = loss + weights.halves * sum(on(slice(half, None, 2), slice(half, half + 1)) for half in (0, 1))
     for dim in weights.matryoshka_dims:
-        loss = loss + on_columns(slice(0, dim))
+        loss = loss + on(slice(0, dim), whole)
     return loss
 
 
 class Causal2VecLoss(CachedLossMixin, nn.Module):
     """`combined_loss` for sentence-transformers' trainer: columns query, positive, and any number of negatives.
 
-    A teacher's vectors come as the feature "teacher" (B, 1, K) of each column. With `mini_batch_size`, activations of
-    so many texts are alive at a time (GradCache, arXiv 2101.06983; the library's), whatever the batch size.
+    The teachers' vectors come as the feature "teacher" (B, 2, K) of each column, as `combined_loss` takes them. With
+    `mini_batch_size`, activations of so many texts are alive at a time (GradCache, arXiv 2101.06983; the library's),
+    whatever the batch size.
     """
 
     def __init__(self, model: SentenceTransformer, weights: LossWeights, mini_batch_size: int | None = None) -> None:
@@ -115,7 +116,7 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """The loss of one batch; there are no labels."""
         features = list(sentence_features)
-        teachers: Any = [column["teacher"].squeeze(1) for column in features] if "teacher" in features[0] else None
+        teachers: Any = [column["teacher"] for column in features] if "teacher" in features[0] else None
         if self.uses_gradient_cache:
             loss: Tensor = self.forward_cached(features, teachers)
             return loss

@@ -9,9 +9,12 @@ Run as `c2v-rag train RECIPE.yaml --data FOLDER --output FOLDER`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import math
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +29,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -36,15 +40,18 @@ from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.loss import Causal2VecLoss
-from c2v_rag.finetune.recipe import Recipe, Stage, TrainedPart
-from c2v_rag.finetune.vectors import TextVectors
+from c2v_rag.finetune.recipe import Lora, Recipe, Stage, TrainedPart
+from c2v_rag.finetune.upper import UpperLayers
+from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
 from c2v_rag.model import Causal2Vec, adapted_layers
 from c2v_rag.tokenization import TextTokenizer
 from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
 
 logger = logging.getLogger(__name__)
 
-ENCODER = "encoder"  # among a recipe's teachers: the one inside the model
+# Among a recipe's teachers: the encoder inside the model, and which words a text holds.
+ENCODER, LEXICAL = "encoder", "lexical"
+Teachers = Sequence[TextVectors]
 WARM_UP = 0.05
 _COMPLETE = "complete"
 _TRAINED_FILE = "trained.safetensors"
@@ -87,6 +94,7 @@ def new_model(recipe: Recipe, *, device: str | None = None) -> Causal2Vec:
         if adapters := adapted_layers(module):
             for layer in adapters:
                 layer.unmerge()
+            widen(module, recipe.lora)
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -94,26 +102,57 @@ def new_model(recipe: Recipe, *, device: str | None = None) -> Causal2Vec:
                 r=recipe.lora.rank,
                 lora_alpha=recipe.lora.alpha,
                 lora_dropout=recipe.lora.dropout,
+                rank_pattern=dict(recipe.lora.rank_pattern),
+                alpha_pattern=_alphas(recipe.lora),
                 target_modules="all-linear",
             )
             inject_adapter_in_model(lora, module)
     return model
 
 
+def _alphas(lora: Lora) -> dict[str, int]:
+    """As much more alpha as rank, so that every module's adapter has the same scale."""
+    return {pattern: lora.alpha * rank // lora.rank for pattern, rank in lora.rank_pattern.items()}
+
+
+def widen(module: nn.Module, lora: Lora) -> None:
+    """Give a module's adapter the ranks of `lora.rank_pattern` where it has less; what it computes stays."""
+    config = cast(Any, module).peft_config["default"]
+    layer: Any
+    for name, layer in module.named_modules():
+        ranks = [rank for pattern, rank in lora.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", name)]
+        if not ranks or not hasattr(layer, "lora_A") or ranks[0] <= layer.r["default"]:
+            continue
+        for factors, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
+            old = factors["default"].weight
+            shape = [ranks[0] if axis == dim else size for axis, size in enumerate(old.shape)]
+            new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+            if dim == 0:
+                nn.init.kaiming_uniform_(new, a=math.sqrt(5))  # as peft starts a fresh one; the other factor is zero
+            new.narrow(dim, 0, old.shape[dim]).copy_(old.detach())
+            factors["default"].weight = nn.Parameter(new)
+        layer.r["default"] = ranks[0]  # alpha grows with it, so that the scale stays
+        config.rank_pattern[name] = ranks[0]
+        config.alpha_pattern[name] = config.lora_alpha * ranks[0] // config.r
+
+
 class TrainingModule(Causal2VecModule):
     """`Causal2VecModule` that cuts, shows and caches what a stage says.
 
     Beside those of the base class there are the features "rows" (B,), the places in `texts`; "pooled" (B, 1, E), the
-    encoder's vectors where it is frozen; and "teacher" (B, 1, K).
+    encoder's vectors where it is frozen; and "teacher" (B, 2, K), the teachers' of the Contextual and the EOS half.
     """
 
-    def __init__(self, model: Causal2Vec, stage: Stage, texts: TextVectors, teacher: TextVectors | None) -> None:
+    def __init__(self, model: Causal2Vec, stage: Stage, texts: TextVectors, teachers: Sequence[Teachers]) -> None:
         super().__init__(model)
         self._stage = stage
         self._cutter = cutter(model, stage.max_length)
         self.texts = texts
-        self._teacher = teacher
         self.pooling: Pooling = "context" if stage.sequences == "context" else model.config.pooling
+        # An embedding that is one half of the paper's is taught as that half is.
+        halves = {"context_eos": slice(None), "context": slice(0, 1)}.get(self.pooling, slice(1, 2))
+        self._teachers = [*teachers[halves], *teachers[halves]][:2]
+        self._upper = UpperLayers(model, stage.from_layer) if stage.from_layer else None
         self._encoder_is_frozen = not {"encoder", "encoder_adapter"} & set(stage.train)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
@@ -126,14 +165,25 @@ class TrainingModule(Causal2VecModule):
         features["rows"] = self.texts.rows(inputs)
         if self._encoder_is_frozen:
             features["pooled"] = self.texts(features["rows"]).unsqueeze(1)
-        if self._teacher is not None:
-            features["teacher"] = self._teacher(self._teacher.rows(inputs)).unsqueeze(1)
+        if self._teachers:
+            halves = [side_by_side(half, features["rows"]) for half in self._teachers]
+            widest = max(half.shape[1] for half in halves)
+            features["teacher"] = torch.stack([pad(half, (0, widest - half.shape[1])) for half in halves], dim=1)
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         pooled = features["pooled"].squeeze(1) if "pooled" in features else None
-        features["sentence_embedding"] = self.model(to_token_batch(features), pooled=pooled, pooling=self.pooling)
+        batch = to_token_batch(features)
+        if self._upper is not None and pooled is not None:
+            features["sentence_embedding"] = self._upper(batch, features["rows"], pooled)
+        else:
+            features["sentence_embedding"] = self.model(batch, pooled=pooled, pooling=self.pooling)
         return features
+
+
+def side_by_side(teachers: Teachers, rows: Tensor) -> Tensor:
+    """(n, K) vectors whose cosine similarity is the mean of the teachers'."""
+    return torch.cat([teacher(rows) for teacher in teachers], dim=1) / math.sqrt(len(teachers))
 
 
 def cutter(model: Causal2Vec, max_length: int) -> TextTokenizer:
@@ -243,7 +293,7 @@ def run_stage(
     datasets: Mapping[str, Dataset],
     instructions: Mapping[str, str],
     texts: TextVectors,
-    teacher: TextVectors | None,
+    teachers: Sequence[Teachers],
     folder: Path,
     *,
     seed: int = 0,
@@ -256,8 +306,10 @@ def run_stage(
     FloatingPointError when the loss is not finite, and writes the batch beside the checkpoints.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in stage.train)
-    module = TrainingModule(model, stage, texts, teacher)
+        layer = re.search(r"^llm\.layers\.(\d+)\.", name)
+        above = not stage.from_layer or (layer is not None and int(layer[1]) >= stage.from_layer)
+        parameter.requires_grad_(part_of(name) in stage.train and above)
+    module = TrainingModule(model, stage, texts, teachers)
     on_cpu = model.device.type == "cpu"
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -373,12 +425,9 @@ def train(
         )
         every = [text for one in datasets.values() for column in one.column_names for text in one[column]]
         with processes.main_process_first():  # the others find its vectors on disk
-            texts, teacher = _vectors(model, recipe, stage, work)
-            texts.prepare(every)
-            if teacher is not None and teacher is not texts:
-                teacher.prepare(every)
+            texts, teachers = _vectors(model, recipe, stage, work, every)
         log[stage.name] = run_stage(
-            model, stage, datasets, {one.name: one.instruction for one in sets}, texts, teacher,
+            model, stage, datasets, {one.name: one.instruction for one in sets}, texts, teachers,
             work / f"{number}-{stage.name}", seed=seed, save_steps=recipe.save_steps, resume=resume,
         )  # fmt: skip
         if processes.is_main_process:
@@ -422,8 +471,13 @@ def _claim(work: Path, recipe: Recipe, sets: list[PairSet], resume: bool) -> Non
     path.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
-def _vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path) -> tuple[TextVectors, TextVectors | None]:
-    """The encoder's vectors of texts cut as the stage says, and the teacher's, None where nothing is distilled."""
+def _vectors(
+    model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, every: Sequence[str]
+) -> tuple[TextVectors, Sequence[Teachers]]:
+    """The encoder's vectors of every text, cut as the stage says, and the teachers of both halves.
+
+    There are none where nothing is distilled. All vectors stand at the same rows.
+    """
     encoder = EncoderEmbedder(model, cutter(model, stage.max_length))
     low_precision = inference.default_dtype(model.device) == torch.bfloat16
 
@@ -434,29 +488,29 @@ def _vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path) -> tup
         with fast():
             return encoder.encode_document(some, on_truncate="ignore", show_progress=True)
 
-    def by_teachers(some: Sequence[str]) -> np.ndarray:
-        """Vectors side by side, so that their cosine similarity is the mean of the teachers'."""
-        vectors = []
-        for name in recipe.teachers:
-            if name == ENCODER:
-                vectors.append(by_encoder(some))
-                continue
-            teacher = SentenceTransformer(name, device=str(model.device))
-            teacher.max_seq_length = min(stage.max_length, teacher.max_seq_length or stage.max_length)
-            with fast():
-                vectors.append(teacher.encode(list(some), normalize_embeddings=True, show_progress_bar=True))
-        return np.asarray(np.hstack(vectors) / np.sqrt(len(vectors)), dtype=np.float32)
+    def by_teacher(name: str, some: Sequence[str]) -> np.ndarray:
+        teacher = SentenceTransformer(name, device=str(model.device))
+        teacher.max_seq_length = min(stage.max_length, teacher.max_seq_length or stage.max_length)
+        with fast():
+            vectors = teacher.encode(list(some), normalize_embeddings=True, show_progress_bar=True)
+        return np.asarray(vectors, dtype=np.float32)
 
     digest = hashlib.sha256()  # an earlier stage may have trained the encoder
     for tensor in model.encoder.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    texts = TextVectors(work / "vectors" / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", by_encoder)
-    if not stage.loss.distill:
-        return texts, None
-    if recipe.teachers == [ENCODER]:
-        return texts, texts
-    names = hashlib.sha256("\n".join(recipe.teachers).encode()).hexdigest()[:8]
-    return texts, TextVectors(work / "vectors" / f"teachers-{names}-{stage.max_length}", by_teachers)
+    vectors = work / "vectors"
+    made = {ENCODER: TextVectors(vectors / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", by_encoder)}
+    halves = [recipe.teachers, stage.eos_teachers or recipe.teachers] if stage.loss.distill else []
+    for name in {name for half in halves for name in half} - {ENCODER}:
+        if name == LEXICAL:
+            table = cast(Tensor, model.llm.get_input_embeddings().weight)
+            made[name] = TextVectors(None, LexicalEmbedder(table, model.tokenizer.llm, every, stage.max_length))
+        else:
+            folder = f"teacher-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{stage.max_length}"
+            made[name] = TextVectors(vectors / folder, functools.partial(by_teacher, name))
+    for one in made.values():
+        one.prepare(every)
+    return made[ENCODER], [[made[name] for name in half] for half in halves]
 
 
 def plot_losses(log: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
