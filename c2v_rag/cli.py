@@ -27,7 +27,7 @@ from c2v_rag import __version__
 if TYPE_CHECKING:
     import numpy as np
 
-    from c2v_rag.index import Embedder
+    from c2v_rag.index import Embedder, IndexReport
     from c2v_rag.model import Causal2Vec
 
 app = typer.Typer(
@@ -47,6 +47,12 @@ EmbedderName = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first there is unless given.")]
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; what the hardware computes in unless given.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help='Work on a Ray cluster; "auto" finds one or starts one on this machine.'),
+]
+RayWorkers = Annotated[int | None, typer.Option(min=1, help="With --ray: processes that embed; one a GPU, or one.")]
+RayGpus = Annotated[float | None, typer.Option(min=0, help="With --ray: GPUs of each; 1 where there are any.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 
 
@@ -74,6 +80,9 @@ def index(
     collection: Collection = "documents",
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many documents, for a first look.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
+    ray: Ray = None,
+    workers: RayWorkers = None,
+    num_gpus_per_worker: RayGpus = None,
     device: Device = None,
     dtype: DType = None,
     json_output: Json = False,
@@ -81,6 +90,22 @@ def index(
     """Embed documents into a Chroma collection; run again, it embeds only what is new."""
     from c2v_rag.index import VectorIndex, remove_vanished
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
+
+    if ray is not None:
+        if limit is not None or device is not None:
+            raise ValueError("--limit and --device are not for --ray: it indexes everything, on what its workers have.")
+        with _needs("ray"):
+            from c2v_rag.scale.cluster import Workers
+            from c2v_rag.scale.indexing import index_on_ray
+
+        report, unread = index_on_ray(
+            sources, store, model=model, collection=collection, text_column=text_column, address=ray,
+            workers=Workers(count=workers, gpus=num_gpus_per_worker), dtype=dtype,
+        )  # fmt: skip
+        for line in unread:
+            err.print(f"Left out: {line}", style="yellow", markup=False)
+        _print_report(report, store, collection, unread, json_output)
+        return
 
     left_out: list[str] = []
 
@@ -97,12 +122,19 @@ def index(
     if limit is None:
         removed = sum(remove_vanished(vectors, Path(source)) for source in sources if Path(source).is_dir())
         report = dataclasses.replace(report, removed=removed)
+    _print_report(report, store, collection, left_out, json_output)
+
+
+def _print_report(report: IndexReport, store: str, collection: str, left_out: list[str], json_output: bool) -> None:
+    from c2v_rag.index import count_chunks
+
+    chunks = count_chunks(store, collection)
     if json_output:
-        print(json.dumps({**dataclasses.asdict(report), "chunks": len(vectors), "left_out": left_out}))
+        print(json.dumps({**dataclasses.asdict(report), "chunks": chunks, "left_out": left_out}))
         return
     out.print(
         f"{report.added} chunks added, {report.unchanged} unchanged, {report.replaced} replaced, {report.removed} "
-        f"removed in {report.seconds:.1f} s; {len(vectors)} in {store}, collection {collection!r}.",
+        f"removed in {report.seconds:.1f} s; {chunks} in {store}, collection {collection!r}.",
         markup=False,
     )
 
@@ -148,16 +180,34 @@ def search(
 @app.command()
 def embed(
     file: Annotated[str, typer.Argument(help='A .jsonl, .csv or .parquet table, a text file (a text a line), or "-".')],
-    output: Annotated[Path, typer.Option("-o", "--output", help="OUT.npy, OUT.parquet or OUT.jsonl.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="OUT.npy, OUT.parquet or OUT.jsonl; with --ray a folder.")
+    ],
     model: EmbedderName = "default",
     query: Annotated[bool, typer.Option("--query", help="Embed as queries, with the instruction.")] = False,
     instruction: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Shorter embeddings.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
+    half: Annotated[bool, typer.Option("--half", help="With --ray: store float16.")] = False,
+    ray: Ray = None,
+    workers: RayWorkers = None,
+    num_gpus_per_worker: RayGpus = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Write the embeddings of many texts to a file, in their order."""
+    """Write the embeddings of many texts to a file, in their order; with --ray to the parquet files of a folder."""
+    if ray is not None:
+        with _needs("ray"):
+            from c2v_rag.scale.cluster import Workers
+            from c2v_rag.scale.embedding import embed_on_ray
+
+        embedded, rows = embed_on_ray(
+            [Path(file)], output, model=model, query=query, instruction=instruction, truncate_dim=truncate_dim,
+            text_column=text_column, precision="float16" if half else "float32", address=ray,
+            workers=Workers(count=workers, gpus=num_gpus_per_worker), dtype=dtype,
+        )  # fmt: skip
+        out.print(f"{embedded} texts embedded now, {rows} in {output}", markup=False, soft_wrap=True)
+        return
     if output.suffix not in (".npy", ".parquet", ".jsonl"):
         raise ValueError(f"{output}: the output must end in .npy, .parquet or .jsonl.")
     if not output.parent.is_dir():

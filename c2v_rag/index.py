@@ -18,6 +18,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, islice
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from c2v_rag.sources import Document, Scalar
+from c2v_rag.sources import Document
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -133,7 +134,7 @@ class VectorIndex:
                 f"{collection!r} cannot name a Chroma collection: 3 to 512 letters, digits, '.', '_' or '-', the first "
                 "and the last a letter or digit."
             )
-        self._store = _open_store(path_or_url)
+        self._store = open_store(path_or_url)
         self._name = collection
         self._model = model
         self._collection()
@@ -204,21 +205,23 @@ class VectorIndex:
             counts: Counter[str] = Counter()
             stale: dict[str, set[str]] = {}  # by source: ids in the collection that this call has not met
             repeated: Counter[str] = Counter()
-            waiting: dict[str, tuple[str, dict[str, Scalar]]] = {}
+            waiting: list[Chunk] = []
             num_read = 0
             with tqdm(total=total, unit="document", disable=not show_progress) as progress:
                 for some in _batched(documents, DOCUMENTS_READ_AHEAD):
-                    self._note_present(collection, some, stale)
-                    for document, texts in zip(some, self._chunk(some, counts), strict=True):
+                    stale.update(present_ids(collection, {document.source for document in some} - stale.keys()))
+                    for document, texts in zip(some, cut_documents(some, self._model, counts), strict=True):
                         for text in texts:
-                            id = _chunk_id(document.source, text, repeated)
+                            id = chunk_id(document.source, text, repeated)
                             if id in stale[document.source]:
                                 stale[document.source].remove(id)
                                 counts["unchanged"] += 1
                             else:
-                                waiting[id] = (text, {**document.metadata, "source": document.source})
+                                metadata = {**document.metadata, "source": document.source}
+                                waiting.append(Chunk(id, text, metadata))
                             if len(waiting) >= write_every:
                                 self._write(collection, waiting, counts)
+                                waiting = []
                         progress.update()
                         num_read += 1
                         if on_progress is not None:
@@ -235,6 +238,11 @@ class VectorIndex:
             seconds=time.perf_counter() - started,
         )
 
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        """Embed these chunks and write them, over those of the same ids; nothing else is touched."""
+        with self._store.writing():
+            self._write(self._collection(), chunks, Counter())
+
     def delete(self, source: str) -> int:
         """Delete a source's chunks; returns how many there were."""
         with self._store.writing():
@@ -242,6 +250,11 @@ class VectorIndex:
             ids = collection.get(where={"source": source}, include=[])["ids"]
             self._delete(collection, ids)
         return len(ids)
+
+    def delete_ids(self, ids: Sequence[str]) -> None:
+        """Delete chunks; ids that are not there are left alone."""
+        with self._store.writing():
+            self._delete(self._collection(), ids)
 
     def sources(self) -> set[str]:
         """The sources that have chunks here."""
@@ -290,59 +303,21 @@ class VectorIndex:
         check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
         return collection
 
-    def _note_present(self, collection: Collection, documents: Sequence[Document], stale: dict[str, set[str]]) -> None:
-        new = sorted({document.source for document in documents} - stale.keys())
-        for source in new:
-            stale[source] = set()
-        if not new:
+    def _write(self, collection: Collection, chunks: Sequence[Chunk], counts: Counter[str]) -> None:
+        if not chunks:
             return
-        of_these: Any = {"source": {"$in": new}}
-        if len(new) == 1:  # perhaps a large table, whose metadata need not be read
-            stale[new[0]].update(collection.get(where=of_these, include=[])["ids"])
-            return
-        present = collection.get(where=of_these, include=["metadatas"])
-        for id, metadata in zip(present["ids"], present["metadatas"] or [], strict=True):
-            stale[str(metadata["source"])].add(id)
-
-    def _chunk(self, documents: Sequence[Document], counts: Counter[str]) -> list[list[str]]:
-        from langchain_text_splitters import RecursiveCharacterTextSplitter
-
-        count_tokens = getattr(self._model, "count_tokens", _count_by_characters)
-        size = min(CHUNK_TOKENS, getattr(self._model, "max_tokens", CHUNK_TOKENS))
-        splitter = RecursiveCharacterTextSplitter(
-            chunk_size=size,
-            chunk_overlap=int(size * CHUNK_OVERLAP),
-            length_function=lambda text: count_tokens([text])[0],
-        )
-        chunks = []
-        for document, length in zip(documents, count_tokens([document.text for document in documents]), strict=True):
-            texts = [document.text] if length <= size else splitter.split_text(document.text)
-            if length > size:
-                counts["truncated"] += sum(more > size for more in count_tokens(texts))
-            chunks.append([text for text in texts if text.strip()])
-        return chunks
-
-    def _write(
-        self, collection: Collection, waiting: dict[str, tuple[str, dict[str, Scalar]]], counts: Counter[str]
-    ) -> None:
-        if not waiting:
-            return
-        texts = [text for text, _ in waiting.values()]
-        embeddings = self._model.encode_document(texts)
-        ids = list(waiting)
-        metadatas: list[Mapping[str, Any]] = [metadata for _, metadata in waiting.values()]
+        embeddings = self._model.encode_document([chunk.text for chunk in chunks])
         size = min(self._store.client().get_max_batch_size(), CHUNKS_WRITTEN_AT_ONCE)
-        for start in range(0, len(ids), size):
-            part = slice(start, start + size)
+        for start in range(0, len(chunks), size):
+            part = chunks[start : start + size]
             collection.upsert(
-                ids=ids[part],
-                embeddings=embeddings[part],
-                documents=[_storable(text) for text in texts[part]],
-                metadatas=metadatas[part],
+                ids=[chunk.id for chunk in part],
+                embeddings=embeddings[start : start + size],
+                documents=[_storable(chunk.text) for chunk in part],
+                metadatas=[chunk.metadata for chunk in part],
             )
         self._store.wrote()
-        counts["added"] += len(ids)
-        waiting.clear()
+        counts["added"] += len(chunks)
 
     def _delete(self, collection: Collection, ids: Sequence[str]) -> None:
         size = self._store.client().get_max_batch_size()
@@ -350,6 +325,46 @@ class VectorIndex:
             collection.delete(ids=list(ids[start : start + size]))
         if ids:
             self._store.wrote()
+
+
+def present_ids(collection: Collection, sources: AbstractSet[str]) -> dict[str, set[str]]:
+    """By source, the ids of the chunks that a Chroma collection has of it."""
+    present: dict[str, set[str]] = {source: set() for source in sorted(sources)}
+    if not present:
+        return present
+    of_these: Any = {"source": {"$in": list(present)}}
+    if len(present) == 1:  # perhaps a large table, whose metadata need not be read
+        (source,) = present
+        present[source].update(collection.get(where=of_these, include=[])["ids"])
+        return present
+    found = collection.get(where=of_these, include=["metadatas"])
+    for id, metadata in zip(found["ids"], found["metadatas"] or [], strict=True):
+        present[str(metadata["source"])].add(id)
+    return present
+
+
+def cut_documents(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
+    """The texts of each document's chunks, of at most 256 of the model's tokens.
+
+    `model` counts tokens where it can (`count_tokens`, `max_tokens`). Pieces that could not be made short enough are
+    added to counts["truncated"].
+    """
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    count_tokens = getattr(model, "count_tokens", _count_by_characters)
+    size = min(CHUNK_TOKENS, getattr(model, "max_tokens", CHUNK_TOKENS))
+    splitter = RecursiveCharacterTextSplitter(
+        chunk_size=size,
+        chunk_overlap=int(size * CHUNK_OVERLAP),
+        length_function=lambda text: count_tokens([text])[0],
+    )
+    chunks = []
+    for document, length in zip(documents, count_tokens([document.text for document in documents]), strict=True):
+        texts = [document.text] if length <= size else splitter.split_text(document.text)
+        if length > size:
+            counts["truncated"] += sum(more > size for more in count_tokens(texts))
+        chunks.append([text for text in texts if text.strip()])
+    return chunks
 
 
 def remove_vanished(index: VectorIndex, folder: Path) -> int:
@@ -375,6 +390,17 @@ def stored_stamp(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_
     return read_stamp(found[collection], collection)
 
 
+def count_chunks(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_COLLECTION) -> int:
+    """How many chunks a collection has; 0 where there is none."""
+    if not _holds_store(path_or_url):
+        return 0
+    store = open_store(path_or_url)
+    with store.reading():
+        client = store.client()
+        names = [one.name for one in client.list_collections()]
+        return client.get_collection(collection, embedding_function=None).count() if collection in names else 0
+
+
 def stored_stamps(path_or_url: str | os.PathLike[str]) -> dict[str, dict[str, str | int]]:
     """The collections that c2v_rag made in a store, by name, and the stamps of their models; nothing is created."""
     found = _stored_metadata(path_or_url) if _holds_store(path_or_url) else {}
@@ -382,12 +408,12 @@ def stored_stamps(path_or_url: str | os.PathLike[str]) -> dict[str, dict[str, st
 
 
 def _holds_store(path_or_url: str | os.PathLike[str]) -> bool:
-    return _is_url(path_or_url) or (Path(path_or_url) / "chroma.sqlite3").is_file()
+    return is_url(path_or_url) or (Path(path_or_url) / "chroma.sqlite3").is_file()
 
 
 def _stored_metadata(path_or_url: str | os.PathLike[str]) -> dict[str, Mapping[str, Any] | None]:
     """The metadata of every collection of a store, by name."""
-    store = _open_store(path_or_url)
+    store = open_store(path_or_url)
     with store.reading():
         return {one.name: one.metadata for one in store.client().list_collections()}
 
@@ -416,7 +442,7 @@ def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection:
     )
 
 
-def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
+def chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
     """SHA-256 of source, text, and how many equal pairs came before."""
     pair = json.dumps([source, text])
     digest = hashlib.sha256(pair.encode()).hexdigest()
@@ -552,12 +578,12 @@ _folders: dict[Path, _Folder] = {}
 _folders_lock = threading.Lock()
 
 
-def _is_url(path_or_url: str | os.PathLike[str]) -> bool:
+def is_url(path_or_url: str | os.PathLike[str]) -> bool:
     return os.fspath(path_or_url).startswith(("http://", "https://"))
 
 
-def _open_store(path_or_url: str | os.PathLike[str]) -> _Server | _Folder:
-    if _is_url(path_or_url):
+def open_store(path_or_url: str | os.PathLike[str]) -> _Server | _Folder:
+    if is_url(path_or_url):
         return _Server(os.fspath(path_or_url))
     path = Path(path_or_url).resolve()
     with _folders_lock:

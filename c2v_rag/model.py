@@ -341,7 +341,7 @@ class Causal2Vec(nn.Module):
     @property
     def max_tokens(self) -> int:
         """The longest text, in `count_tokens`, that neither the encoder nor the decoder cuts."""
-        return min(self.config.max_length, self.config.encoder_max_length)
+        return self.tokenizer.max_tokens
 
     def encode(
         self,
@@ -479,10 +479,7 @@ class Causal2Vec(nn.Module):
         llm = _open(bases["llm"], config.num_llm_layers, {"dtype": what, **llm_kwargs})
         if not llm_kwargs.keys() & {"device_map", "quantization_config"}:
             llm.to(where)  # type: ignore[arg-type]
-        tokenizers = [
-            AutoTokenizer.from_pretrained(bases[part].folder, local_files_only=True, trust_remote_code=False)
-            for part in _PARTS
-        ]
+        tokenizers = [_open_tokenizer(bases[part]) for part in _PARTS]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config, encoder, llm, *tokenizers)
@@ -605,6 +602,25 @@ def _token_norm(llm: PreTrainedModel) -> float:
 def adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
     """The layers that carry LoRA; each knows whether it is merged."""
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str] = checkpoint.DEFAULT, *, revision: str | None = None
+) -> TextTokenizer:
+    """A checkpoint's tokenizers alone, to count tokens where nothing is embedded.
+
+    Raises what `from_pretrained` raises.
+    """
+    folder = checkpoint.locate(name_or_path, revision)
+    bases = (checkpoint.checkpoint_part(folder, part) for part in _PARTS)
+    return TextTokenizer(Causal2VecConfig.load(folder), *(_open_tokenizer(base) for base in bases))
+
+
+def _open_tokenizer(base: checkpoint.Base) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        base.folder, local_files_only=True, trust_remote_code=False
+    )
+    return tokenizer
 
 
 def _open(base: checkpoint.Base, num_layers: int | None, kwargs: dict[str, Any]) -> PreTrainedModel:

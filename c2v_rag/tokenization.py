@@ -139,6 +139,11 @@ class TextTokenizer:
             encoder_pad=self.encoder.pad_token_id or 0,
         )
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest text, in `count_tokens`, that neither tokenizer cuts."""
+        return min(self.config.max_length, self.config.encoder_max_length)
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Length of each text in tokens, as cutting sees it: the larger of the two tokenizers' counts."""
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]

@@ -1,0 +1,219 @@
+"""Read, cut, embed and write a corpus on many processes, into a Chroma server.
+
+A chunk's id is the hash of its source and text, and writing is an upsert: a worker that dies is replaced and its batch
+done again, a driver that dies is started again, and both end with the ids of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.data
+
+from c2v_rag.index import (
+    CHUNKS_WRITTEN_AT_ONCE,
+    Chunk,
+    IndexReport,
+    VectorIndex,
+    chunk_id,
+    cut_documents,
+    is_url,
+    open_store,
+    present_ids,
+    remove_vanished,
+    stored_stamp,
+    stored_stamps,
+)
+from c2v_rag.scale.cluster import AUTO, EXPECTED, Loaded, Workers, connected, in_words, raise_reported
+from c2v_rag.sources import PYTHON_DOCS, files_below, read_sources
+
+_DOCUMENTS_AT_ONCE = 512
+_MOST_BLOCKS = 1000  # units of work in Ray's plan; each holds a few files where there are more
+
+
+def index_on_ray(
+    sources: Sequence[str | Path],
+    store: str,
+    *,
+    model: str = "default",
+    collection: str,
+    text_column: str = "text",
+    address: str = AUTO,
+    workers: Workers | None = None,
+    dtype: str | None = None,
+) -> tuple[IndexReport, list[str]]:
+    """Bring a Chroma server's collection up to date with files, folders and "python-docs".
+
+    Returns the report and, in words, the files that could not be read and were left out.
+
+    Ends with the ids and, up to rounding, the vectors of `VectorIndex.add`. Files are read by the workers, so every
+    machine must see them under the same paths. `model` is loaded once in each worker. `unchanged` and `added` count
+    what this run found and wrote; a worker that had to be replaced may have written a chunk twice.
+
+    Raises ValueError for a store that is a folder, and what reading, loading and writing raise.
+    """
+    if not is_url(store):
+        raise ValueError(
+            f"{store} is a folder, and a folder takes one writer. Start a server (chroma run --path {store}) and give "
+            "its address, such as http://localhost:8000."
+        )
+    started = time.perf_counter()
+    read_sources(sources)  # complains of what is missing
+    units = [str(file) for source in sources for file in _units(source)]
+    counts: Counter[str] = Counter()
+    outdated: list[str] = []
+    left_out: list[str] = []
+    with connected(address) as resources:
+        chosen = (workers or Workers()).of(resources)
+        chunks = ray.data.from_items(units, override_num_blocks=max(1, min(len(units), _MOST_BLOCKS))).flat_map(
+            _Cutter,
+            fn_constructor_args=(store, model, collection, text_column),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, chosen.count or 1)),
+            num_cpus=0.25,
+        )
+        written = chunks.map_batches(
+            _Writer,
+            fn_constructor_args=(store, model, collection, dtype, chosen.cpus),
+            batch_size=CHUNKS_WRITTEN_AT_ONCE,
+            **chosen.options,
+        )
+        for row in written.iter_rows():
+            found = json.loads(row["report"])
+            if "error" in found:
+                raise_reported(found["error"])
+            outdated += found.pop("outdated", [])
+            left_out += found.pop("left_out", [])
+            counts.update(found)
+    removed = 0
+    if collection in stored_stamps(store):
+        index = VectorIndex(store, _Nobody(stored_stamp(store, collection)), collection)
+        index.delete_ids(outdated)
+        removed = sum(remove_vanished(index, Path(source)) for source in sources if Path(source).is_dir())
+    report = IndexReport(
+        added=counts["added"],
+        unchanged=counts["unchanged"],
+        replaced=len(outdated),
+        removed=removed,
+        truncated=counts["truncated"],
+        seconds=time.perf_counter() - started,
+    )
+    return report, left_out
+
+
+def _units(source: str | Path) -> Iterator[str | Path]:
+    """What one worker reads at a time: a file is its own source, and a source must be cut in one place."""
+    if str(source) == PYTHON_DOCS:
+        yield PYTHON_DOCS
+    else:
+        yield from files_below(Path(source))
+
+
+class _Nobody:
+    """Stands for the model of a collection where nothing is embedded."""
+
+    def __init__(self, stamp: dict[str, str | int]) -> None:
+        self.stamp = stamp
+        self.embedding_dim = int(stamp["embedding_dim"])
+
+    def encode_query(self, texts: Iterable[str]) -> np.ndarray:
+        raise NotImplementedError
+
+    encode_document = encode_query
+
+
+class _Cutter:
+    """Reads a unit and cuts it: a row for each chunk that is not in the collection yet, and one of what it found."""
+
+    def __init__(self, store: str, model: str, collection: str, text_column: str) -> None:
+        self._store = store
+        self._model = model
+        self._collection = collection
+        self._text_column = text_column
+        self._counter: Any = None
+        self._client: Any = None
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, str]]:
+        try:
+            yield from self._cut(row["item"])
+        except EXPECTED as error:
+            yield _report_row({"error": in_words(error)})
+
+    def _cut(self, unit: str) -> Iterator[dict[str, str]]:
+        if self._counter is None:
+            self._counter = _token_counter(self._model)
+            self._client = open_store(self._store).client()
+        client, held = self._client, None
+        if self._collection in [one.name for one in client.list_collections()]:
+            held = client.get_collection(self._collection, embedding_function=None)
+        counts: Counter[str] = Counter(truncated=0, unchanged=0)
+        repeated: Counter[str] = Counter()
+        present: dict[str, set[str]] = {}
+        left_out: list[str] = []
+        documents = read_sources(
+            [unit], text_column=self._text_column, on_error=lambda path, error: left_out.append(str(error))
+        )
+        while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+            new = {document.source for document in some} - present.keys()
+            present.update(present_ids(held, new) if held is not None else {source: set() for source in new})
+            for document, texts in zip(some, cut_documents(some, self._counter, counts), strict=True):
+                for text in texts:
+                    id = chunk_id(document.source, text, repeated)
+                    if id in present[document.source]:
+                        present[document.source].remove(id)
+                        counts["unchanged"] += 1
+                    else:
+                        metadata = json.dumps({**document.metadata, "source": document.source})
+                        yield {"id": id, "text": text, "metadata": metadata, "report": ""}
+        outdated = [id for ids in present.values() for id in ids]
+        yield _report_row({**counts, "outdated": outdated, "left_out": left_out})
+
+
+class _Writer:
+    """Embeds chunks and writes them; passes on what the cutters report."""
+
+    def __init__(self, store: str, model: str, collection: str, dtype: str | None, threads: float | None) -> None:
+        self._store = store
+        self._collection = collection
+        self._loaded = Loaded(model, dtype, threads)
+        self._index: VectorIndex | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        chunks = [
+            Chunk(str(id), str(text), json.loads(metadata))
+            for id, text, metadata in zip(batch["id"], batch["text"], batch["metadata"], strict=True)
+            if id
+        ]
+        reports = [str(report) for report in batch["report"] if report]
+        try:
+            written = self._write(chunks)
+        except EXPECTED as error:
+            written = {"error": in_words(error)}
+        return {"report": [*reports, json.dumps(written)]}
+
+    def _write(self, chunks: list[Chunk]) -> dict[str, Any]:
+        if self._index is None:
+            self._index = VectorIndex(self._store, self._loaded(), self._collection)
+        self._index.write(chunks)
+        return {"added": len(chunks)}
+
+
+def _report_row(report: dict[str, Any]) -> dict[str, str]:
+    return {"id": "", "text": "", "metadata": "", "report": json.dumps(report)}
+
+
+def _token_counter(model: str) -> object:
+    """What counts a model's tokens without its weights."""
+    if is_url(model):
+        from c2v_rag.remote import RemoteModel
+
+        return RemoteModel(model)
+    from c2v_rag.model import load_tokenizer
+
+    return load_tokenizer(model)

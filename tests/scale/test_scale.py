@@ -1,0 +1,274 @@
+"""Indexing and embedding on a local Ray: the ids and vectors of one process, whatever is killed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import chromadb
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from c2v_rag import VectorIndex, read_sources
+from c2v_rag.model import Causal2Vec
+from c2v_rag.scale import embedding
+from c2v_rag.scale.cluster import Loaded, Workers, raise_reported
+from c2v_rag.scale.embedding import embed_on_ray
+from c2v_rag.scale.indexing import index_on_ray
+from tests.tiny import tiny_model
+
+WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_model().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: str) -> Causal2Vec:
+    return Causal2Vec.from_pretrained(checkpoint, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    chroma = Path(sys.executable).with_name("chroma")
+    command = [str(chroma), "run", "--path", str(tmp_path_factory.mktemp("server")), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(200):
+                assert process.poll() is None, "chroma run ended"
+                try:
+                    chromadb.HttpClient(port=port).heartbeat()
+                    break
+                except ValueError:
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def on_ray() -> Iterator[None]:
+    """One local Ray for the tests that run in this process."""
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Text files, and a table with a row that is there twice."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"{' '.join(WORDS)} {number}. " * (1 + number))
+    rows = [{"text": f"row {number % 150}", "number": number} for number in range(200)]
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def vectors(index: VectorIndex) -> dict[str, np.ndarray]:
+    found = {chunk.id: chunk.embedding for chunk in index.chunks(embeddings=True)}
+    return {id: np.asarray(vector) for id, vector in found.items()}
+
+
+def assert_same(found: VectorIndex, expected: VectorIndex) -> None:
+    ours, theirs = vectors(found), vectors(expected)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose([ours[id] for id in theirs], list(theirs.values()), atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_ray")
+def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
+    checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
+) -> None:
+    def run() -> tuple[dict[str, int | float], list[str]]:
+        report, left_out = index_on_ray(
+            [corpus], server, model=checkpoint, collection="corpus", workers=Workers(count=2, cpus=0.5), dtype="float32"
+        )
+        return vars(report), left_out
+
+    alone, together = VectorIndex(tmp_path / "alone", model, "corpus"), VectorIndex(server, model, "corpus")
+    expected = alone.add(read_sources([corpus]))
+    report, left_out = run()
+    assert (report["added"], report["unchanged"], report["removed"]) == (expected.added, 0, 0)
+    assert expected.added > 220
+    assert left_out == []
+    assert_same(together, alone)
+    metadata = together.get(next(iter(vectors(together))))
+    assert metadata is not None
+    assert metadata.metadata["source"].startswith(str(corpus))
+
+    (corpus / "3.txt").write_text("Something else altogether.")
+    (corpus / "4.txt").unlink()
+    (corpus / "5.txt").write_bytes(b"\xff\xfe\x00 not text")
+    (corpus / "bad.jsonl").write_text('{"text": "one"}\n{"no": 1}\n')
+    report, left_out = run()
+    assert report["added"] == 1
+    assert report["replaced"] > 1
+    assert report["removed"] > 1
+    assert any("bad.jsonl" in line for line in left_out)
+    alone.add(read_sources([corpus], on_error=lambda path, error: None))
+    alone.delete(str(corpus / "4.txt"))
+    assert_same(together, alone)
+
+
+@pytest.mark.usefixtures("on_ray")
+def test_what_cannot_be_done_is_said(
+    checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="chroma run"):
+        index_on_ray([corpus], str(tmp_path / "store"), model=checkpoint, collection="corpus")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        index_on_ray([corpus / "nowhere"], server, model=checkpoint, collection="corpus")
+    VectorIndex(server, tiny_model(seed=1), "others")
+    with pytest.raises(ValueError, match="made with another model"):
+        index_on_ray([corpus], server, model=checkpoint, collection="others", dtype="float32")
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        index_on_ray([corpus], server, model="no-such-model", collection="third")
+
+
+def test_workers_take_what_there_is() -> None:
+    assert Workers().of({"CPU": 16.0, "GPU": 4.0}) == Workers(count=4, gpus=1.0, cpus=3.0)
+    assert Workers(gpus=0.5).of({"CPU": 16.0, "GPU": 1.0}).count == 2
+    assert Workers().of({"CPU": 2.0}) == Workers(count=1, gpus=0.0, cpus=1.0)
+    assert Workers(count=2).of({"CPU": 2.0}) == Workers(count=2, gpus=0.0, cpus=0.75)
+
+
+@pytest.mark.usefixtures("on_ray")
+def test_embeddings_in_files(
+    checkpoint: str, model: Causal2Vec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "PARTITION_ROWS", 16)
+    texts = [f"{' '.join(WORDS[: number % 15])} {number}" for number in range(50)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(
+        "".join(json.dumps({"id": f"a{i}", "text": t}) + "\n" for i, t in enumerate(texts[:20]))
+    )
+    (tmp_path / "in" / "b.txt").write_text("".join(f"{text}\n" for text in texts[20:]))
+    output = tmp_path / "out"
+
+    def run(**changes: object) -> tuple[int, int]:
+        settings = {"model": checkpoint, "dtype": "float32", "workers": Workers(count=2, cpus=0.5)} | changes
+        return embed_on_ray([tmp_path / "in"], output, **settings)  # type: ignore[arg-type]
+
+    assert run() == (50, 50)
+    found = pq.read_table(output)
+    assert sorted(path.name for path in output.glob("*.parquet")) == [f"part-{i:06d}.parquet" for i in range(4)]
+    assert found["id"].to_pylist() == [f"a{i}" for i in range(20)] + [str(i) for i in range(20, 50)]
+    assert found["text_sha256"].to_pylist() == [hashlib.sha256(text.encode()).digest() for text in texts]
+    np.testing.assert_allclose(found["embedding"].to_pylist(), model.encode_document(texts), atol=1e-5)
+
+    (output / "part-000002.parquet").unlink()
+    kept = (output / "part-000001.parquet").stat().st_mtime_ns
+    assert run() == (16, 50)
+    assert (output / "part-000001.parquet").stat().st_mtime_ns == kept
+    assert run() == (0, 50)
+    with pytest.raises(ValueError, match="other texts or settings"):
+        run(query=True)
+    (output / "part-000003.parquet").unlink()
+    tiny_model(seed=1).save_pretrained(checkpoint + "-new")
+    run_file = output / "_run.json"
+    run_file.write_text(run_file.read_text().replace(json.dumps(checkpoint), json.dumps(checkpoint + "-new")))
+    with pytest.raises(ValueError, match="another model"):
+        run(model=checkpoint + "-new")
+
+
+def test_a_slice_in_half_precision_and_one_that_cannot_be_read(checkpoint: str, tmp_path: Path) -> None:
+    settings = {"query": True, "instruction": None, "truncate_dim": 8, "text_column": "t", "precision": "float16"}
+    table = pa.table({"t": [f"text {number}" for number in range(10)], "id": range(100, 110)})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=4)
+    slices = list(embedding._slices([tmp_path / "in.parquet"], "t"))
+    assert [(one.group, one.rows, one.first) for one in slices] == [(0, 4, 0), (1, 4, 4), (2, 2, 8)]
+    worker = embedding._Partition(settings, Loaded(checkpoint, "float32", None))
+    assert worker._embed(slices[1], tmp_path / "part-000001.parquet") == 4
+    found = pq.read_table(tmp_path / "part-000001.parquet")
+    assert found["id"].to_pylist() == ["104", "105", "106", "107"]
+    kind = found.schema.field("embedding").type
+    assert (kind.list_size, str(kind.value_type)) == (8, "halffloat")
+    model = Causal2Vec.from_pretrained(checkpoint, dtype="float32")
+    expected = model.encode_query([f"text {number}" for number in range(4, 8)], truncate_dim=8)
+    np.testing.assert_allclose(found["embedding"].to_pylist(), expected, atol=2e-3)
+
+    (tmp_path / "bad.jsonl").write_text('{"t": "good"}\n{"t": 1}\n')
+    (bad,) = embedding._slices([tmp_path / "bad.jsonl"], "t")
+    said = worker({"slice": [vars(bad)], "target": [str(tmp_path / "part-000009.parquet")]})
+    assert said["rows"] == [0]
+    with pytest.raises(ValueError, match="row 1: 't' must be a text, got 1"):
+        raise_reported(said["error"][0])
+    with pytest.raises(ValueError, match=r"no column 'text'; it has \['t', 'id'\]"):
+        list(embedding._slices([tmp_path / "in.parquet"], "text"))
+    with pytest.raises(ValueError, match="texts come from"):
+        list(embedding._slices([Path(__file__)], "text"))
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_killed_driver_lose_nothing(
+    checkpoint: str, model: Causal2Vec, server: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.jsonl"
+    with table.open("w") as file:
+        for number in range(8000):
+            file.write(json.dumps({"text": f"{WORDS[number % 15]} {WORDS[number % 14]} {number}"}) + "\n")
+    alone = VectorIndex(tmp_path / "alone", model)
+    expected = alone.add(read_sources([table])).added
+
+    command = [sys.executable, "-m", "c2v_rag.cli", "index", str(table), "--store", server, "--collection", "killed"]
+    command += ["--model", checkpoint, "--dtype", "float32", "--ray", "auto", "--workers", "2", "--json"]
+    mark = uuid4().hex  # what Ray starts inherits the environment, and is found by it
+    environment = os.environ | {"C2V_TEST_RUN": mark}
+    held = VectorIndex(server, model, "killed")
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def until(chunks: int, process: subprocess.Popen[str]) -> None:
+        while len(held) < chunks:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+    driver = start()
+    until(300, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    time.sleep(1)  # Ray's processes notice that their driver is gone
+    so_far = len(held)
+    assert so_far < expected
+
+    driver = start()
+    until(so_far + 300, driver)
+    workers = [one for one in psutil.process_iter() if _environment(one).get("C2V_TEST_RUN") == mark]
+    workers = [one for one in workers if "_Writer" in " ".join(one.cmdline())]
+    assert workers
+    workers[0].kill()
+    assert len(held) < expected, "it was over before the worker was killed"
+    output, errors = driver.communicate(timeout=200)
+    assert driver.returncode == 0, errors
+    assert json.loads(output)["chunks"] == expected
+    assert_same(held, alone)
