@@ -49,7 +49,9 @@ Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first th
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; what the hardware computes in unless given.")]
 Ray = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help='Work on a Ray cluster; "auto" finds one or starts one on this machine.'),
+    typer.Option(
+        metavar="ADDRESS", help='Work on a Ray cluster; "local" starts one on this machine, "auto" where none is found.'
+    ),
 ]
 RayWorkers = Annotated[int | None, typer.Option(min=1, help="With --ray: processes that embed; one a GPU, or one.")]
 RayGpus = Annotated[float | None, typer.Option(min=0, help="With --ray: GPUs of each; 1 where there are any.")]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported; nothing is reported
@@ -17,7 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from c2v_rag.index import Embedder
 from c2v_rag.remote import load_embedder
 
-AUTO = "auto"
+AUTO, LOCAL = "auto", "local"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,30 +50,33 @@ class Workers:
 
 @contextmanager
 def connected(address: str = AUTO) -> Iterator[dict[str, float]]:
-    """The resources of the cluster at `address`; "auto" starts one here where none runs.
+    """The resources of the cluster at `address`; "local" starts one here, and "auto" where none runs yet.
 
     Raises ConnectionError when there is no cluster at another address.
     """
     here = not ray.is_initialized()
-    if here:
-        _connect(address)
-    DataContext.get_current().enable_progress_bars = False
-    try:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield resources
-    finally:
+    with redirect_stdout(sys.stderr):  # Ray has things to say, and standard output is for results
         if here:
-            ray.shutdown()
+            _connect(address)
+        DataContext.get_current().enable_progress_bars = False
+        try:
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            yield resources
+        finally:
+            if here:
+                ray.shutdown()
 
 
 def _connect(address: str) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        ray.init(address=address, **options)
-    except ConnectionError as error:
-        if address != AUTO:
-            raise ConnectionError(f"No Ray cluster answers at {address}: {error}") from error
-        ray.init(include_dashboard=False, **options)
+    if address != LOCAL:
+        try:
+            ray.init(address=address, **options)
+            return
+        except ConnectionError as error:
+            if address != AUTO:
+                raise ConnectionError(f"No Ray cluster answers at {address}: {error}") from error
+    ray.init(address=LOCAL, include_dashboard=False, **options)
 
 
 # What is wrong with the input or the settings: no second try helps. Workers report it in a row of their results, since

@@ -221,6 +221,13 @@ def test_a_slice_in_half_precision_and_one_that_cannot_be_read(checkpoint: str, 
         list(embedding._slices([Path(__file__)], "text"))
 
 
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def _environment(process: psutil.Process) -> dict[str, str]:
     try:
         return process.environ()
@@ -230,7 +237,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(
-    checkpoint: str, model: Causal2Vec, server: str, tmp_path: Path
+    checkpoint: str, model: Causal2Vec, server: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     table = tmp_path / "table.jsonl"
     with table.open("w") as file:
@@ -240,9 +247,17 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     expected = alone.add(read_sources([table])).added
 
     command = [sys.executable, "-m", "c2v_rag.cli", "index", str(table), "--store", server, "--collection", "killed"]
-    command += ["--model", checkpoint, "--dtype", "float32", "--ray", "auto", "--workers", "2", "--json"]
+    command += ["--model", checkpoint, "--dtype", "float32", "--ray", "local", "--workers", "2", "--json"]
     mark = uuid4().hex  # what Ray starts inherits the environment, and is found by it
     environment = os.environ | {"C2V_TEST_RUN": mark}
+
+    def ours() -> list[psutil.Process]:
+        return [one for one in psutil.process_iter() if _environment(one).get("C2V_TEST_RUN") == mark]
+
+    def writers() -> list[psutil.Process]:
+        return [one for one in ours() if "_Writer" in _title(one)]
+
+    request.addfinalizer(lambda: [one.kill() for one in ours()])
     held = VectorIndex(server, model, "killed")
 
     def start() -> subprocess.Popen[str]:
@@ -257,18 +272,16 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     until(300, driver)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    time.sleep(1)  # Ray's processes notice that their driver is gone
+    while writers():  # they notice after a while that their driver is gone
+        time.sleep(0.1)
     so_far = len(held)
     assert so_far < expected
 
     driver = start()
     until(so_far + 300, driver)
-    workers = [one for one in psutil.process_iter() if _environment(one).get("C2V_TEST_RUN") == mark]
-    workers = [one for one in workers if "_Writer" in " ".join(one.cmdline())]
-    assert workers
-    workers[0].kill()
+    writers()[0].kill()
     assert len(held) < expected, "it was over before the worker was killed"
     output, errors = driver.communicate(timeout=200)
     assert driver.returncode == 0, errors
-    assert json.loads(output)["chunks"] == expected
+    assert json.loads(output)["chunks"] == expected, output
     assert_same(held, alone)
