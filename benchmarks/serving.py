@@ -55,6 +55,7 @@ def serve(model: str, *, one_by_one: bool) -> Iterator[str]:
 
 async def load(url: str, clients: int, seconds: float) -> list[float]:
     """The time of every answer that came before the end."""
+    questions = [json.loads(line)["question"] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     took: list[float] = []
     numbers = count()
     limits = httpx.Limits(max_connections=clients)
@@ -65,7 +66,7 @@ async def load(url: str, clients: int, seconds: float) -> list[float]:
         async def ask() -> None:
             while (started := time.perf_counter()) < end:
                 number = next(numbers)
-                text = f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"
+                text = f"{questions[number % len(questions)]} ({number})"
                 body = {"model": f"{model}:query", "input": text, "encoding_format": "base64"}
                 (await client.post("/v1/embeddings", json=body)).raise_for_status().json()
                 took.append(time.perf_counter() - started)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -257,7 +258,12 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     def writers() -> list[psutil.Process]:
         return [one for one in ours() if "_Writer" in _title(one)]
 
-    request.addfinalizer(lambda: [one.kill() for one in ours()])
+    def clean() -> None:
+        for one in ours():
+            with suppress(psutil.Error):
+                one.kill()
+
+    request.addfinalizer(clean)
     held = VectorIndex(server, model, "killed")
 
     def start() -> subprocess.Popen[str]:
