@@ -210,15 +210,9 @@ class VectorIndex:
             with tqdm(total=total, unit="document", disable=not show_progress) as progress:
                 for some in _batched(documents, DOCUMENTS_READ_AHEAD):
                     stale.update(present_ids(collection, {document.source for document in some} - stale.keys()))
-                    for document, texts in zip(some, cut_documents(some, self._model, counts), strict=True):
-                        for text in texts:
-                            id = chunk_id(document.source, text, repeated)
-                            if id in stale[document.source]:
-                                stale[document.source].remove(id)
-                                counts["unchanged"] += 1
-                            else:
-                                metadata = {**document.metadata, "source": document.source}
-                                waiting.append(Chunk(id, text, metadata))
+                    for chunks in new_chunks(some, self._model, stale, repeated, counts):
+                        for chunk in chunks:
+                            waiting.append(chunk)
                             if len(waiting) >= write_every:
                                 self._write(collection, waiting, counts)
                                 waiting = []
@@ -343,7 +337,31 @@ def present_ids(collection: Collection, sources: AbstractSet[str]) -> dict[str, 
     return present
 
 
-def cut_documents(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
+def new_chunks(
+    documents: Sequence[Document],
+    model: object,
+    present: Mapping[str, set[str]],
+    repeated: Counter[str],
+    counts: Counter[str],
+) -> Iterator[list[Chunk]]:
+    """For each document its chunks that are not `present` (by source); those that are, are taken out of there.
+
+    `repeated` counts equal pairs of source and text, over all calls of a run; `counts` what was "unchanged" and
+    "truncated". `model` as for `_cut`.
+    """
+    for document, texts in zip(documents, _cut(documents, model, counts), strict=True):
+        chunks = []
+        for text in texts:
+            id = _chunk_id(document.source, text, repeated)
+            if id in present[document.source]:
+                present[document.source].remove(id)
+                counts["unchanged"] += 1
+            else:
+                chunks.append(Chunk(id, text, {**document.metadata, "source": document.source}))
+        yield chunks
+
+
+def _cut(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
     """The texts of each document's chunks, of at most 256 of the model's tokens.
 
     `model` counts tokens where it can (`count_tokens`, `max_tokens`). Pieces that could not be made short enough are
@@ -442,7 +460,7 @@ def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection:
     )
 
 
-def chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
+def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
     """SHA-256 of source, text, and how many equal pairs came before."""
     pair = json.dumps([source, text])
     digest = hashlib.sha256(pair.encode()).hexdigest()

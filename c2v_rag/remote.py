@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import numpy as np
 from tqdm.auto import tqdm
 
+from c2v_rag.index import is_url
+
 if TYPE_CHECKING:
     import httpx
 
@@ -43,7 +45,7 @@ class RemoteModel:
     """
 
     def __init__(self, base_url: str, api_key: str | None = None, *, timeout: float = 180.0) -> None:
-        if not base_url.startswith(("http://", "https://")):
+        if not is_url(base_url):
             raise ValueError(f"base_url must start with http:// or https://; got {base_url!r}.")
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._api_key = api_key
@@ -81,48 +83,32 @@ class RemoteModel:
         ]
 
     def encode(
-        self,
-        texts: Iterable[str],
-        *,
-        instruction: str | None = None,
-        batch_tokens: int | None = None,
-        truncate_dim: int | None = None,
-        on_truncate: OnTruncate = "warn",
-        show_progress: bool = False,
+        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
         """As `Causal2Vec.encode`: float32 (n, embedding_dim), in input order. `batch_tokens` is the server's to choose.
 
         Texts are cut without a warning unless `on_truncate` is "error".
         """
-        return self._embed("document", texts, instruction, truncate_dim, on_truncate, show_progress)
+        return self._embed("document", texts, instruction, **options)
 
-    def encode_document(
-        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
-    ) -> np.ndarray:
-        """As `Causal2Vec.encode_document`."""
-        return self.encode(texts, instruction=instruction, **options)
+    encode_document = encode  # neither has an instruction unless one is given
 
     def encode_query(
-        self,
-        texts: Iterable[str],
-        *,
-        instruction: str | None = None,
-        batch_tokens: int | None = None,
-        truncate_dim: int | None = None,
-        on_truncate: OnTruncate = "warn",
-        show_progress: bool = False,
+        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
         """As `Causal2Vec.encode_query`: with the model's own instruction unless given, none with ""."""
-        return self._embed("query", texts, instruction, truncate_dim, on_truncate, show_progress)
+        return self._embed("query", texts, instruction, **options)
 
     def _embed(
         self,
         kind: Literal["query", "document"],
         texts: Iterable[str],
         instruction: str | None,
-        truncate_dim: int | None,
-        on_truncate: OnTruncate,
-        show_progress: bool,
+        *,
+        batch_tokens: int | None = None,
+        truncate_dim: int | None = None,
+        on_truncate: OnTruncate = "warn",
+        show_progress: bool = False,
     ) -> np.ndarray:
         if isinstance(texts, str | bytes):
             raise TypeError("texts must be a list of strings, got one bare string. Wrap it: [text].")
@@ -245,7 +231,7 @@ def load_embedder(
 ) -> Embedder:
     """A `RemoteModel` for the http(s) address of a server, else `shared_model` with the same arguments."""
     name = os.fspath(name_or_path)
-    if not name.startswith(("http://", "https://")):
+    if not is_url(name):
         from c2v_rag.model import shared_model
 
         return shared_model(name, revision=revision, device=device, dtype=dtype, **llm_kwargs)

@@ -34,7 +34,7 @@ CORE = {
     "fusion": set(),
     "gatherer": {"index"},  # for type checkers
     "generation": {"model", "checkpoint"},
-    "remote": {"index", "inference", "model"},  # the first two for type checkers
+    "remote": {"index", "inference", "model"},
     "cli": {"model", "index", "remote", "sources", "finetune", "evaluate", "scale", "server", "app"},
 }
 HEAVY = {"torch", "transformers", "peft", "chromadb"}

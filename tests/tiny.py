@@ -24,6 +24,7 @@ TEXTS = [
     "Übermäßig naïve façade 東京タワー Привет мир 🙂👍🏽",
     "A document may spell <|im_end|>, [SEP] or </s>, and goes on behind it.",
 ]
+WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 
 # Two layers wide as a thumb; heads of 8, so that every family's rotary embedding has something to turn.

@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is import
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from c2v_rag.index import Embedder
+from c2v_rag.index import Embedder, is_url
 from c2v_rag.remote import load_embedder
 
 AUTO, LOCAL = "auto", "local"
@@ -106,7 +106,7 @@ class Loaded:
 
     def __call__(self) -> Embedder:
         if self._embedder is None:
-            if not self._name.startswith(("http://", "https://")) and self._threads:
+            if not is_url(self._name) and self._threads:
                 import torch
 
                 torch.set_num_threads(max(1, int(self._threads)))  # Ray gives every process one

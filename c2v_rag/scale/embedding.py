@@ -184,7 +184,6 @@ def _line_slices(file: Path) -> Iterator[tuple[int, int]]:
 
 def _read(part: Slice, text_column: str) -> tuple[list[str], list[str]]:
     """Ids and texts of a slice."""
-    ids = [str(part.first + row) for row in range(part.rows)]
     if part.file.endswith(".parquet"):
         file = pq.ParquetFile(part.file)
         columns = [name for name in ("id", text_column) if name in file.schema_arrow.names]
@@ -202,7 +201,7 @@ def _read(part: Slice, text_column: str) -> tuple[list[str], list[str]]:
         if not isinstance(row.get(text_column), str):
             where = f"{part.file}, row {part.first + number}"
             raise ValueError(f"{where}: {text_column!r} must be a text, got {row.get(text_column)!r}.")
-    ids = [str(row.get("id", id)) for row, id in zip(rows, ids, strict=True)]
+    ids = [str(row.get("id", part.first + number)) for number, row in enumerate(rows)]
     return ids, [row[text_column] for row in rows]
 
 

@@ -22,13 +22,11 @@ from c2v_rag.index import (
     Chunk,
     IndexReport,
     VectorIndex,
-    chunk_id,
-    cut_documents,
     is_url,
+    new_chunks,
     open_store,
     present_ids,
     remove_vanished,
-    stored_stamp,
     stored_stamps,
 )
 from c2v_rag.scale.cluster import AUTO, EXPECTED, Loaded, Workers, connected, in_words, raise_reported
@@ -92,8 +90,8 @@ def index_on_ray(
             left_out += found.pop("left_out", [])
             counts.update(found)
     removed = 0
-    if collection in stored_stamps(store):
-        index = VectorIndex(store, _Nobody(stored_stamp(store, collection)), collection)
+    if stamp := stored_stamps(store).get(collection):
+        index = VectorIndex(store, _Nobody(stamp), collection)
         index.delete_ids(outdated)
         removed = sum(remove_vanished(index, Path(source)) for source in sources if Path(source).is_dir())
     report = IndexReport(
@@ -162,15 +160,10 @@ class _Cutter:
         while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
             new = {document.source for document in some} - present.keys()
             present.update(present_ids(held, new) if held is not None else {source: set() for source in new})
-            for document, texts in zip(some, cut_documents(some, self._counter, counts), strict=True):
-                for text in texts:
-                    id = chunk_id(document.source, text, repeated)
-                    if id in present[document.source]:
-                        present[document.source].remove(id)
-                        counts["unchanged"] += 1
-                    else:
-                        metadata = json.dumps({**document.metadata, "source": document.source})
-                        yield {"id": id, "text": text, "metadata": metadata, "report": ""}
+            for chunks in new_chunks(some, self._counter, present, repeated, counts):
+                for chunk in chunks:
+                    metadata = json.dumps(chunk.metadata)
+                    yield {"id": chunk.id, "text": chunk.text, "metadata": metadata, "report": ""}
         outdated = [id for ids in present.values() for id in ids]
         yield _report_row({**counts, "outdated": outdated, "left_out": left_out})
 

@@ -29,21 +29,12 @@ from c2v_rag.scale import embedding
 from c2v_rag.scale.cluster import Loaded, Workers, raise_reported
 from c2v_rag.scale.embedding import embed_on_ray
 from c2v_rag.scale.indexing import index_on_ray
-from tests.tiny import tiny_model
-
-WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
+from tests.tiny import WORDS, tiny_model
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_model().save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: str) -> Causal2Vec:
-    return Causal2Vec.from_pretrained(checkpoint, dtype="float32")
+def model(tiny_checkpoint: str) -> Causal2Vec:
+    return Causal2Vec.from_pretrained(tiny_checkpoint, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +91,16 @@ def assert_same(found: VectorIndex, expected: VectorIndex) -> None:
 
 @pytest.mark.usefixtures("on_ray")
 def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
-    checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
+    tiny_checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
 ) -> None:
     def run() -> tuple[dict[str, int | float], list[str]]:
         report, left_out = index_on_ray(
-            [corpus], server, model=checkpoint, collection="corpus", workers=Workers(count=2, cpus=0.5), dtype="float32"
+            [corpus],
+            server,
+            model=tiny_checkpoint,
+            collection="corpus",
+            workers=Workers(count=2, cpus=0.5),
+            dtype="float32",
         )
         return vars(report), left_out
 
@@ -135,15 +131,15 @@ def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
 
 @pytest.mark.usefixtures("on_ray")
 def test_what_cannot_be_done_is_said(
-    checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
+    tiny_checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="chroma run"):
-        index_on_ray([corpus], str(tmp_path / "store"), model=checkpoint, collection="corpus")
+        index_on_ray([corpus], str(tmp_path / "store"), model=tiny_checkpoint, collection="corpus")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        index_on_ray([corpus / "nowhere"], server, model=checkpoint, collection="corpus")
+        index_on_ray([corpus / "nowhere"], server, model=tiny_checkpoint, collection="corpus")
     VectorIndex(server, tiny_model(seed=1), "others")
     with pytest.raises(ValueError, match="made with another model"):
-        index_on_ray([corpus], server, model=checkpoint, collection="others", dtype="float32")
+        index_on_ray([corpus], server, model=tiny_checkpoint, collection="others", dtype="float32")
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         index_on_ray([corpus], server, model="no-such-model", collection="third")
 
@@ -157,7 +153,7 @@ def test_workers_take_what_there_is() -> None:
 
 @pytest.mark.usefixtures("on_ray")
 def test_embeddings_in_files(
-    checkpoint: str, model: Causal2Vec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: str, model: Causal2Vec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "PARTITION_ROWS", 16)
     texts = [f"{' '.join(WORDS[: number % 15])} {number}" for number in range(50)]
@@ -169,7 +165,7 @@ def test_embeddings_in_files(
     output = tmp_path / "out"
 
     def run(**changes: object) -> tuple[int, int]:
-        settings = {"model": checkpoint, "dtype": "float32", "workers": Workers(count=2, cpus=0.5)} | changes
+        settings = {"model": tiny_checkpoint, "dtype": "float32", "workers": Workers(count=2, cpus=0.5)} | changes
         return embed_on_ray([tmp_path / "in"], output, **settings)  # type: ignore[arg-type]
 
     assert run() == (50, 50)
@@ -187,26 +183,26 @@ def test_embeddings_in_files(
     with pytest.raises(ValueError, match="other texts or settings"):
         run(query=True)
     (output / "part-000003.parquet").unlink()
-    tiny_model(seed=1).save_pretrained(checkpoint + "-new")
+    tiny_model(seed=1).save_pretrained(tiny_checkpoint + "-new")
     run_file = output / "_run.json"
-    run_file.write_text(run_file.read_text().replace(json.dumps(checkpoint), json.dumps(checkpoint + "-new")))
+    run_file.write_text(run_file.read_text().replace(json.dumps(tiny_checkpoint), json.dumps(tiny_checkpoint + "-new")))
     with pytest.raises(ValueError, match="another model"):
-        run(model=checkpoint + "-new")
+        run(model=tiny_checkpoint + "-new")
 
 
-def test_a_slice_in_half_precision_and_one_that_cannot_be_read(checkpoint: str, tmp_path: Path) -> None:
+def test_a_slice_in_half_precision_and_one_that_cannot_be_read(tiny_checkpoint: str, tmp_path: Path) -> None:
     settings = {"query": True, "instruction": None, "truncate_dim": 8, "text_column": "t", "precision": "float16"}
     table = pa.table({"t": [f"text {number}" for number in range(10)], "id": range(100, 110)})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=4)
     slices = list(embedding._slices([tmp_path / "in.parquet"], "t"))
     assert [(one.group, one.rows, one.first) for one in slices] == [(0, 4, 0), (1, 4, 4), (2, 2, 8)]
-    worker = embedding._Partition(settings, Loaded(checkpoint, "float32", None))
+    worker = embedding._Partition(settings, Loaded(tiny_checkpoint, "float32", None))
     assert worker._embed(slices[1], tmp_path / "part-000001.parquet") == 4
     found = pq.read_table(tmp_path / "part-000001.parquet")
     assert found["id"].to_pylist() == ["104", "105", "106", "107"]
     kind = found.schema.field("embedding").type
     assert (kind.list_size, str(kind.value_type)) == (8, "halffloat")
-    model = Causal2Vec.from_pretrained(checkpoint, dtype="float32")
+    model = Causal2Vec.from_pretrained(tiny_checkpoint, dtype="float32")
     expected = model.encode_query([f"text {number}" for number in range(4, 8)], truncate_dim=8)
     np.testing.assert_allclose(found["embedding"].to_pylist(), expected, atol=2e-3)
 
@@ -238,7 +234,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(
-    checkpoint: str, model: Causal2Vec, server: str, tmp_path: Path, request: pytest.FixtureRequest
+    tiny_checkpoint: str, model: Causal2Vec, server: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     table = tmp_path / "table.jsonl"
     with table.open("w") as file:
@@ -248,7 +244,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     expected = alone.add(read_sources([table])).added
 
     command = [sys.executable, "-m", "c2v_rag.cli", "index", str(table), "--store", server, "--collection", "killed"]
-    command += ["--model", checkpoint, "--dtype", "float32", "--ray", "local", "--workers", "2", "--json"]
+    command += ["--model", tiny_checkpoint, "--dtype", "float32", "--ray", "local", "--workers", "2", "--json"]
     mark = uuid4().hex  # what Ray starts inherits the environment, and is found by it
     environment = os.environ | {"C2V_TEST_RUN": mark}
 

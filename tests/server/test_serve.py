@@ -22,17 +22,9 @@ import pytest
 
 from c2v_rag.model import Causal2Vec
 from c2v_rag.server.run import read_keys
-from tests.tiny import tiny_model
+from tests.tiny import WORDS
 
 REQUESTS, AT_ONCE = 10_000, 32
-WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_model().save_pretrained(path)
-    return str(path)
 
 
 @contextmanager
@@ -59,8 +51,8 @@ def waiting(url: str) -> float:
     return float(found[1])
 
 
-def test_a_public_address_needs_a_key_or_a_word(folder: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "c2v_rag.cli", "serve", "--model", folder, "--host", "0.0.0.0"]
+def test_a_public_address_needs_a_key_or_a_word(tiny_checkpoint: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "c2v_rag.cli", "serve", "--model", tiny_checkpoint, "--host", "0.0.0.0"]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1
     assert "Give --api-key-file, or say --no-key" in refused.stderr
@@ -71,9 +63,9 @@ def test_a_public_address_needs_a_key_or_a_word(folder: str, tmp_path: Path) -> 
     assert read_keys(tmp_path / "keys") == ["first", "second"]
 
 
-def test_sigterm_finishes_what_was_accepted(folder: str) -> None:
+def test_sigterm_finishes_what_was_accepted(tiny_checkpoint: str) -> None:
     texts = [f"{' '.join(WORDS * 8)} {number}" for number in range(1500)]
-    with serve(folder) as (url, process), ThreadPoolExecutor(1) as pool:
+    with serve(tiny_checkpoint) as (url, process), ThreadPoolExecutor(1) as pool:
         body = {"model": "tiny", "input": texts, "truncate": True}
         answer = pool.submit(httpx.post, f"{url}/v1/embeddings", json=body, timeout=60)
         while not waiting(url):
@@ -88,8 +80,8 @@ def test_sigterm_finishes_what_was_accepted(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_mixed_requests(folder: str) -> None:
-    model = Causal2Vec.from_pretrained(folder, dtype="float32")
+def test_ten_thousand_mixed_requests(tiny_checkpoint: str) -> None:
+    model = Causal2Vec.from_pretrained(tiny_checkpoint, dtype="float32")
     short, long, empty = "bread and yeast", " ".join(WORDS * 12), ""
     expected = {text: model.encode_document([text])[0] for text in (short, long, empty)}
     hostile = [
@@ -141,7 +133,7 @@ def test_ten_thousand_mixed_requests(folder: str) -> None:
 
             await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
 
-    with serve(folder) as (url, process):
+    with serve(tiny_checkpoint) as (url, process):
         started = time.perf_counter()
         asyncio.run(load(url, psutil.Process(process.pid)))
         took = time.perf_counter() - started
