@@ -44,8 +44,9 @@ ENCODER_SLICES = 2
 # A token whose embedding is this many times as long as a word's outweighs what the llm's layers add to it: its last
 # hidden state is the encoder's vector, rotated. SmolLM2-135M (12 layers) and all-MiniLM-L6-v2, untrained: Spearman of
 # the Contextual token's state on STSBenchmark dev 23.8 at 1 x, 49.0 at 16 x, 83.3 at 64 x, 86.4 at 256 x, 86.6 at
-# 1024 x; the encoder itself 86.7.
+# 1024 x; the encoder itself 86.7, and so has the state once the final norm's gains are made up for.
 PASS_THROUGH = 1024
+_PROBES = 256
 
 
 class Projector(nn.Module):
@@ -79,6 +80,11 @@ class Projector(nn.Module):
     def start_at_norm(self, norm: float) -> None:
         """Set the fixed scale of the outputs so that those of a fresh projector have about this norm."""
         self.scale.fill_(norm / math.sqrt(self.hidden.in_features))
+
+    @torch.no_grad()
+    def make_up_for(self, gains: Tensor) -> None:
+        """Divide a fresh projector's columns by `gains` (D,), so that what multiplies by them leaves the rotation."""
+        self.output.weight.div_(gains.unsqueeze(1).to(self.output.weight))
 
 
 def pool_encoder(hidden: Tensor, mask: Tensor, pooling: EncoderPooling) -> Tensor:
@@ -409,14 +415,19 @@ class Causal2Vec(nn.Module):
     ) -> Causal2Vec:
         """A new, untrained model from an encoder and a decoder: folders, hub ids or installed packages.
 
-        The projector is random (`seed`); until it is trained, retrieval is near chance. `llm_kwargs` as in
-        `from_pretrained`. Raises FileNotFoundError, ValueError as there.
+        The projector is a random rotation (`seed`): before any training the Contextual half ranks as the encoder
+        does, and the other states know next to nothing. `llm_kwargs` as in `from_pretrained`. Raises
+        FileNotFoundError, ValueError as there.
         """
         bases: dict[_Part, checkpoint.Base] = {
             "encoder": checkpoint.locate_base(encoder, encoder_revision),
             "llm": checkpoint.locate_base(llm, llm_revision),
         }
-        return cls._assemble(config or Causal2VecConfig(), bases, device, dtype, llm_kwargs, seed).eval()
+        model = cls._assemble(config or Causal2VecConfig(), bases, device, dtype, llm_kwargs, seed).eval()
+        norm = PASS_THROUGH * _token_norm(model.llm)
+        model.projector.start_at_norm(norm)
+        model.projector.make_up_for(_final_gains(model.llm, norm))
+        return model
 
     @classmethod
     def from_pretrained(
@@ -486,7 +497,6 @@ class Causal2Vec(nn.Module):
         device_of_tokens = _token_table(llm).weight.device
         model.projector.to(device_of_tokens)
         model.encoder.to(device_of_tokens)  # type: ignore[arg-type]
-        model.projector.start_at_norm(PASS_THROUGH * _token_norm(llm))
         model._bases = dict(bases)
         model._base_versions = {
             part: {name: parameter._version for name, parameter in getattr(model, part).named_parameters()}
@@ -597,6 +607,24 @@ def _token_norm(llm: PreTrainedModel) -> float:
     ids = torch.linspace(0, table.num_embeddings - 1, steps=min(4096, table.num_embeddings)).long()
     with torch.no_grad():
         return float(table(ids.to(table.weight.device)).float().norm(dim=-1).mean())
+
+
+@torch.no_grad()
+def _final_gains(llm: PreTrainedModel, norm: float) -> Tensor:
+    """(D,): what the llm's final norm multiplies each column by, up to a factor common to all.
+
+    Seen on tokens of this norm, too long for the layers to change much, so that no family's norm need be known. The
+    directions are random; they stand behind a word, because the first token takes the attention sink.
+    """
+    table = _token_table(llm).weight
+    width = table.shape[1]
+    directions = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0)).to(table)
+    probes = torch.stack([table[:1].expand(_PROBES, -1), directions * (norm / math.sqrt(width))], dim=1)
+    states = llm(inputs_embeds=probes, use_cache=False).last_hidden_state[:, 1].float()
+    gains: Tensor = (states * directions).sum(dim=0) / directions.float().square().sum(dim=0)
+    gains = gains / gains.abs().mean()
+    signs = torch.where(gains < 0, -1.0, 1.0)
+    return signs * gains.abs().clamp(min=0.05)  # a column that is shut off stays so
 
 
 def adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
