@@ -117,7 +117,7 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     """The model first, then each baseline: "encoder" (the one inside the model), "contextual" and "eos" (one half of
     the embedding alone), "bm25", "hybrid" (the model and BM25 fused), or a sentence-transformers folder or hub id.
 
-    Tokens are the model's own for all of them, so that tokens/s compare.
+    All run in the model's dtype, and tokens are the model's own for all of them, so that tokens/s compare.
     """
     weights = str(model.stamp["weights"])
     quiet = {"on_truncate": "ignore"}  # every system cuts texts, and the others do not say so
@@ -140,6 +140,6 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
         elif name == HYBRID:
             found.append(HybridSystem(ours))
         else:
-            other = SentenceTransformer(name, device=str(model.device))
+            other = SentenceTransformer(name, device=str(model.device), model_kwargs={"dtype": model.dtype})
             found.append(DenseSystem(name.rstrip("/").split("/")[-1], name, other, count_tokens=model.count_tokens))
     return found
