@@ -36,13 +36,14 @@ from c2v_rag.finetune.loss import (
     in_batch_distillation,
     info_nce,
     score_distillation,
+    words_loss,
 )
 from c2v_rag.finetune.mining import mine
 from c2v_rag.finetune.recipe import Recipe, Stage
-from c2v_rag.finetune.train import TrainingModule, new_model, part_of, train
+from c2v_rag.finetune.train import StageVectors, TrainingModule, new_model, part_of, train
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
 from c2v_rag.sources import python_docs
-from tests.tiny import TEXTS, tiny_model, tiny_tokenizer
+from tests.tiny import TEXTS, WORDS, tiny_model, tiny_tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -73,26 +74,27 @@ def test_distillation_is_the_kl_divergence_and_zero_for_the_teacher_itself() -> 
 def test_parts_add_the_same_loss_on_the_interleaved_halves_and_on_the_first_columns() -> None:
     q, d, tq, td = unit_vectors(3), unit_vectors(4, 1), unit_vectors(3, 2, 5), unit_vectors(4, 3, 5)
     plain = LossWeights(distill=0.7, info_nce=0.2, temperature=0.1)
-    # A teacher of its own for each half; the whole is taught the mean of their similarities.
-    eq, ed = unit_vectors(len(tq), 7), unit_vectors(len(td), 8)
-    both_q, both_d = (torch.stack([t, torch.nn.functional.pad(e, (0, t.shape[1] - e.shape[1]))], dim=1)
-                      for t, e in ((tq, eq[:, : tq.shape[1]]), (td, ed[:, : td.shape[1]])))  # fmt: skip
-    both_q, both_d = normalize(both_q, dim=2), normalize(both_d, dim=2)
 
-    def by_hand(columns: slice, halves: tuple[int, ...]) -> Tensor:
+    def by_hand(columns: slice) -> Tensor:
         some_q, some_d = normalize(q[:, columns], dim=1), normalize(d[:, columns], dim=1)
-        t_q, t_d = (torch.cat([side[:, half] for half in halves], 1) / len(halves) ** 0.5 for side in (both_q, both_d))
-        distilled = in_batch_distillation(some_q, some_d, t_q, t_d, 0.1)
-        return 0.7 * distilled + 0.2 * info_nce(some_q, some_d, 0.1)
+        return 0.7 * in_batch_distillation(some_q, some_d, tq, td, 0.1) + 0.2 * info_nce(some_q, some_d, 0.1)
 
-    whole = combined_loss(q, d, both_q, both_d, plain)
-    torch.testing.assert_close(whole, by_hand(slice(None), (0, 1)))
+    whole = combined_loss(q, d, tq, td, plain)
+    torch.testing.assert_close(whole, by_hand(slice(None)))
     torch.testing.assert_close(combined_loss(q, d, None, None, plain), 0.2 * info_nce(q, d, 0.1))
-    with_halves = combined_loss(q, d, both_q, both_d, plain.model_copy(update={"halves": 0.5}))
-    halves = by_hand(slice(0, None, 2), (0,)) + by_hand(slice(1, None, 2), (1,))
+    with_halves = combined_loss(q, d, tq, td, plain.model_copy(update={"halves": 0.5}))
+    halves = by_hand(slice(0, None, 2)) + by_hand(slice(1, None, 2))
     torch.testing.assert_close(with_halves, whole + 0.5 * halves)
-    nested = combined_loss(q, d, both_q, both_d, plain.model_copy(update={"matryoshka_dims": (2, 4)}))
-    torch.testing.assert_close(nested, whole + by_hand(slice(0, 2), (0, 1)) + by_hand(slice(0, 4), (0, 1)))
+    nested = combined_loss(q, d, tq, td, plain.model_copy(update={"matryoshka_dims": (2, 4)}))
+    torch.testing.assert_close(nested, whole + by_hand(slice(0, 2)) + by_hand(slice(0, 4)))
+
+
+def test_the_words_loss_is_one_minus_the_cosine_of_the_eos_half() -> None:
+    embeddings, targets = unit_vectors(3, columns=8), unit_vectors(3, seed=1, columns=4)
+    by_hand = [1 - normalize(row[1::2], dim=0) @ target for row, target in zip(embeddings, targets, strict=True)]
+    torch.testing.assert_close(words_loss(embeddings, targets), torch.stack(by_hand).mean())
+    alone = unit_vectors(3, seed=2, columns=4)
+    torch.testing.assert_close(words_loss(alone, 2 * targets), (1 - (alone * targets).sum(dim=1)).mean())
 
 
 # Data
@@ -240,7 +242,7 @@ def test_recipes_are_valid_and_unknown_keys_are_errors(tmp_path: Path) -> None:
     for path in RECIPES.glob("*.yaml"):
         assert Recipe.load(path).stages
     text = (RECIPES / "default-smollm2-135m.yaml").read_text()
-    typo = re.sub(r"batch_size: (\d+)", r"batchsize: \1", text).replace("rank: 16", "rank: 0")
+    typo = re.sub(r"rank: \d+", "rank: 0", re.sub(r"batch_size: (\d+)", r"batchsize: \1", text))
     (tmp_path / "typo.yaml").write_text(typo)
     with pytest.raises(
         ValueError, match=r"(?s)not a valid recipe:.*lora.rank|not a valid recipe:.*stages.0.batch_size"
@@ -442,21 +444,36 @@ def test_teachers_are_distilled_from_vectors_that_are_kept(checkpoint: Path, dat
         assert ((found @ expected.T).max(axis=1) > 0.99).sum() > 10, f"they are the {name}'s vectors of these texts"
 
 
-def test_each_half_is_shown_its_own_teachers(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    model = Causal2Vec.from_pretrained(checkpoint, dtype="float32")
-    texts = [pair.positive for pair in read_pair_set(data, "docs").pairs[:6]]
-    encoder = TextVectors(tmp_path / "v", EncoderEmbedder(model).encode_document)
-    words = TextVectors(None, LexicalEmbedder(model.llm.get_input_embeddings().weight, model.tokenizer.llm, texts, 48))
-    for vectors in (encoder, words):
-        vectors.prepare(texts)
-    stage = Recipe.model_validate(recipe_for(checkpoint)).stages[1]
-    shown = TrainingModule(model, stage, encoder, [[encoder], [encoder, words]]).preprocess(texts)["teacher"]
-    e, w = (torch.from_numpy(one(one.rows(texts)).numpy()) for one in (encoder, words))
-    torch.testing.assert_close(shown[:, 0] @ shown[:, 0].T, e @ e.T)
-    torch.testing.assert_close(shown[:, 1] @ shown[:, 1].T, (e @ e.T + w @ w.T) / 2)
-    alone = stage.model_copy(update={"sequences": "context"})
-    shown = TrainingModule(model, alone, encoder, [[encoder], [words]]).preprocess(texts)["teacher"]
-    torch.testing.assert_close(shown[:, 1] @ shown[:, 1].T, e @ e.T)
+def test_the_words_loss_makes_eos_say_which_words_a_text_holds(checkpoint: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lists = [" ".join(rng.choice(WORDS, size=4, replace=False)) for _ in range(1000)]
+    write(tmp_path / "lists.jsonl", [{"query": q, "positive": p} for q, p in zip(lists[::2], lists[1::2], strict=True)])
+    unseen = [" ".join(rng.choice(WORDS, size=4, replace=False)) for _ in range(60)]
+    values = recipe_for(checkpoint, steps=110) | {"data": {"sets": {"lists": 1.0}}, "lora": {"rank": 16}}
+    values |= {"save_steps": 110, "stages": [values["stages"][1]]}
+    values["stages"][0] |= {"train": ["llm_adapter"], "learning_rate": {"llm_adapter": 5e-3}, "max_length": 32}
+    values["stages"][0]["loss"] = {"distill": 0.0, "info_nce": 0.0, "words": 1.0, "words_share": 0.5}
+
+    def eos(model: Causal2Vec) -> np.ndarray:
+        found = model.encode_document(unseen)[:, 1::2]
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    def agreement(model: Causal2Vec) -> float:
+        """Correlation of the EOS half's similarities with the number of words that two lists share."""
+        sets = [set(text.split()) for text in unseen]
+        pairs = list(zip(*np.triu_indices(len(unseen), k=1), strict=True))
+        found = eos(model) @ eos(model).T
+        return float(np.corrcoef([found[i, j] for i, j in pairs], [len(sets[i] & sets[j]) for i, j in pairs])[0, 1])
+
+    before = Causal2Vec.from_pretrained(checkpoint, dtype="float32")
+    after = train(Recipe.model_validate(values), tmp_path, tmp_path / "out", device="cpu")
+    assert agreement(after) > agreement(before) + 0.2
+    # Half of the squared length is the direction that all texts shared before.
+    shared = eos(before).mean(axis=0)
+    assert (eos(after) @ (shared / np.linalg.norm(shared))).mean() == pytest.approx(0.5**0.5, abs=0.15)
+    values["stages"][0]["sequences"] = "context"
+    with pytest.raises(ValueError, match="'words' is a loss of EOS's half, and pooling 'context' has none"):
+        train(Recipe.model_validate(values), tmp_path, tmp_path / "other", device="cpu")
 
 
 def test_lexical_vectors_know_words_and_rare_ones_better() -> None:
@@ -470,81 +487,6 @@ def test_lexical_vectors_know_words_and_rare_ones_better() -> None:
     assert similarities[0, 1] == pytest.approx(1, abs=1e-5)  # case is no difference
     assert similarities[0, 2] > 0.6
     assert abs(similarities[0, 3]) < 0.5
-
-
-def test_the_upper_layers_alone_are_trained_over_states_that_are_kept(
-    checkpoint: Path, data: Path, tmp_path: Path
-) -> None:
-    values = recipe_for(checkpoint, steps=4) | {"lora": {"rank": 4, "alpha": 8, "rank_pattern": {r"layers\.2\..*": 12}}}
-    values["stages"] = [values["stages"][1] | {"train": ["llm_adapter"], "learning_rate": {"llm_adapter": 1e-2}}]
-    first = train(Recipe.model_validate(values), data, tmp_path / "first", device="cpu")
-    assert {
-        layer.r["default"]
-        for name, layer in first.llm.named_modules()
-        if ".2.mlp.up_proj" in f".{name}" and hasattr(layer, "r")
-    } == {12}
-
-    # The same texts through all layers and through the upper ones give the same loss and the same gradient.
-    recipe = Recipe.model_validate(values)
-    stage = recipe.stages[0]
-    upper = stage.model_copy(update={"from_layer": 2})
-    model = new_model(
-        recipe.model_copy(update={"base": recipe.base.model_copy(update={"checkpoint": str(tmp_path / "first")})})
-    )
-    texts = TextVectors(tmp_path / "v", EncoderEmbedder(model).encode_document)
-    texts.prepare(TEXTS)
-    trained = {name: p for name, p in model.named_parameters() if ".lora_" in name and name.startswith("llm.layers.2.")}
-    assert len(trained) > 6
-    results = []
-    for one in (stage, upper, upper):
-        module = TrainingModule(model, one, texts, [])
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        for _ in range(2 if one is upper else 1):  # the second time from what was kept
-            shown = module(module.preprocess(TEXTS, prompt="find: "))["sentence_embedding"]
-        torch.autograd.backward(shown.float().square().cumsum(1).sum())
-        results.append((shown.detach(), torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None])))
-    for shown, gradient in results[1:]:
-        torch.testing.assert_close(shown, results[0][0], rtol=0.02, atol=0.02)  # kept in bfloat16
-        assert torch.cosine_similarity(gradient, results[0][1], dim=0) > 0.98
-
-    values["stages"][0]["from_layer"] = 2
-    values["base"] = {"checkpoint": str(tmp_path / "first")}
-    before = Causal2Vec.from_pretrained(tmp_path / "first", dtype=torch.float32)
-    after = train(Recipe.model_validate(values), data, tmp_path / "second", device="cpu")
-    old = {name: tensor for name, tensor in before.named_parameters() if ".lora_" in name}
-    changed = {
-        name for name, tensor in after.named_parameters() if ".lora_" in name and not torch.equal(tensor, old[name])
-    }
-    assert changed
-    assert all(name.startswith("llm.layers.2.") for name in changed)
-    values["stages"][0]["from_layer"] = 9
-    with pytest.raises(ValueError, match="from_layer is 9, but the decoder has 3 layers"):
-        train(Recipe.model_validate(values), data, tmp_path / "third", device="cpu")
-    values["stages"][0] |= {"train": ["projector"], "learning_rate": {"projector": 1e-3}}
-    with pytest.raises(ValueError, match="must not change"):
-        Recipe.model_validate(values)
-
-
-def test_a_checkpoints_adapter_is_widened_and_computes_the_same(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    values = recipe_for(checkpoint, steps=2)
-    values["stages"] = values["stages"][1:]
-    train(Recipe.model_validate(values), data, tmp_path / "narrow", device="cpu")
-    values |= {
-        "base": {"checkpoint": str(tmp_path / "narrow")},
-        "lora": {"rank": 4, "rank_pattern": {r"layers\.1\..*": 8}},
-    }
-    wide = new_model(Recipe.model_validate(values))
-    narrow = Causal2Vec.from_pretrained(tmp_path / "narrow", dtype="float32")
-    np.testing.assert_allclose(wide.encode(TEXTS), narrow.encode(TEXTS), atol=1e-5)
-    wide.save_pretrained(tmp_path / "wide")
-    read = Causal2Vec.from_pretrained(tmp_path / "wide", dtype="float32")
-    np.testing.assert_allclose(read.encode(TEXTS), narrow.encode(TEXTS), atol=1e-5)
-    shapes = {tuple(p.shape) for name, p in read.named_parameters() if "layers.1.self_attn.o_proj.lora_A" in name}
-    assert shapes == {(8, 32)}
 
 
 def test_the_commands_mine_and_say_what_is_missing(checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -578,7 +520,7 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
     columns = [[pair.query for pair in read_pair_set(data, "docs").pairs[:7]]]
     columns += [[pair.positive for pair in read_pair_set(data, "docs").pairs[start : start + 7]] for start in (0, 7)]
     texts.prepare([text for column in columns for text in column])
-    module = TrainingModule(model, stage, texts, [[texts], [texts]])
+    module = TrainingModule(model, stage, StageVectors(texts, [texts], None))
     loaded = SentenceTransformer(modules=[module], device="cpu")
     loaded.train()
     parameters = [p.requires_grad_() for name, p in model.named_parameters() if part_of(name) in stage.train]
@@ -597,8 +539,7 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
     with torch.no_grad():
         shown = [module(module.preprocess(c, prompt="find: " if not i else None)) for i, c in enumerate(columns)]
     q, *d = (column["sentence_embedding"] for column in shown)
-    halves = [torch.stack([one, one], dim=1) for one in teacher]
-    by_hand = combined_loss(q, torch.cat(d), halves[0], torch.cat(halves[1:]), stage.loss)
+    by_hand = combined_loss(q, torch.cat(d), teacher[0], torch.cat(teacher[1:]), stage.loss)
     assert plain == pytest.approx(by_hand.item(), rel=1e-3)
     cached, cached_gradient = run(3)
     assert gradient.norm() > 1e-4
@@ -614,7 +555,7 @@ def test_a_sequence_that_ends_at_the_contextual_token_gives_its_state_in_the_ful
     found = {}
     for sequences in ("context", "no_text", "full"):
         stage = Stage(name="s", sequences=sequences, max_length=48, **rates)  # type: ignore[arg-type]
-        module = TrainingModule(model, stage, texts, [])
+        module = TrainingModule(model, stage, StageVectors(texts, [], None))
         with torch.no_grad():
             features = module.eval()(module.preprocess(TEXTS, prompt="find: "))
         found[sequences] = features["sentence_embedding"]

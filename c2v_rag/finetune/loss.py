@@ -1,4 +1,4 @@
-"""The training loss: InfoNCE and in-batch distillation, on the embedding and on each of its halves.
+"""The training loss: InfoNCE and in-batch distillation, on the embedding and on each half, and words for EOS's half.
 
 B queries, M documents of which the first B are the queries' positives, D and K columns.
 """
@@ -6,14 +6,14 @@ B queries, M documents of which the first B are the queries' positives, D and K 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
+from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax, normalize, softmax
 
 _MASKED = -1e4  # a finite logit whose probability is 0: a row of -inf alone would give NaN
 
@@ -22,6 +22,10 @@ class LossWeights(BaseModel):
     """`distill` and `info_nce` are added; `halves` adds the same sum on the Contextual and the EOS half alone.
 
     `matryoshka_dims` adds it on the first so many columns too, for embeddings that are to be cut.
+
+    `words` adds 1 - cosine between the EOS half and its target: a direction that all texts share, and, with
+    `words_share` of the squared length, which words the text holds. The share is how much those words count in a
+    similarity beside what the Contextual half says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +35,8 @@ class LossWeights(BaseModel):
     halves: NonNegativeFloat = 0.0
     temperature: PositiveFloat = 0.05
     matryoshka_dims: tuple[PositiveInt, ...] = ()
+    words: NonNegativeFloat = 0.0
+    words_share: Annotated[float, Field(gt=0, le=1)] = 0.4
 
 
 def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
@@ -76,34 +82,38 @@ def combined_loss(
 ) -> Tensor:
     """The weighted sum over the embeddings and the parts of them that `weights` names; computed in float32.
 
-    `queries` (B, D) and `documents` (M, D) of unit length; a teacher's (B, 2, K) and (M, 2, K): the vector of unit
-    length that the Contextual half is taught by, and the EOS half's. The whole embedding is taught the mean of their
-    similarities. Without a teacher there is no distillation.
+    `queries` (B, D) and `documents` (M, D), a teacher's (B, K) and (M, K); all of unit length. Without a teacher there
+    is no distillation.
     """
 
-    def on(columns: slice, half: slice) -> Tensor:
+    def on(columns: slice) -> Tensor:
         q, d = (normalize(side[:, columns], dim=1) for side in (queries, documents))
         loss = weights.info_nce * info_nce(q, d, weights.temperature)
         if teacher_queries is not None and teacher_documents is not None:
-            t_q, t_d = (normalize(side[:, half].flatten(1), dim=1) for side in (teacher_queries, teacher_documents))
-            loss = loss + weights.distill * in_batch_distillation(q, d, t_q, t_d, weights.temperature)
+            distilled = in_batch_distillation(q, d, teacher_queries, teacher_documents, weights.temperature)
+            loss = loss + weights.distill * distilled
         return loss
 
-    whole = slice(None)
-    loss = on(whole, whole)
+    loss = on(slice(None))
     if weights.halves:
-        loss = loss + weights.halves * sum(on(slice(half, None, 2), slice(half, half + 1)) for half in (0, 1))
+        loss = loss + weights.halves * sum(on(slice(half, None, 2)) for half in (0, 1))
     for dim in weights.matryoshka_dims:
-        loss = loss + on(slice(0, dim), whole)
+        loss = loss + on(slice(0, dim))
     return loss
+
+
+def words_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """Mean of 1 - cosine between the EOS half and its target; `embeddings` (N, 2 D) or, of EOS alone, (N, D)."""
+    eos = embeddings[:, 1::2] if embeddings.shape[1] == 2 * targets.shape[1] else embeddings
+    return (1 - cosine_similarity(eos, targets, dim=1)).mean()
 
 
 class Causal2VecLoss(CachedLossMixin, nn.Module):
     """`combined_loss` for sentence-transformers' trainer: columns query, positive, and any number of negatives.
 
-    The teachers' vectors come as the feature "teacher" (B, 2, K) of each column, as `combined_loss` takes them. With
-    `mini_batch_size`, activations of so many texts are alive at a time (GradCache, arXiv 2101.06983; the library's),
-    whatever the batch size.
+    The teachers' vectors come as the feature "teacher" (B, K) of each column, the targets of `words_loss` as "target"
+    (B, D). With `mini_batch_size`, activations of so many texts are alive at a time (GradCache, arXiv 2101.06983; the
+    library's), whatever the batch size.
     """
 
     def __init__(self, model: SentenceTransformer, weights: LossWeights, mini_batch_size: int | None = None) -> None:
@@ -116,24 +126,28 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """The loss of one batch; there are no labels."""
         features = list(sentence_features)
-        teachers: Any = [column["teacher"] for column in features] if "teacher" in features[0] else None
+        taught: Any = [{name: column[name] for name in ("teacher", "target") if name in column} for column in features]
         if self.uses_gradient_cache:
-            loss: Tensor = self.forward_cached(features, teachers)
+            loss: Tensor = self.forward_cached(features, taught)
             return loss
-        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], teachers)
+        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], taught)
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
-        """From the embeddings of each column, in slices; `labels` are the columns' teacher vectors, or None.
+        """From the embeddings of each column, in slices; `labels` are the columns' teacher vectors and targets.
 
         The mixin calls it too, and hands `labels` through as they are.
         """
-        queries, *documents = [torch.cat(column) for column in reps]
-        teacher_queries, teacher_documents = (labels[0], torch.cat(list(labels[1:]))) if labels else (None, None)
+        embeddings = [torch.cat(column).float() for column in reps]
+        teachers = [column["teacher"] for column in labels if "teacher" in column]
+        teacher_queries, teacher_documents = (teachers[0], torch.cat(teachers[1:])) if teachers else (None, None)
         # Half-precision similarities tie candidates.
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(embeddings[0].device.type, enabled=False):
             loss = combined_loss(
-                queries.float(), torch.cat(documents).float(), teacher_queries, teacher_documents, self.weights
+                embeddings[0], torch.cat(embeddings[1:]), teacher_queries, teacher_documents, self.weights
             )
+            if self.weights.words:
+                targets = torch.cat([column["target"] for column in labels])
+                loss = loss + self.weights.words * words_loss(torch.cat(embeddings), targets)
         if with_backward:
             torch.autograd.backward(loss)
             return loss.detach()

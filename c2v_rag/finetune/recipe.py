@@ -64,13 +64,11 @@ class Data(_Strict):
 
 
 class Lora(_Strict):
-    """`rank_pattern`: other ranks for the modules whose names end in a match of these patterns, with as much more alpha
-    (peft's own setting); a checkpoint's adapter is widened where it has less."""
+    """Of a fresh adapter, on every linear layer; a checkpoint's own is trained further as it is."""
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rank_pattern: dict[str, PositiveInt] = {}
 
 
 class Stage(_Strict):
@@ -80,10 +78,7 @@ class Stage(_Strict):
     "no_text" puts EOS right behind it, two tokens per text, so that EOS learns to read it; "full" runs whole texts.
     `learning_rate`: per trained part, the peak of a cosine with a 5 % warm-up. `batch_size`: pairs, all of one set;
     `mini_batch_size`: texts whose activations are in memory at a time, the whole batch unless given. `max_length`:
-    tokens at which a text is cut, in both tokenizers. `num_negatives`: hard negatives taken a pair. `from_layer`: the
-    adapter of the decoder's layers from this one on is trained, and what is below is computed once a text.
-    `eos_teachers`: those of the EOS half, where they are not the recipe's `teachers`; the whole embedding then learns
-    the mean of both halves' similarities.
+    tokens at which a text is cut, in both tokenizers. `num_negatives`: hard negatives taken a pair.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
@@ -94,19 +89,13 @@ class Stage(_Strict):
     mini_batch_size: PositiveInt | None = None
     max_length: PositiveInt
     num_negatives: Annotated[int, Field(ge=0)] = 1
-    from_layer: Annotated[int, Field(ge=0)] = 0
     learning_rate: dict[TrainedPart, PositiveFloat]
     loss: LossWeights = LossWeights()
-    eos_teachers: Annotated[list[str], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Stage:
         if set(self.train) != set(self.learning_rate):
             raise ValueError(f"'learning_rate' must name the trained parts {self.train}, got {[*self.learning_rate]}")
-        if self.from_layer and (self.train != ["llm_adapter"] or self.sequences != "full"):
-            raise ValueError(
-                "'from_layer' is for train: [llm_adapter] on sequences: full; what is below must not change"
-            )
         return self
 
 

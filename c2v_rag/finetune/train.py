@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -40,8 +39,7 @@ from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.loss import Causal2VecLoss
-from c2v_rag.finetune.recipe import Lora, Recipe, Stage, TrainedPart
-from c2v_rag.finetune.upper import UpperLayers
+from c2v_rag.finetune.recipe import Recipe, Stage, TrainedPart
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
 from c2v_rag.model import Causal2Vec, adapted_layers
 from c2v_rag.tokenization import TextTokenizer
@@ -51,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Among a recipe's teachers: the encoder inside the model, and which words a text holds.
 ENCODER, LEXICAL = "encoder", "lexical"
-Teachers = Sequence[TextVectors]
 WARM_UP = 0.05
+_SAMPLE = 256
 _COMPLETE = "complete"
 _TRAINED_FILE = "trained.safetensors"
 # Which parameters of a Causal2Vec model belong to a part: of these names, with or without LoRA in them.
@@ -72,19 +70,20 @@ def part_of(name: str) -> TrainedPart | None:
     return None
 
 
-def new_model(recipe: Recipe, *, device: str | None = None) -> Causal2Vec:
+def new_model(recipe: Recipe, *, device: str | None = None, kind: type[Causal2Vec] = Causal2Vec) -> Causal2Vec:
     """The recipe's model before training, in float32, with fresh LoRA where a stage trains one.
 
-    A checkpoint's own adapter is trained further where it has one. Raises what `from_parts`, `from_pretrained` raise.
+    A checkpoint's own adapter is trained further where it has one. `kind`: a class to make it of. Raises what
+    `from_parts`, `from_pretrained` raise.
     """
     base = recipe.base
     if base.checkpoint is not None:
-        model = Causal2Vec.from_pretrained(base.checkpoint, device=device, dtype=torch.float32)
+        model = kind.from_pretrained(base.checkpoint, device=device, dtype=torch.float32)
     else:
         config = Causal2VecConfig(
             num_llm_layers=base.num_llm_layers, encoder_max_length=base.encoder_max_length, **base.config
         )
-        model = Causal2Vec.from_parts(
+        model = kind.from_parts(
             str(base.encoder), str(base.llm), config=config, device=device, dtype=torch.float32, seed=recipe.seed
         )
     trained = {part for stage in recipe.stages for part in stage.train}
@@ -94,7 +93,6 @@ def new_model(recipe: Recipe, *, device: str | None = None) -> Causal2Vec:
         if adapters := adapted_layers(module):
             for layer in adapters:
                 layer.unmerge()
-            widen(module, recipe.lora)
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -102,58 +100,54 @@ def new_model(recipe: Recipe, *, device: str | None = None) -> Causal2Vec:
                 r=recipe.lora.rank,
                 lora_alpha=recipe.lora.alpha,
                 lora_dropout=recipe.lora.dropout,
-                rank_pattern=dict(recipe.lora.rank_pattern),
-                alpha_pattern=_alphas(recipe.lora),
                 target_modules="all-linear",
             )
             inject_adapter_in_model(lora, module)
     return model
 
 
-def _alphas(lora: Lora) -> dict[str, int]:
-    """As much more alpha as rank, so that every module's adapter has the same scale."""
-    return {pattern: lora.alpha * rank // lora.rank for pattern, rank in lora.rank_pattern.items()}
+@dataclasses.dataclass(frozen=True)
+class StageVectors:
+    """Vectors of a stage's texts, all at the same rows: the encoder's; the teachers', none where nothing is distilled;
+    and, where the loss has `words`, which words each text holds."""
 
-
-def widen(module: nn.Module, lora: Lora) -> None:
-    """Give a module's adapter the ranks of `lora.rank_pattern` where it has less; what it computes stays."""
-    config = cast(Any, module).peft_config["default"]
-    layer: Any
-    for name, layer in module.named_modules():
-        ranks = [rank for pattern, rank in lora.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", name)]
-        if not ranks or not hasattr(layer, "lora_A") or ranks[0] <= layer.r["default"]:
-            continue
-        for factors, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
-            old = factors["default"].weight
-            shape = [ranks[0] if axis == dim else size for axis, size in enumerate(old.shape)]
-            new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-            if dim == 0:
-                nn.init.kaiming_uniform_(new, a=math.sqrt(5))  # as peft starts a fresh one; the other factor is zero
-            new.narrow(dim, 0, old.shape[dim]).copy_(old.detach())
-            factors["default"].weight = nn.Parameter(new)
-        layer.r["default"] = ranks[0]  # alpha grows with it, so that the scale stays
-        config.rank_pattern[name] = ranks[0]
-        config.alpha_pattern[name] = config.lora_alpha * ranks[0] // config.r
+    encoder: TextVectors
+    teachers: Sequence[TextVectors]
+    words: TextVectors | None
 
 
 class TrainingModule(Causal2VecModule):
     """`Causal2VecModule` that cuts, shows and caches what a stage says.
 
     Beside those of the base class there are the features "rows" (B,), the places in `texts`; "pooled" (B, 1, E), the
-    encoder's vectors where it is frozen; and "teacher" (B, 2, K), the teachers' of the Contextual and the EOS half.
+    encoder's vectors where it is frozen; "teacher" (B, K), the teachers' side by side; and "target" (B, D), what EOS's
+    half is to become where the loss has `words`.
     """
 
-    def __init__(self, model: Causal2Vec, stage: Stage, texts: TextVectors, teachers: Sequence[Teachers]) -> None:
+    def __init__(self, model: Causal2Vec, stage: Stage, vectors: StageVectors) -> None:
         super().__init__(model)
         self._stage = stage
         self._cutter = cutter(model, stage.max_length)
-        self.texts = texts
+        self.texts = vectors.encoder
         self.pooling: Pooling = "context" if stage.sequences == "context" else model.config.pooling
-        # An embedding that is one half of the paper's is taught as that half is.
-        halves = {"context_eos": slice(None), "context": slice(0, 1)}.get(self.pooling, slice(1, 2))
-        self._teachers = [*teachers[halves], *teachers[halves]][:2]
-        self._upper = UpperLayers(model, stage.from_layer) if stage.from_layer else None
+        self._teachers = vectors.teachers
         self._encoder_is_frozen = not {"encoder", "encoder_adapter"} & set(stage.train)
+        self._words = vectors.words
+        self._shared = torch.empty(0)
+        if self._words is not None:
+            if self.pooling not in ("context_eos", "eos"):
+                raise ValueError(f"'words' is a loss of EOS's half, and pooling {self.pooling!r} has none.")
+            self._shared = self._mean_eos()
+
+    @torch.no_grad()
+    def _mean_eos(self) -> Tensor:
+        """(D,) of length 1: the direction that the EOS states of all texts share before the stage."""
+        texts = self.texts.texts
+        some = texts[:: max(1, len(texts) // _SAMPLE)][:_SAMPLE]
+        batch = self._cutter(some).collate(range(len(some))).to(self.model.device)
+        vectors = self.model(batch, pooled=self.texts(self.texts.rows(some)).to(self.model.device))
+        eos = vectors[:, 1::2] if self.pooling == "context_eos" else vectors
+        return normalize(normalize(eos.float().cpu(), dim=1).mean(dim=0), dim=0)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         # Other sequences hold no text. The encoder still reads it, unless its vectors are cached.
@@ -166,22 +160,19 @@ class TrainingModule(Causal2VecModule):
         if self._encoder_is_frozen:
             features["pooled"] = self.texts(features["rows"]).unsqueeze(1)
         if self._teachers:
-            halves = [side_by_side(half, features["rows"]) for half in self._teachers]
-            widest = max(half.shape[1] for half in halves)
-            features["teacher"] = torch.stack([pad(half, (0, widest - half.shape[1])) for half in halves], dim=1)
+            features["teacher"] = side_by_side(self._teachers, features["rows"])
+        if self._words is not None:
+            share = self._stage.loss.words_share
+            features["target"] = math.sqrt(1 - share) * self._shared + math.sqrt(share) * self._words(features["rows"])
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         pooled = features["pooled"].squeeze(1) if "pooled" in features else None
-        batch = to_token_batch(features)
-        if self._upper is not None and pooled is not None:
-            features["sentence_embedding"] = self._upper(batch, features["rows"], pooled)
-        else:
-            features["sentence_embedding"] = self.model(batch, pooled=pooled, pooling=self.pooling)
+        features["sentence_embedding"] = self.model(to_token_batch(features), pooled=pooled, pooling=self.pooling)
         return features
 
 
-def side_by_side(teachers: Teachers, rows: Tensor) -> Tensor:
+def side_by_side(teachers: Sequence[TextVectors], rows: Tensor) -> Tensor:
     """(n, K) vectors whose cosine similarity is the mean of the teachers'."""
     return torch.cat([teacher(rows) for teacher in teachers], dim=1) / math.sqrt(len(teachers))
 
@@ -292,8 +283,7 @@ def run_stage(
     stage: Stage,
     datasets: Mapping[str, Dataset],
     instructions: Mapping[str, str],
-    texts: TextVectors,
-    teachers: Sequence[Teachers],
+    vectors: StageVectors,
     folder: Path,
     *,
     seed: int = 0,
@@ -306,10 +296,8 @@ def run_stage(
     FloatingPointError when the loss is not finite, and writes the batch beside the checkpoints.
     """
     for name, parameter in model.named_parameters():
-        layer = re.search(r"^llm\.layers\.(\d+)\.", name)
-        above = not stage.from_layer or (layer is not None and int(layer[1]) >= stage.from_layer)
-        parameter.requires_grad_(part_of(name) in stage.train and above)
-    module = TrainingModule(model, stage, texts, teachers)
+        parameter.requires_grad_(part_of(name) in stage.train)
+    module = TrainingModule(model, stage, vectors)
     on_cpu = model.device.type == "cpu"
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -425,9 +413,9 @@ def train(
         )
         every = [text for one in datasets.values() for column in one.column_names for text in one[column]]
         with processes.main_process_first():  # the others find its vectors on disk
-            texts, teachers = _vectors(model, recipe, stage, work, every)
+            vectors = stage_vectors(model, recipe, stage, work, every)
         log[stage.name] = run_stage(
-            model, stage, datasets, {one.name: one.instruction for one in sets}, texts, teachers,
+            model, stage, datasets, {one.name: one.instruction for one in sets}, vectors,
             work / f"{number}-{stage.name}", seed=seed, save_steps=recipe.save_steps, resume=resume,
         )  # fmt: skip
         if processes.is_main_process:
@@ -471,13 +459,8 @@ def _claim(work: Path, recipe: Recipe, sets: list[PairSet], resume: bool) -> Non
     path.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
-def _vectors(
-    model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, every: Sequence[str]
-) -> tuple[TextVectors, Sequence[Teachers]]:
-    """The encoder's vectors of every text, cut as the stage says, and the teachers of both halves.
-
-    There are none where nothing is distilled. All vectors stand at the same rows.
-    """
+def stage_vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, every: Sequence[str]) -> StageVectors:
+    """The vectors of `every` text, cut as the stage says; the encoder's and other models' are kept in `work`."""
     encoder = EncoderEmbedder(model, cutter(model, stage.max_length))
     low_precision = inference.default_dtype(model.device) == torch.bfloat16
 
@@ -500,8 +483,8 @@ def _vectors(
         digest.update(tensor.cpu().numpy().tobytes())
     vectors = work / "vectors"
     made = {ENCODER: TextVectors(vectors / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", by_encoder)}
-    halves = [recipe.teachers, stage.eos_teachers or recipe.teachers] if stage.loss.distill else []
-    for name in {name for half in halves for name in half} - {ENCODER}:
+    teachers = recipe.teachers if stage.loss.distill else []
+    for name in {*teachers, *([LEXICAL] if stage.loss.words else [])} - {ENCODER}:
         if name == LEXICAL:
             table = cast(Tensor, model.llm.get_input_embeddings().weight)
             made[name] = TextVectors(None, LexicalEmbedder(table, model.tokenizer.llm, every, stage.max_length))
@@ -510,7 +493,7 @@ def _vectors(
             made[name] = TextVectors(vectors / folder, functools.partial(by_teacher, name))
     for one in made.values():
         one.prepare(every)
-    return made[ENCODER], [[made[name] for name in half] for half in halves]
+    return StageVectors(made[ENCODER], [made[name] for name in teachers], made[LEXICAL] if stage.loss.words else None)
 
 
 def plot_losses(log: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
