@@ -47,7 +47,7 @@ _TOKENS_UNKNOWN_CHARACTERS = 4  # characters a token, for an embedder that canno
 _PAGE = 1000
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 _LOCK_FILE = "c2v_writer.lock"
-_HOLDER_FILE = "c2v_writer.txt"
+_HOLDER_FILE = "c2v_writer.holder"  # of an ending that no source has: a store may lie in a folder that is indexed
 _GENERATION_FILE = "c2v_generation"
 
 

@@ -163,6 +163,14 @@ def test_files_that_change_or_vanish_are_followed(tmp_path: Path, model: Countin
     }
 
 
+def test_a_store_inside_the_folder_that_it_indexes_is_no_part_of_it(tmp_path: Path, model: Counting) -> None:
+    (tmp_path / "note.txt").write_text("Bread needs yeast.")
+    index = VectorIndex(tmp_path / "store", model)
+    for _ in range(2):
+        index.add(read_sources([tmp_path]))
+        assert len(index) == 1
+
+
 def test_another_model_is_refused_and_a_copy_is_not(tmp_path: Path, tiny: Causal2Vec) -> None:
     VectorIndex(tmp_path, tiny).add(DOCUMENTS)
     with pytest.raises(ValueError, match=r"(?s)made with another model:.*weights.*index the documents again"):
