@@ -145,7 +145,8 @@ class TrainingModule(Causal2VecModule):
         texts = self.texts.texts
         some = texts[:: max(1, len(texts) // _SAMPLE)][:_SAMPLE]
         batch = self._cutter(some).collate(range(len(some))).to(self.model.device)
-        vectors = self.model(batch, pooled=self.texts(self.texts.rows(some)).to(self.model.device))
+        with fast(self.model.device):
+            vectors = self.model(batch, pooled=self.texts(self.texts.rows(some)).to(self.model.device))
         eos = vectors[:, 1::2] if self.pooling == "context_eos" else vectors
         return normalize(normalize(eos.float().cpu(), dim=1).mean(dim=0), dim=0)
 
@@ -459,22 +460,23 @@ def _claim(work: Path, recipe: Recipe, sets: list[PairSet], resume: bool) -> Non
     path.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
+def fast(device: torch.device) -> torch.autocast:
+    """Computing in bfloat16 where the hardware does."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=inference.default_dtype(device) == torch.bfloat16)
+
+
 def stage_vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, every: Sequence[str]) -> StageVectors:
     """The vectors of `every` text, cut as the stage says; the encoder's and other models' are kept in `work`."""
     encoder = EncoderEmbedder(model, cutter(model, stage.max_length))
-    low_precision = inference.default_dtype(model.device) == torch.bfloat16
-
-    def fast() -> torch.autocast:
-        return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision)
 
     def by_encoder(some: Sequence[str]) -> np.ndarray:
-        with fast():
+        with fast(model.device):
             return encoder.encode_document(some, on_truncate="ignore", show_progress=True)
 
     def by_teacher(name: str, some: Sequence[str]) -> np.ndarray:
         teacher = SentenceTransformer(name, device=str(model.device))
         teacher.max_seq_length = min(stage.max_length, teacher.max_seq_length or stage.max_length)
-        with fast():
+        with fast(model.device):
             vectors = teacher.encode(list(some), normalize_embeddings=True, show_progress_bar=True)
         return np.asarray(vectors, dtype=np.float32)
 
