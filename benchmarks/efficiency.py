@@ -40,6 +40,7 @@ import torch
 from throughput import QUESTIONS, Row, cut_texts, decoder_tokens, machine, measure, print_table, run_each
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, MistralConfig
+from variants import Bidirectional
 
 from c2v_rag import Causal2Vec, inference
 from c2v_rag.sources import python_docs
@@ -83,10 +84,10 @@ def load(decoder: str, device: str | None, dtype: str | None) -> Causal2Vec:
 
 def ways(model: Causal2Vec, texts: Sequence[str]) -> list[Way]:
     """All of the above for these texts."""
-    plain = Causal2Vec(
-        dataclasses.replace(model.config, contextual_token="none", pooling="eos"),
-        model.encoder, model.llm, model.tokenizer.encoder, model.tokenizer.llm,
-    ).eval()  # fmt: skip
+    parts = model.encoder, model.llm, model.tokenizer.encoder, model.tokenizer.llm
+    config = dataclasses.replace(model.config, contextual_token="none", pooling="eos")
+    plain = Causal2Vec(config, *parts).eval()
+    full_attention = Bidirectional(dataclasses.replace(config, pooling="mean"), *parts).eval()
     instruction = model.config.instruction
     examples = cut_texts(model, decoder_tokens(model), [EXAMPLES_TOKENS])[0]
     with_token, without = model.tokenize(texts, instruction), plain.tokenize(texts, instruction)
@@ -107,23 +108,12 @@ def ways(model: Causal2Vec, texts: Sequence[str]) -> list[Way]:
     return [
         way("EOS", without, partial(whole, plain), reused=False),
         way("Echo", twice, partial(whole, plain), reused=False),
-        way("bidirectional", without, partial(bidirectional, plain), reused=False),
+        way("bidirectional", without, partial(whole, full_attention), reused=False),
         way(IN_CONTEXT, in_context, partial(whole, plain), reused=False),
         way(f"{IN_CONTEXT}, reused", in_context, plain.embed, reused=True),
         way(OURS, with_token, model.embed, reused=True),
         way(f"{OURS}, not reused", with_token, partial(whole, model), reused=False),
     ]
-
-
-def bidirectional(model: Causal2Vec, batch: TokenBatch) -> Tensor:
-    """Mean of the states under full attention; (B, D)."""
-    prefix = batch.prefix_ids.expand(len(batch.text_ids), -1)
-    mask = torch.cat([torch.ones_like(prefix), batch.text_mask], dim=1)
-    seen = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)
-    ids = torch.cat([prefix, batch.text_ids], dim=1)
-    hidden = model.llm(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
-    weights = mask.unsqueeze(-1)
-    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def loads(model: Causal2Vec) -> dict[str, list[str]]:
