@@ -33,7 +33,7 @@ from variants import Bidirectional, Echo
 from c2v_rag import Causal2Vec, inference
 from c2v_rag.evaluate.run import evaluate
 from c2v_rag.evaluate.tasks import Task, read_task
-from c2v_rag.finetune.data import draw_stage, read_pair_set
+from c2v_rag.finetune.data import PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.recipe import Recipe
 from c2v_rag.finetune.train import new_model, run_stage, stage_vectors
 from c2v_rag.model import adapted_layers
@@ -103,11 +103,12 @@ def recipe(variant: Variant, steps: int) -> Recipe:
     return Recipe.model_validate({"base": base, "data": {"sets": SETS}, "stages": [stage], "seed": SEED})
 
 
-def train(variant: Variant, steps: int, data: Path, work: Path, device: str | None) -> tuple[Causal2Vec, list[float]]:
+def train(
+    variant: Variant, steps: int, sets: list[PairSet], work: Path, device: str | None
+) -> tuple[Causal2Vec, list[float]]:
     """The trained variant in the precision it is scored in, and the loss of every step."""
     plan = recipe(variant, steps)
     (stage,) = plan.stages
-    sets = [read_pair_set(data, name) for name in SETS]
     drawn = draw_stage(sets, SETS, batch_size=stage.batch_size, steps=steps, num_negatives=0, seed=SEED)
     every = [text for one in drawn.values() for column in one.column_names for text in one[column]]
     model = new_model(plan, device=device, kind=variant.kind)
@@ -119,10 +120,12 @@ def train(variant: Variant, steps: int, data: Path, work: Path, device: str | No
     return model.to(inference.default_dtype(model.device)), [row["loss"] for row in rows]
 
 
-def run(name: str, variant: Variant, steps: int, data: Path, tasks: list[Task], work: Path, device: str | None) -> Any:
+def run(
+    variant: Variant, steps: int, sets: list[PairSet], tasks: list[Task], work: Path, device: str | None
+) -> dict[str, Any]:
     """What is known of a variant after its training: scores, leads, seconds."""
     started = time.perf_counter()
-    model, losses = train(variant, steps, data, work, device)
+    model, losses = train(variant, steps, sets, work, device)
     trained = time.perf_counter()
     halves = ["contextual", "eos"] if model.config.pooling == "context_eos" else []
     result = evaluate(model, tasks, ["encoder", *halves])
@@ -186,13 +189,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     datasets.disable_progress_bars()
+    sets = [read_pair_set(arguments.data, name) for name in SETS]
     tasks = [read_task(folder) for folder in arguments.eval]
     arguments.work.mkdir(parents=True, exist_ok=True)
     found = {}
     for number, (name, variant) in enumerate(VARIANTS.items()):
         kept = arguments.work / f"{number:02d}-{arguments.steps}.json"
         if name in arguments.only and not kept.is_file():
-            done = run(name, variant, arguments.steps, arguments.data, tasks, arguments.work, arguments.device)
+            done = run(variant, arguments.steps, sets, tasks, arguments.work, arguments.device)
             kept.write_text(json.dumps(done), encoding="utf-8")
         if kept.is_file():
             found[name] = json.loads(kept.read_text(encoding="utf-8"))
