@@ -28,7 +28,7 @@ from rich.table import Table
 from c2v_rag import Causal2Vec, __version__
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, top_k
-from c2v_rag.index import Embedder
+from c2v_rag.protocols import Embedder
 from c2v_rag.sources import python_docs
 
 QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from c2v_rag.config import Causal2VecConfig
     from c2v_rag.gatherer import gather
-    from c2v_rag.index import Embedder, Hit, IndexReport, VectorIndex
+    from c2v_rag.index import Hit, IndexReport, VectorIndex
     from c2v_rag.model import Causal2Vec, shared_model
+    from c2v_rag.protocols import Embedder
     from c2v_rag.remote import RemoteModel, load_embedder
     from c2v_rag.sources import Document, read_sources
     from c2v_rag.tokenization import TokenBatch
@@ -23,7 +24,7 @@ _HOME = {
     "Causal2Vec": "model",
     "Causal2VecConfig": "config",
     "Document": "sources",
-    "Embedder": "index",
+    "Embedder": "protocols",
     "Hit": "index",
     "IndexReport": "index",
     "RemoteModel": "remote",

@@ -27,8 +27,9 @@ from c2v_rag import __version__
 if TYPE_CHECKING:
     import numpy as np
 
-    from c2v_rag.index import Embedder, IndexReport
+    from c2v_rag.index import IndexReport
     from c2v_rag.model import Causal2Vec
+    from c2v_rag.protocols import Embedder
 
 app = typer.Typer(
     help="Causal2Vec embeddings: index what you have, search it.",

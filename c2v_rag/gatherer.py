@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     import numpy as np
 
-    from c2v_rag.index import Embedder
+    from c2v_rag.protocols import Embedder
 
 # Embedded in one call; those behind wait for the next. Eight thousand tokens are a second or two on a CPU.
 MOST_TEXTS = 256

@@ -22,13 +22,14 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from c2v_rag.protocols import Embedder, is_url
 from c2v_rag.sources import Document
 
 if TYPE_CHECKING:
@@ -49,25 +50,6 @@ _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 _LOCK_FILE = "c2v_writer.lock"
 _HOLDER_FILE = "c2v_writer.holder"  # of an ending that no source has: a store may lie in a folder that is indexed
 _GENERATION_FILE = "c2v_generation"
-
-
-@runtime_checkable
-class Embedder(Protocol):
-    """Whatever embeds: a `Causal2Vec`, a remote model, an encoder alone.
-
-    `stamp` tells models apart whose vectors must not be mixed; its "name" is what the model can be loaded by, "" for
-    one that exists in memory only.
-
-    `count_tokens(texts) -> list[int]` and `max_tokens` are used where an embedder has them, to cut documents into
-    chunks that it reads whole.
-    """
-
-    @property
-    def embedding_dim(self) -> int: ...
-    @property
-    def stamp(self) -> dict[str, str | int]: ...
-    def encode_query(self, texts: Iterable[str]) -> np.ndarray: ...
-    def encode_document(self, texts: Iterable[str]) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -594,10 +576,6 @@ class _Folder:
 
 _folders: dict[Path, _Folder] = {}
 _folders_lock = threading.Lock()
-
-
-def is_url(path_or_url: str | os.PathLike[str]) -> bool:
-    return os.fspath(path_or_url).startswith(("http://", "https://"))
 
 
 def open_store(path_or_url: str | os.PathLike[str]) -> _Server | _Folder:

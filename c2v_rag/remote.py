@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import numpy as np
 from tqdm.auto import tqdm
 
-from c2v_rag.index import is_url
+from c2v_rag.protocols import is_url
 
 if TYPE_CHECKING:
     import httpx
 
-    from c2v_rag.index import Embedder
     from c2v_rag.inference import EncodeOptions, OnTruncate
+    from c2v_rag.protocols import Embedder
 
 API_KEY_VARIABLE = "C2V_RAG_API_KEY"
 WEIGHTS_HEADER = "c2v-weights"  # of every answer: the hash of the weights behind it

@@ -19,6 +19,7 @@ CORE = {
         "gatherer",
         "index",
         "model",
+        "protocols",
         "remote",
         "sources",
         "tokenization",
@@ -30,12 +31,13 @@ CORE = {
     "checkpoint": set(),
     "model": {"config", "tokenization", "inference", "checkpoint"},
     "encoder": {"model", "inference", "tokenization"},
-    "index": {"sources"},
+    "index": {"protocols", "sources"},
     "fusion": set(),
-    "gatherer": {"index"},  # for type checkers
+    "gatherer": {"protocols"},  # for type checkers
     "generation": {"model", "checkpoint"},
-    "remote": {"index", "inference", "model"},
-    "cli": {"model", "index", "remote", "sources", "finetune", "evaluate", "scale", "server", "app"},
+    "protocols": set(),
+    "remote": {"inference", "model", "protocols"},
+    "cli": {"model", "index", "protocols", "remote", "sources", "finetune", "evaluate", "scale", "server", "app"},
 }
 HEAVY = {"torch", "transformers", "peft", "chromadb"}
 HEAVY_AT_TOP = {"model", "tokenization", "inference", "checkpoint", "encoder", "generation"}

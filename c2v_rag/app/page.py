@@ -18,8 +18,9 @@ from c2v_rag.app import render
 from c2v_rag.app.adding import Added, add
 from c2v_rag.app.search import CAUSAL2VEC, ENCODER, ENCODER_SUFFIX, METHODS, Searcher
 from c2v_rag.app.task import Stopped, Task
-from c2v_rag.index import DEFAULT_COLLECTION, Chunk, Embedder, stored_stamps
+from c2v_rag.index import DEFAULT_COLLECTION, Chunk, stored_stamps
 from c2v_rag.model import Causal2Vec
+from c2v_rag.protocols import Embedder
 from c2v_rag.sources import PYTHON_DOCS
 
 PYTHON_QUESTIONS = (

@@ -12,8 +12,9 @@ import numpy as np
 
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
-from c2v_rag.index import Chunk, Embedder, Hit, VectorIndex
+from c2v_rag.index import Chunk, Hit, VectorIndex
 from c2v_rag.model import Causal2Vec
+from c2v_rag.protocols import Embedder
 from c2v_rag.sources import Document
 
 Report = Callable[[str, float | None], None]

@@ -22,13 +22,13 @@ from c2v_rag.index import (
     Chunk,
     IndexReport,
     VectorIndex,
-    is_url,
     new_chunks,
     open_store,
     present_ids,
     remove_vanished,
     stored_stamps,
 )
+from c2v_rag.protocols import is_url
 from c2v_rag.scale.cluster import AUTO, EXPECTED, Loaded, Workers, connected, in_words, raise_reported
 from c2v_rag.sources import PYTHON_DOCS, files_below, read_sources
 
