@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from c2v_rag.config import Causal2VecConfig
+    from c2v_rag.embedders import EmbedderSpec, load_embedder, shared_model
     from c2v_rag.gatherer import gather
     from c2v_rag.index import Hit, IndexReport, VectorIndex
-    from c2v_rag.model import Causal2Vec, shared_model
+    from c2v_rag.model import Causal2Vec
     from c2v_rag.protocols import Embedder
-    from c2v_rag.remote import RemoteModel, load_embedder
+    from c2v_rag.remote import RemoteModel
     from c2v_rag.sources import Document, read_sources
     from c2v_rag.tokenization import TokenBatch
 
@@ -25,21 +26,23 @@ _HOME = {
     "Causal2VecConfig": "config",
     "Document": "sources",
     "Embedder": "protocols",
+    "EmbedderSpec": "embedders",
     "Hit": "index",
     "IndexReport": "index",
     "RemoteModel": "remote",
     "TokenBatch": "tokenization",
     "VectorIndex": "index",
     "gather": "gatherer",
-    "load_embedder": "remote",
+    "load_embedder": "embedders",
     "read_sources": "sources",
-    "shared_model": "model",
+    "shared_model": "embedders",
 }
 __all__ = [
     "Causal2Vec",
     "Causal2VecConfig",
     "Document",
     "Embedder",
+    "EmbedderSpec",
     "Hit",
     "IndexReport",
     "RemoteModel",

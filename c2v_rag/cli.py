@@ -449,7 +449,7 @@ def _is_loopback(host: str) -> bool:
 def _open(name: str, device: str | None, dtype: str | None) -> Embedder:
     """A model to embed with, here or behind a server's URL."""
     with err.status("Loading the model"):
-        from c2v_rag.remote import load_embedder
+        from c2v_rag.embedders import load_embedder
 
         return load_embedder(name, device=device, dtype=dtype)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from c2v_rag import inference
@@ -18,7 +18,7 @@ from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 class EncoderEmbedder:
     """Embeds with the encoder inside a Causal2Vec model and nothing else; queries and documents alike.
 
-    `tokenizer` replaces the model's where texts are to be cut at other lengths.
+    `tokenizer` replaces the model's, to cut texts at other lengths.
     """
 
     def __init__(self, model: Causal2Vec, tokenizer: TextTokenizer | None = None) -> None:
@@ -26,11 +26,12 @@ class EncoderEmbedder:
         self._tokenizer = tokenizer or model.tokenizer
 
     @property
-    def training(self) -> bool:
-        return self._model.training
+    def encoding_state(self) -> inference.EncodingState:
+        """The model's: whatever embeds with the same parts takes turns."""
+        return self._model.encoding_state
 
-    def train(self, mode: bool = True) -> object:
-        return self._model.train(mode)
+    def modules(self) -> Iterator[nn.Module]:
+        return self._model.encoder.modules()
 
     @property
     def device(self) -> torch.device:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from c2v_rag import checkpoint
-from c2v_rag.model import Causal2Vec, adapted_layers
+from c2v_rag.bases import quiet_transformers
+from c2v_rag.model import Causal2Vec
 
 
 def causal_lm(model: Causal2Vec) -> PreTrainedModel:
     """The whole decoder with its head, as `transformers` opens it, on the weights that `model` embeds with.
 
     All layers are read from where `model`'s decoder came from; the layers that embed then point to the same tensors.
-    LoRA is taken out of them and applied beside them, so that embeddings use it and generation does not: embeddings
-    stay as they were, up to rounding, and cost a little more. Both may be used from different threads.
+    A merged LoRA adapter is taken out of them and computed separately, so that embeddings use it and generation does
+    not. Embeddings stay as they were, up to rounding, and cost a little more. Both may be used from different threads.
 
     Raises ValueError when there is nothing to share: a decoder that exists in memory only, was changed since it was
     read, is quantised, or was saved without its later layers or its head.
     """
-    folder = model.llm_folder
+    folder = model.base_folder("llm")
     if getattr(model.llm, "is_quantized", False):
         raise ValueError("A quantised decoder cannot be shared: its LoRA and its weights are not in one precision.")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -31,7 +30,7 @@ def causal_lm(model: Causal2Vec) -> PreTrainedModel:
             f"{folder} holds the decoder's first {layers} layers only. Build the model from the whole decoder "
             "(Causal2Vec.from_parts), or load a checkpoint that names it as its base."
         )
-    with checkpoint.quiet_transformers():
+    with quiet_transformers():
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True, **local
         )
@@ -39,19 +38,9 @@ def causal_lm(model: Causal2Vec) -> PreTrainedModel:
     if report["missing_keys"]:
         raise ValueError(f"{folder} has no head to generate with: it lacks {sorted(report['missing_keys'])[:4]}.")
     whole = whole.to(model.device).eval()
-    with model.same_weights():
-        for layer in adapted_layers(model.llm):
-            layer.unmerge()
-        # Unmerging leaves rounding behind; the tensors just read have none.
-        for name, parameter in model.llm.named_parameters():
-            if ".lora_" not in name:
-                parameter.data = whole.base_model.get_parameter(name.replace(".base_layer.", ".")).data
+    model.unmerge_adapter("llm")
+    for name, parameter in model.llm.named_parameters():
+        if ".lora_" not in name:
+            parameter.data = whole.base_model.get_parameter(name.replace(".base_layer.", ".")).data
     generator: PreTrainedModel = whole
     return generator
-
-
-def shared_bytes(left: nn.Module, right: nn.Module) -> int:
-    """Bytes of the parameters that both modules hold in the same memory."""
-    places = {parameter.data_ptr() for parameter in left.parameters()}
-    found = {p.data_ptr(): p.numel() * p.element_size() for p in right.parameters() if p.data_ptr() in places}
-    return sum(found.values())

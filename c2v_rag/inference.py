@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, Literal, Protocol, TypedDict, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from c2v_rag.tokenization import TokenBatch, TokenizedTexts
 
 OnTruncate = Literal["warn", "error", "ignore"]
 
-T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
-# Texts are sorted by length within a window of a text for every so many tokens of the budget: wide enough that a batch
-# finds texts of its own length. Two windows at a time are held in memory beside the results.
+# A window holds one text for every 4 tokens of the budget, at least 1,024. Texts are sorted by length within a window,
+# so that a batch finds texts of its own length. Two windows at a time are in memory.
 WINDOW_BUDGET_SHARE = 4
 WINDOW_TEXTS_AT_LEAST = 1024
 WINDOW_CHARACTERS = 4_000_000
@@ -38,7 +35,7 @@ MUCH_SHORTER = 0.92
 
 
 class EncodeOptions(TypedDict, total=False):
-    """Options of `encode` that every method named encode_* takes; what they mean is said there."""
+    """Options that `encode` and every method named encode_* take; `Causal2Vec.encode` describes them."""
 
     batch_tokens: int | None
     truncate_dim: int | None
@@ -46,36 +43,32 @@ class EncodeOptions(TypedDict, total=False):
     show_progress: bool
 
 
+class EncodingState:
+    """State of a model while it encodes: the lock around its forward, and the batch budget after running out of memory.
+
+    It belongs to the model and is shared by everything that embeds with the same parts. Pickled or copied, it is new.
+    """
+
+    def __init__(self) -> None:
+        self.compute_lock = threading.Lock()
+        self.batch_tokens: int | None = None  # a budget lowered by running out of memory stays lowered
+
+    def __reduce__(self) -> tuple[type[EncodingState], tuple[()]]:
+        return EncodingState, ()
+
+
 class TokenBatchEmbedder(Protocol):
-    """What `encode` needs of a model."""
+    """What `encode` needs of a model. `modules` are those that a forward runs, to switch dropout off."""
 
     @property
-    def training(self) -> bool: ...
+    def encoding_state(self) -> EncodingState: ...
+    def modules(self) -> Iterator[nn.Module]: ...
     @property
     def embedding_dim(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts: ...
     def embed(self, batch: TokenBatch) -> Tensor: ...
-    def train(self, mode: bool = True) -> object: ...
-
-
-class _Beside:
-    """What a model needs around it while it encodes. Kept outside the module, which must stay picklable."""
-
-    def __init__(self) -> None:
-        self.tokenize_lock = threading.Lock()
-        self.compute_lock = threading.Lock()
-        self.batch_tokens: int | None = None  # a budget lowered by running out of memory stays lowered
-
-
-_beside: WeakKeyDictionary[object, _Beside] = WeakKeyDictionary()
-_beside_lock = threading.Lock()
-
-
-def _beside_of(embedder: TokenBatchEmbedder) -> _Beside:
-    with _beside_lock:
-        return _beside.setdefault(embedder, _Beside())
 
 
 def default_device() -> torch.device:
@@ -99,6 +92,21 @@ def default_dtype(device: torch.device) -> torch.dtype:
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+    """What a dtype argument means: a dtype, its name with or without "torch.", "auto", or None for the default.
+
+    Raises ValueError for a name that torch does not know.
+    """
+    if dtype is None:
+        return default_dtype(device)
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype, its name (float32, bfloat16, ...) or 'auto'; got {dtype!r}.")
+    return found
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -132,12 +140,7 @@ def encode(
     if not 1 <= dim <= embedder.embedding_dim:
         raise ValueError(f"truncate_dim must be from 1 to {embedder.embedding_dim}, this model's; got {truncate_dim}.")
 
-    beside = _beside_of(embedder)
-    asked = batch_tokens or default_batch_tokens(embedder.device)
-
-    def tokenize(window: list[str]) -> TokenizedTexts:
-        with beside.tokenize_lock:
-            return embedder.tokenize(window, instruction)
+    budget = batch_tokens or default_batch_tokens(embedder.device)
 
     results: list[np.ndarray] = [np.empty((0, dim), dtype=np.float32)]
     done = num_truncated = 0
@@ -147,10 +150,10 @@ def encode(
         bar as progress,
         ThreadPoolExecutor(1, thread_name_prefix="tokenize") as ahead,
     ):
-        windows = _windows(texts, window_texts(asked))
+        windows = text_windows(texts, window_texts(budget))
         pending = None
         for window in chain(windows, [None]):
-            upcoming = ahead.submit(tokenize, window) if window else None
+            upcoming = ahead.submit(embedder.tokenize, window, instruction) if window else None
             if pending is not None:
                 tokenized = pending.result()
                 if tokenized.truncated and on_truncate == "error":
@@ -159,7 +162,7 @@ def encode(
                         "Cut it into chunks, or allow cutting with on_truncate='warn'."
                     )
                 num_truncated += len(tokenized.truncated)
-                rows = _embed_window(embedder, beside, tokenized, done, dim, asked, progress)
+                rows = _embed_window(embedder, tokenized, done, dim, budget, progress)
                 results.append(rows)
                 done += len(rows)
             pending = upcoming
@@ -173,8 +176,8 @@ def window_texts(batch_tokens: int) -> int:
     return max(WINDOW_TEXTS_AT_LEAST, batch_tokens // WINDOW_BUDGET_SHARE)
 
 
-def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Checked texts, a window at a time."""
+def text_windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in lists of up to `size`, or of 4 million characters. TypeError for an item that is no string."""
     iterator = enumerate(texts)
     while True:
         window: list[str] = []
@@ -214,38 +217,37 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
 
 def _embed_window(
     embedder: TokenBatchEmbedder,
-    beside: _Beside,
     tokenized: TokenizedTexts,
     offset: int,
     dim: int,
     batch_tokens: int,
     progress: tqdm[Any],
 ) -> np.ndarray:
-    lengths = tokenized.lengths
+    state, lengths = embedder.encoding_state, tokenized.lengths
     rows = np.empty((len(lengths), dim), dtype=np.float32)
-    budget = min(batch_tokens, beside.batch_tokens or batch_tokens)
+    budget = min(batch_tokens, state.batch_tokens or batch_tokens)
     batches = token_budget_batches(lengths, budget)[::-1]  # a stack: the longest batch is popped first
     while batches:
         positions = batches.pop()
         try:
             # The lock is taken for a batch, not for the call: threads take turns.
-            with beside.compute_lock, _inference(embedder):
+            with state.compute_lock, _inference(embedder):
                 embeddings = embedder.embed(tokenized.collate(positions).to(embedder.device)).float()
                 if dim < embeddings.shape[1]:
                     embeddings = torch.nn.functional.normalize(embeddings[:, :dim], dim=1)
                 values = embeddings.cpu().numpy()
-        except torch.OutOfMemoryError:
-            if len(positions) == 1:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error) or len(positions) == 1:
                 raise
             # Outside the handler the exception, and with it the tensors of the failed forward, would still be alive.
             values = None
         if values is None:
-            torch.cuda.empty_cache()
-            budget = beside.batch_tokens = max(1, min(budget, len(positions) * lengths[positions[0]]) // 2)
+            _free_cached_memory(embedder.device)
+            budget = state.batch_tokens = max(1, min(budget, len(positions) * lengths[positions[0]]) // 2)
             logger.warning("Out of device memory: batch_tokens is %d from now on.", budget)
-            left = [*positions, *(i for batch in reversed(batches) for i in batch)]
-            regrouped = token_budget_batches([lengths[i] for i in left], budget)
-            batches = [[left[i] for i in batch] for batch in regrouped][::-1]
+            remaining = [*positions, *(i for batch in reversed(batches) for i in batch)]
+            regrouped = token_budget_batches([lengths[i] for i in remaining], budget)
+            batches = [[remaining[i] for i in batch] for batch in regrouped][::-1]
             continue
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
@@ -258,21 +260,27 @@ def _embed_window(
     return rows
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA raises a class of its own; MPS a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
+def _free_cached_memory(device: torch.device) -> None:
+    if device.type == "mps":
+        torch.mps.empty_cache()
+    else:
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def _inference(embedder: TokenBatchEmbedder) -> Iterator[None]:
-    """No gradients and no dropout, whatever mode the caller left the model in."""
-    was_training = embedder.training
-    if was_training:
-        embedder.train(False)
+    """No gradients and no dropout. Modules that were in training mode, and only those, are in it again afterwards."""
+    in_training = [module for module in embedder.modules() if module.training]
+    for module in in_training:
+        module.training = False
     try:
         with torch.inference_mode():
             yield
     finally:
-        if was_training:
-            embedder.train(True)
-
-
-def tokenizing(embedder: TokenBatchEmbedder, work: Callable[[], T]) -> T:
-    """Run `work` while no other thread uses the embedder's tokenizers."""
-    with _beside_of(embedder).tokenize_lock:
-        return work()
+        for module in in_training:
+            module.training = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -32,3 +32,8 @@ class Embedder(Protocol):
 def is_url(name_or_path: str | os.PathLike[str]) -> bool:
     """Whether a model's or a store's name is the http(s) address of a server."""
     return os.fspath(name_or_path).startswith(("http://", "https://"))
+
+
+def same_weights(expected: object, stamp: Mapping[str, object]) -> bool:
+    """Whether a stamp is of the weights with this identity, as this version or version 0.1 names them."""
+    return expected in (stamp.get("weights"), stamp.get("weights_0_1"))

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
+from weakref import WeakValueDictionary
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import httpx
 
     from c2v_rag.inference import EncodeOptions, OnTruncate
-    from c2v_rag.protocols import Embedder
 
 API_KEY_VARIABLE = "C2V_RAG_API_KEY"
 WEIGHTS_HEADER = "c2v-weights"  # of every answer: the hash of the weights behind it
@@ -51,6 +51,7 @@ class RemoteModel:
         self._api_key = api_key
         self._timeout = timeout
         self._weights = ""  # the served model's hash, once it has answered
+        _opened[self.base_url] = self
 
     def __repr__(self) -> str:
         return f"RemoteModel({self.base_url!r})"
@@ -221,21 +222,9 @@ def _slices(texts: Iterable[str], most: int) -> Iterator[list[str]]:
         yield some
 
 
-def load_embedder(
-    name_or_path: str | os.PathLike[str] = "default",
-    *,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    **llm_kwargs: Any,
-) -> Embedder:
-    """A `RemoteModel` for the http(s) address of a server, else `shared_model` with the same arguments."""
-    name = os.fspath(name_or_path)
-    if not is_url(name):
-        from c2v_rag.model import shared_model
+_opened: WeakValueDictionary[str, RemoteModel] = WeakValueDictionary()
 
-        return shared_model(name, revision=revision, device=device, dtype=dtype, **llm_kwargs)
-    given = {"revision": revision, "device": device, "dtype": dtype, **llm_kwargs}
-    if unused := sorted(key for key, value in given.items() if value is not None):
-        raise ValueError(f"{', '.join(unused)}: the server at {name} has chosen that already. Leave it out.")
-    return RemoteModel(name)
+
+def opened_model(address: str) -> RemoteModel | None:
+    """The latest `RemoteModel` that this process made for this address and still uses; None where there is none."""
+    return _opened.get(address)

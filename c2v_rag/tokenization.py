@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -57,11 +59,14 @@ class TokenizedTexts:
 
     @property
     def lengths(self) -> list[int]:
-        """What each text takes of a token budget: the Contextual token, its text, EOS, and a quarter of the prefix.
+        """Tokens of a batch budget that each text takes: those of the decoder or of the encoder, whichever are more.
 
-        The prefix is not computed again for a text, but its keys and values are copied for it.
+        The decoder's are the Contextual token, the text, EOS, and a quarter of the prefix, whose keys and values are
+        read for every text but not computed again.
         """
-        return [1 + len(ids) + len(self.prefix_ids) // 4 for ids in self.text_ids]
+        shared = 1 + len(self.prefix_ids) // 4
+        pairs = zip(self.text_ids, self.encoder_ids, strict=True)
+        return [max(shared + len(ids), len(encoder_ids)) for ids, encoder_ids in pairs]
 
     def collate(self, positions: Sequence[int]) -> TokenBatch:
         text_ids, text_mask = _pad([self.text_ids[i] for i in positions], self.text_pad)
@@ -82,7 +87,8 @@ class TextTokenizer:
     Padding is done here and on the right, whatever side the tokenizers were saved with. Text that spells a special
     token ("<|im_end|>") is tokenised as the text it is. Lone surrogates become U+FFFD, the replacement character.
 
-    Not safe from several threads at once (a fast tokenizer refuses that): `inference` holds a lock around it.
+    Safe from several threads, and together with other TextTokenizers over the same two tokenizers: each of them has
+    one lock in this process, because a call sets its truncation.
     """
 
     def __init__(
@@ -150,14 +156,32 @@ class TextTokenizer:
         pairs = zip(self._ids(clean), self._encoder_ids(clean, truncation=False), strict=True)
         return [max(len(ids) + 1, len(encoder_ids)) for ids, encoder_ids in pairs]
 
+    def with_config(self, config: Causal2VecConfig) -> TextTokenizer:
+        """The same tokenizers with other lengths."""
+        return TextTokenizer(config, self.encoder, self.llm)
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return _input_ids(self.llm(texts, add_special_tokens=False, split_special_tokens=True, verbose=False))
+        with _lock_of(self.llm):
+            return _input_ids(self.llm(texts, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
     def _encoder_ids(self, texts: list[str], *, truncation: bool) -> list[list[int]]:
         max_length = self.config.encoder_max_length if truncation else None
-        return _input_ids(
-            self.encoder(texts, truncation=truncation, max_length=max_length, split_special_tokens=True, verbose=False)
-        )
+        with _lock_of(self.encoder):
+            return _input_ids(
+                self.encoder(
+                    texts, truncation=truncation, max_length=max_length, split_special_tokens=True, verbose=False
+                )
+            )
+
+
+_locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
+    """The one lock of a tokenizer. It is kept here, because a tokenizer that holds a lock could not be pickled."""
+    with _locks_lock:
+        return _locks.setdefault(tokenizer, threading.Lock())
 
 
 def _input_ids(encoding: Any) -> list[list[int]]:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from c2v_rag import checkpoint
 from c2v_rag.config import Causal2VecConfig
-from c2v_rag.model import Causal2Vec, shared_model
+from c2v_rag.embedders import shared_model
+from c2v_rag.model import Causal2Vec
 from tests.test_model import assert_same
 from tests.tiny import TEXTS, tiny_model
 

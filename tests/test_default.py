@@ -12,9 +12,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from c2v_rag import VectorIndex, checkpoint
 from c2v_rag.config import Causal2VecConfig
+from c2v_rag.embedders import shared_model
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.inference import default_dtype
-from c2v_rag.model import PASS_THROUGH, Causal2Vec, shared_model
+from c2v_rag.model import Causal2Vec
+from c2v_rag.projector import INITIAL_TOKEN_SCALE
 from c2v_rag.sources import Document
 from tests.test_model import assert_same, written_out
 
@@ -76,7 +78,7 @@ def test_before_any_training_the_contextual_half_is_the_encoder() -> None:
         fresh.projector.output.weight.mul_(fresh.llm.norm.weight.unsqueeze(1))
     assert agreement() < 0.9985
     with torch.no_grad():  # at the scale of a word's embedding, as tokens are, nothing of it is left
-        fresh.projector.scale.div_(PASS_THROUGH)
+        fresh.projector.scale.div_(INITIAL_TOKEN_SCALE)
     assert agreement() < 0.8
 
 

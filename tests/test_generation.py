@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from c2v_rag import Causal2Vec, Causal2VecConfig
 from c2v_rag.generation import causal_lm, shared_bytes
-from c2v_rag.model import adapted_layers
+from c2v_rag.parts import adapted_layers
 from tests.tiny import ENCODERS, LLMS, TEXTS, tiny_model, tiny_module, tiny_tokenizer
 
 FAMILIES = ("llama", "gpt2", "gemma3")

@@ -161,14 +161,15 @@ def test_count_tokens_tells_what_will_be_cut(model: Causal2Vec) -> None:
 class ScarceMemory:
     """An embedder whose device holds only so many padded tokens; each text's vector is its length."""
 
-    embedding_dim, device, training = 2, torch.device("cpu"), False
+    embedding_dim, device = 2, torch.device("cpu")
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, message: str = "CUDA out of memory") -> None:
         self.most = most
-        self.seen: list[int] = []
+        self.error = torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+        self.encoding_state = inference.EncodingState()
 
-    def train(self, mode: bool = True) -> object:
-        raise AssertionError("not in training")
+    def modules(self) -> Iterator[torch.nn.Module]:
+        return iter(())
 
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
         ids = [[1] * len(text) for text in texts]
@@ -176,8 +177,7 @@ class ScarceMemory:
 
     def embed(self, batch: TokenBatch) -> torch.Tensor:
         if batch.text_ids.numel() > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        self.seen.append(batch.text_ids.numel())
+            raise self.error
         lengths = batch.text_mask.sum(dim=1).float()
         return torch.stack([lengths, lengths], dim=1)
 

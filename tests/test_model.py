@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from c2v_rag import inference
 from c2v_rag.model import Causal2Vec
-from tests.tiny import ENCODERS, INSTRUCTION, LLMS, TEXTS, tiny_model
+from tests.tiny import ENCODERS, INSTRUCTION, LLMS, TEXTS, WITHOUT_KEY_VALUE_CACHE, tiny_model
 
 
 def by_hand(model: Causal2Vec, text: str, instruction: str = "") -> Tensor:
@@ -43,7 +43,8 @@ def by_hand(model: Causal2Vec, text: str, instruction: str = "") -> Tensor:
     }[config.contextual_token]
     place = {"after_instruction": 1 + len(lead), "before_instruction": 1, "none": None}[config.contextual_token]
     inputs = torch.cat(order)[None]
-    hidden = model.llm(inputs_embeds=inputs, position_ids=torch.arange(inputs.shape[1])[None]).last_hidden_state[0]
+    positions = torch.arange(inputs.shape[1])[None]
+    hidden = model.llm(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state[0]
     eos = hidden[-1]
     if config.pooling == "context_eos":
         return normalize(torch.stack([hidden[place], eos], dim=1).flatten(), dim=0)
@@ -100,11 +101,14 @@ def test_prefix_reuse_equals_the_full_forward(family: str) -> None:
     model = tiny_model(llm=family)
     batch = model.tokenize(TEXTS, INSTRUCTION).collate(range(len(TEXTS)))
     assert len(batch.prefix_ids) > 5
+    full = model.embed(batch, reuse_prefix=False)
+    first, again = model.embed(batch), model.embed(batch)
     with torch.no_grad():
-        full = model._embed(batch, None, pooled=None, pooling="context_eos")
-        first, again = model.embed(batch), model.embed(batch)
         trained = model(batch)
-    assert len(model._prefixes) == 1, "the prefix was not kept, so nothing was shown"
+    kept = model.prefix_cache.get(model.llm, batch.prefix_ids)
+    assert kept is not None, "the prefix was not kept, so nothing was shown"
+    assert kept.layers[0].keys is not None
+    assert len(kept.layers[0].keys) == 1, "a batch must leave nothing in the kept prefix"
     for vectors in (first, again, trained):
         assert_same(vectors, full)
 
@@ -112,8 +116,12 @@ def test_prefix_reuse_equals_the_full_forward(family: str) -> None:
 def test_prefix_is_computed_once_and_again_when_weights_or_instruction_change() -> None:
     model = tiny_model()
     calls: list[int] = []
-    compute = model._prefix_states
-    model._prefix_states = lambda ids: (calls.append(len(ids)), compute(ids))[1]  # type: ignore[method-assign]
+
+    def count_prefixes(llm: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if options.get("attention_mask") is None:
+            calls.append(options["inputs_embeds"].shape[1])
+
+    model.llm.register_forward_pre_hook(count_prefixes, with_kwargs=True)
     model.encode_query(TEXTS, batch_tokens=64)
     model.encode_query(TEXTS)
     assert len(calls) == 1
@@ -128,6 +136,50 @@ def test_prefix_is_computed_once_and_again_when_weights_or_instruction_change() 
     assert len(calls) == 3
     assert np.abs(after - before).max() > 1e-3
     assert_same(after, written_out(model, TEXTS, INSTRUCTION))
+
+
+@pytest.mark.parametrize("family", WITHOUT_KEY_VALUE_CACHE)
+def test_decoders_without_keys_and_values_run_without_reuse(family: str) -> None:
+    model = tiny_model(llm=family)
+    assert model.compute_prefix(torch.tensor([1, 5, 6])) is None
+    assert_same(model.encode_document(TEXTS), written_out(model, TEXTS))
+    assert_same(model.encode_query(TEXTS), written_out(model, TEXTS, INSTRUCTION))
+
+
+def test_prefix_follows_weights_written_through_data() -> None:
+    """As moving averages and sharded optimizers write them: no version counter moves."""
+    model = tiny_model()
+    model.encode_query(TEXTS)
+    weight = model.llm.layers[0].self_attn.v_proj.weight
+    version = weight._version
+    weight.data.mul_(1.5)
+    assert weight._version == version, "the counter moved, so nothing was shown"
+    assert_same(model.encode_query(TEXTS), written_out(model, TEXTS, INSTRUCTION))
+
+
+def test_embed_works_with_gradients_on_and_keeps_none() -> None:
+    model = tiny_model()
+    batch = model.tokenize(TEXTS, INSTRUCTION).collate(range(len(TEXTS)))
+    assert torch.is_grad_enabled()
+    for _ in range(2):
+        assert not model.embed(batch).requires_grad
+
+
+def test_lengths_that_a_part_has_no_positions_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="encoder_max_length is 4000, but the encoder has 1024 positions"):
+        tiny_model(encoder_max_length=4000)
+    with pytest.raises(ValueError, match=r"The decoder has 1024 positions, but 1\d\d\d are needed: 1024 for a text"):
+        tiny_model(llm="gpt2", max_length=1024)
+    model = tiny_model(llm="gpt2", max_length=900)
+    assert np.isfinite(model.encode_query(["word " * 2000], on_truncate="ignore")).all()
+    with pytest.raises(ValueError, match="shorten the instruction"):
+        model.encode_query(["word " * 2000], instruction="find " * 200, on_truncate="ignore")
+    # Positions that are computed have no limit; RoBERTa's start behind its padding index.
+    assert np.isfinite(
+        tiny_model(llm="llama", max_length=1024).encode_query(["word " * 2000], on_truncate="ignore")
+    ).all()
+    with pytest.raises(ValueError, match="the encoder has 1023 positions"):
+        tiny_model(encoder="roberta", encoder_max_length=1024)
 
 
 def test_prefix_follows_an_adapter_that_is_merged_or_switched_off() -> None:

@@ -52,6 +52,17 @@ LLMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", _SIZE),
     "phi": ("PhiConfig", _SIZE | {"num_key_value_heads": 4}),
 }
+_HYBRID = _SIZE | _GQA | {"layer_types": ["conv", "full_attention", "conv"]}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+_MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+# These keep other states than keys and values per token.
+WITHOUT_KEY_VALUE_CACHE: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("Lfm2Config", _HYBRID),
+    "qwen3_next": ("Qwen3NextConfig", _SIZE | _GQA | _LINEAR | _MOE),
+    "falcon_h1": ("FalconH1Config", _SIZE | _GQA | _MAMBA),
+    "mamba": ("MambaConfig", {k: v for k, v in _SIZE.items() if "attention" not in k} | {"state_size": 8}),
+}
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", _SIZE | {"hidden_size": 24}),
     "mpnet": ("MPNetConfig", _SIZE | {"hidden_size": 24}),
@@ -118,7 +129,7 @@ def tiny_model(
 ) -> Causal2Vec:
     """A whole model, float32, in eval mode."""
     config = Causal2VecConfig(**{"max_length": 256, "encoder_max_length": 64, "instruction": INSTRUCTION} | settings)
-    parts = tiny_module(ENCODERS, encoder), tiny_module(LLMS, llm)
+    parts = tiny_module(ENCODERS, encoder), tiny_module(LLMS | WITHOUT_KEY_VALUE_CACHE, llm)
     tokenizers = (
         tiny_tokenizer("wordpiece", padding_side=padding_side),
         tiny_tokenizer("bpe", padding_side=padding_side),

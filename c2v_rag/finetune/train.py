@@ -41,7 +41,8 @@ from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair
 from c2v_rag.finetune.loss import Causal2VecLoss
 from c2v_rag.finetune.recipe import Recipe, Stage, TrainedPart
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
-from c2v_rag.model import Causal2Vec, adapted_layers
+from c2v_rag.model import Causal2Vec
+from c2v_rag.parts import adapted_layers
 from c2v_rag.tokenization import TextTokenizer
 from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
 

@@ -15,8 +15,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is import
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from c2v_rag.embedders import load_embedder
 from c2v_rag.protocols import Embedder, is_url
-from c2v_rag.remote import load_embedder
 
 AUTO, LOCAL = "auto", "local"
 

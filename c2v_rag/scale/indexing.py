@@ -207,6 +207,6 @@ def _token_counter(model: str) -> object:
         from c2v_rag.remote import RemoteModel
 
         return RemoteModel(model)
-    from c2v_rag.model import load_tokenizer
+    from c2v_rag.weights import load_tokenizer
 
     return load_tokenizer(model)

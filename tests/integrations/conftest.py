@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from c2v_rag.model import Causal2Vec, shared_model
+from c2v_rag.embedders import shared_model
+from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import python_docs
 from tests.tiny import tiny_model
 

@@ -1,0 +1,185 @@
+"""Where an encoder's or a decoder's weights come from: a folder, an installed package, the Hub, a GGUF file.
+
+Only safetensors are read (and GGUF, converted once), never a pickle. No code that came with weights is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from c2v_rag.hashes import cache_folder, sha256, verify_sums, write_sums
+
+logger = logging.getLogger(__name__)
+
+# What a hub snapshot may bring: weights as safetensors, tokenizers and settings. No pickles, no code.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "SHA256SUMS", "*.md"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """An encoder's or a decoder's weights on this machine.
+
+    `folder` opens with plain transformers. `origin` says in words where it came from. `reference` is the entry that
+    `base.json` gets for it; None where the weights can only be copied. `hashes` maps weight files to their SHA-256.
+    `identity` is the hash that tells these weights from others.
+    """
+
+    folder: Path
+    origin: str
+    reference: dict[str, Any] | None
+    hashes: dict[str, str]
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.identity:
+            digest = hashlib.sha256(json.dumps(sorted(self.hashes.values())).encode()).hexdigest()
+            object.__setattr__(self, "identity", digest)
+
+
+def locate_base(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Base:
+    """An encoder's or decoder's weights: a local folder, a .gguf file, an installed package's name, or a hub id.
+
+    Raises FileNotFoundError when it is none of these, ValueError when there are no safetensors in it.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name)
+    if path.is_dir():
+        return Base(path, f"folder {path}", None, weight_hashes(path))
+    if path.is_file() and path.suffix == ".gguf":
+        digest = sha256(path)
+        return Base(convert_gguf(path, digest), f"file {path}", None, {path.name: digest})
+    if (package := package_base(name)) is not None:
+        return package
+    folder = hub_folder(name, revision)
+    hashes = weight_hashes(folder)
+    # A snapshot's folder is named for the commit, which pins what a branch name would not.
+    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
+    reference = {"kind": "hub", "name": name, "revision": commit, "sha256": hashes}
+    return Base(folder, f"hub {name}@{commit or 'main'}", reference, hashes)
+
+
+def package_base(name: str) -> Base | None:
+    """Weights carried by an installed distribution, or None when there is no such distribution or no weights in it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        return None
+    try:
+        distribution = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
+    files = [Path(str(distribution.locate_file(file))) for file in distribution.files or []]
+    origin = f"package {name}=={distribution.version}"
+    reference = {"kind": "package", "name": name, "version": distribution.version}
+    ggufs = [file for file in files if file.suffix == ".gguf"]
+    if len(ggufs) == 1:
+        hashes = {ggufs[0].name: sha256(ggufs[0])}
+        folder = convert_gguf(ggufs[0], hashes[ggufs[0].name])
+        return Base(folder, f"{origin} (GGUF)", reference | {"sha256": hashes}, hashes)
+    folders = {file.parent for file in files if file.suffix == ".safetensors"}
+    folders = {folder for folder in folders if (folder / "config.json") in files}
+    if len(folders) != 1:
+        return None
+    folder = folders.pop()
+    hashes = weight_hashes(folder)
+    return Base(folder, origin, reference | {"sha256": hashes}, hashes)
+
+
+def hub_folder(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"There is no folder {name!r}, and it cannot be a hub id: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{name!r} is no folder and no installed package with weights on this machine, and the Hugging Face Hub "
+            f"did not give it (revision {revision or 'main'}): {reason}"
+        ) from error
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} holds no .safetensors file. Pickled weights (.bin, .pt) are not read, since they can run code: "
+            "convert them with transformers' save_pretrained."
+        )
+    return {file.name: sha256(file) for file in files}
+
+
+def convert_gguf(path: Path, digest: str) -> Path:
+    """Dequantise a GGUF file into a cached transformers folder (float32), once.
+
+    Safe when several processes start at once: one converts, the others wait; the folder appears complete or not at
+    all. Raises ImportError without the gguf package, ValueError when a tensor is missing from the file.
+    """
+    folder = cache_folder() / f"gguf-{digest[:16]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                logger.warning("Converting %s into %s, once (20 to 50 s).", path.name, folder)
+                _convert_gguf(path, folder)
+    verify_sums(folder, f"Delete {folder}; it is made again from {path.name}.")
+    return folder
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ImportError(f'{path.name} is a GGUF file; reading it needs gguf: pip install "c2v-rag[gguf]"') from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    # As a causal LM: opened with AutoModel, transformers 5 finds no tensor and silently keeps random weights.
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, output_loading_info=True, **options
+        )
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(f"{path} lacks the tensors {sorted(report['missing_keys'])[:4]}. Install its package again.")
+    # transformers marks the model as quantised and refuses to save it until the mark is gone.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
+        made = Path(temporary) / folder.name
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(made)
+        write_sums(made)
+        made.rename(folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no report of layers left out on purpose; missing tensors we report ourselves."""
+    logs: Any = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()

@@ -1,0 +1,38 @@
+"""Last hidden states to one vector per text.
+
+B texts, S encoder tokens, N decoder positions behind the prefix, E encoder width, D llm width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from c2v_rag.config import EncoderPooling, Pooling
+
+
+def pool_encoder(hidden: Tensor, mask: Tensor, pooling: EncoderPooling) -> Tensor:
+    """(B, S, E) states and (B, S) mask -> (B, E), float32."""
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    weights = mask.unsqueeze(-1).float()
+    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling, text_start: int) -> Tensor:
+    """Last hidden states behind the prefix -> one vector per text, float32, not yet normalised.
+
+    `hidden` is (B, N, D): the Contextual token first where there is one, the text from `text_start` on, ending in
+    EOS; `mask` (B, N) is 1 on real tokens, padding on the right. Returns (B, 2 D) for `context_eos`, whose columns
+    are interleaved, c0, e0, c1, e1, ...: every prefix of the columns holds both halves alike. Others return (B, D).
+    """
+    hidden = hidden.float()
+    if pooling == "context":
+        return hidden[:, 0]
+    if pooling == "mean":
+        weights = mask.clone().unsqueeze(-1).float()
+        weights[:, :text_start] = 0
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    last = mask.sum(dim=1) - 1
+    eos = hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return eos if pooling == "eos" else torch.stack([hidden[:, 0], eos], dim=-1).flatten(1)

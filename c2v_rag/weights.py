@@ -1,0 +1,212 @@
+"""A model's weights as a whole: opened from their bases, identified, saved.
+
+The identity of a model is one hash over its settings, the values of projector and adapters, and the identities of its
+encoder and decoder. It is the same in memory and in a checkpoint, on every device and in every precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from c2v_rag import checkpoint, inference, parts
+from c2v_rag.bases import Base
+from c2v_rag.config import Causal2VecConfig
+from c2v_rag.hashes import write_sums
+from c2v_rag.identity import hash_tensors, sample_weights
+from c2v_rag.parts import PARTS, Part, PartRecord
+from c2v_rag.tokenization import TextTokenizer
+
+
+@dataclasses.dataclass
+class WeightsRecord:
+    """What is known of a model's weights: of each part, and of all together.
+
+    `identity` is valid while `sample` is what `sample_weights` gives. `read_identity` and `identity_0_1` belong to
+    the checkpoint that was read: its identity, and the one that version 0.1 gave it.
+    """
+
+    parts: dict[Part, PartRecord] = dataclasses.field(default_factory=lambda: {part: PartRecord() for part in PARTS})
+    sample: bytes = b""
+    identity: str = ""
+    read_identity: str = ""
+    identity_0_1: str = ""
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each part's weights came from, in words."""
+        return {part: record.base.origin if record.base else "in memory" for part, record in self.parts.items()}
+
+    def note_checkpoint(self, model: HasWeights, sums: Mapping[str, str]) -> None:
+        """Remember what was read: `model` is as its files are, whose hashes are `sums`."""
+        bases = {part: record.base for part, record in self.parts.items()}
+        for part, base in bases.items():
+            assert base is not None
+            self.parts[part].note(getattr(model, part), base.identity)
+        self.read_identity = identity(model)
+        adapters = {file: sha for file, sha in sums.items() if file.endswith(".safetensors") and "_adapter/" in file}
+        self.identity_0_1 = _hash(
+            config=model.config.to_dict(),
+            projector=sums.get("projector.safetensors"),
+            adapters=adapters,
+            **{part: sorted(base.hashes.values()) for part, base in bases.items() if base},
+        )
+
+
+class HasWeights(Protocol):
+    """A model of an encoder, a decoder and a projector."""
+
+    name: str
+    config: Causal2VecConfig
+    tokenizer: TextTokenizer
+    encoder: PreTrainedModel
+    llm: PreTrainedModel
+    projector: Any
+    weights_record: WeightsRecord
+
+    @property
+    def embedding_dim(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedParts:
+    """An encoder and a decoder in memory, with their tokenizers; `input_device` is where inputs go."""
+
+    encoder: PreTrainedModel
+    llm: PreTrainedModel
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+    record: WeightsRecord
+    input_device: torch.device
+
+
+def open_parts(
+    bases: Mapping[Part, Base],
+    num_llm_layers: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+    llm_kwargs: Mapping[str, Any],
+) -> OpenedParts:
+    """Open both parts; arguments as in `Causal2Vec.from_pretrained`."""
+    device = torch.device(device) if device is not None else inference.default_device()
+    dtype = inference.resolve_dtype(dtype, device)
+    encoder = parts.open_module(bases["encoder"], dtype=dtype)
+    llm = parts.open_module(bases["llm"], num_llm_layers, **{"dtype": dtype, **llm_kwargs})
+    if not llm_kwargs.keys() & {"device_map", "quantization_config"}:
+        llm.to(device)  # type: ignore[arg-type]
+    input_device = parts.input_device(llm)
+    encoder.to(input_device)  # type: ignore[arg-type]
+    record = WeightsRecord({"encoder": PartRecord(bases["encoder"]), "llm": PartRecord(bases["llm"], num_llm_layers)})
+    for part, module in (("encoder", encoder), ("llm", llm)):
+        record.parts[part].note(module, bases[part].identity)  # type: ignore[index]
+    tokenizers = parts.open_tokenizer(bases["encoder"]), parts.open_tokenizer(bases["llm"])
+    return OpenedParts(encoder, llm, tokenizers, record, input_device)
+
+
+def read_trained(model: HasWeights, folder: Path) -> None:
+    """Read the projector and the adapters of a checkpoint into the model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.projector.state_dict().items()}
+    model.projector.load_state_dict(checkpoint.read_tensors(folder / "projector.safetensors", shapes))
+    for part in PARTS:
+        if (folder / f"{part}_adapter").is_dir():
+            parts.load_adapter(getattr(model, part), folder / f"{part}_adapter")
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str] = checkpoint.DEFAULT, *, revision: str | None = None
+) -> TextTokenizer:
+    """A checkpoint's tokenizers alone, to count tokens where nothing is embedded.
+
+    Raises what `Causal2Vec.from_pretrained` raises.
+    """
+    folder = checkpoint.locate(name_or_path, revision)
+    tokenizers = (parts.open_tokenizer(checkpoint.checkpoint_part(folder, part)) for part in PARTS)
+    return TextTokenizer(Causal2VecConfig.load(folder), *tokenizers)
+
+
+def identity(model: HasWeights) -> str:
+    """Hash of every weight and setting that changes a vector, whatever the place and precision of the weights."""
+    record = model.weights_record
+    sample = b"".join(sample_weights(part) for part in (model.encoder, model.llm, model.projector))
+    if sample != record.sample:
+        modules: dict[str, PreTrainedModel] = {"encoder": model.encoder, "llm": model.llm}
+        record.identity = _hash(
+            config=model.config.to_dict(),
+            projector=hash_tensors(model.projector.state_dict()),
+            encoder=parts.part_identity(model.encoder, record.parts["encoder"]),
+            llm=parts.part_identity(model.llm, record.parts["llm"]),
+            adapters={
+                name: parts.adapter_identity(module) for name, module in modules.items() if parts.adapted_layers(module)
+            },
+        )
+        record.sample = sample
+    return record.identity
+
+
+def stamp(model: HasWeights) -> dict[str, str | int]:
+    """What an index must remember of the model that made it, as `Causal2Vec.stamp` says."""
+    record = model.weights_record
+    values: dict[str, str | int] = {
+        "name": model.name,
+        "weights": identity(model),
+        **record.origins,
+        "embedding_dim": model.embedding_dim,
+        "pooling": model.config.pooling,
+        "instruction": model.config.instruction,
+    }
+    if record.read_identity == values["weights"]:
+        values["weights_0_1"] = record.identity_0_1
+    return values
+
+
+def _hash(**values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(
+    model: HasWeights,
+    folder: str | os.PathLike[str],
+    *,
+    trained_dtype: torch.dtype | None = None,
+    further_bases: Mapping[Part, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
+    """Write a checkpoint, as `Causal2Vec.save_pretrained` says.
+
+    `trained_dtype` stores projector and adapters in another precision (float16 halves them). `further_bases` adds
+    entries to a part's base.json: more places that hold the same weights.
+    """
+    target = Path(folder)
+    checkpoint.check_target(target)
+    tokenizers = {"encoder": model.tokenizer.encoder, "llm": model.tokenizer.llm}
+    identities: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
+        made = Path(temporary) / target.name
+        made.mkdir()
+        model.config.save(made)
+        checkpoint.write_tensors(made / "projector.safetensors", model.projector.state_dict(), trained_dtype)
+        for part in PARTS:
+            module: PreTrainedModel = getattr(model, part)
+            parts.save_adapter(part, module, made, trained_dtype)
+            further = (further_bases or {}).get(part, ())
+            saved = parts.save_part(part, module, model.weights_record.parts[part], tokenizers[part], made, further)
+            if saved is not None:
+                identities[part] = saved
+        checkpoint.write_identities(made, identities)
+        checkpoint.write_sentence_transformers(made, {"query": model.config.lead(model.config.instruction)})
+        facts = {
+            "encoder": model.weights_record.origins["encoder"],
+            "decoder": model.weights_record.origins["llm"],
+            "embedding": f"{model.embedding_dim} columns, pooling `{model.config.pooling}`",
+            "instruction": model.config.instruction,
+        }
+        checkpoint.write_card(made, facts)
+        write_sums(made)
+        checkpoint.replace_folder(made, target)
