@@ -39,10 +39,13 @@ def _options(
     pass  # the options act by themselves: --version in its callback, --debug in main
 
 
-for _command in (search.index, search.search, search.embed, search.info):
-    app.command()(_command)
-for _command in (train.train, train.mine, train.evaluate):
-    app.command()(_command)
+app.command()(search.index)
+app.command()(search.search)
+app.command()(search.embed)
+app.command()(search.info)
+app.command()(train.train)
+app.command()(train.mine)
+app.command()(train.evaluate)
 app.command()(serve.serve)
 app.command("app")(serve.search_app)
 
