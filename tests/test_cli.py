@@ -131,7 +131,7 @@ def test_an_unexpected_error_is_one_message_too(monkeypatch: pytest.MonkeyPatch,
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(cli, "_load", broken)
+    monkeypatch.setattr(Causal2Vec, "from_pretrained", broken)
     done = run("info", "--model", model)
     assert done.returncode == 1
     assert "Error: ZeroDivisionError: by zero" in done.stderr

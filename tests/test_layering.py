@@ -37,7 +37,16 @@ CORE = {
     "generation": {"model", "checkpoint"},
     "protocols": set(),
     "remote": {"inference", "model", "protocols"},
-    "cli": {"model", "index", "protocols", "remote", "sources", "finetune", "evaluate", "scale", "server", "app"},
+}
+# Above everything else: what each file of the command line may import of the command line. It may import all the rest.
+CLI = {
+    "options": set(),
+    "shared": set(),
+    "search": {"options", "shared"},
+    "train": {"options", "shared"},
+    "serve": {"options", "shared"},
+    "__init__": {"search", "train", "serve", "shared"},
+    "__main__": {"main"},
 }
 HEAVY = {"torch", "transformers", "peft", "chromadb"}
 HEAVY_AT_TOP = {"model", "tokenization", "inference", "checkpoint", "encoder", "generation"}
@@ -59,9 +68,8 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             found += [(alias.name, node in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = (
-                [f"c2v_rag.{alias.name}" for alias in node.names] if node.module == "c2v_rag" else [node.module or ""]
-            )
+            package = node.module in ("c2v_rag", "c2v_rag.cli")  # from which modules are imported by name
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if package else [node.module or ""]
             found += [(name, node in top and node not in typing_only) for name in names]
     return found
 
@@ -77,6 +85,19 @@ def test_imports_go_one_way(module: str) -> None:
             assert name.split(".")[1] in CORE[module], f"{module} may not import {name}"
         if name.split(".")[0] in HEAVY and at_top:
             assert module in HEAVY_AT_TOP, f"{module} may not import {name} at its top"
+
+
+def test_the_command_line_imports_one_way_and_nothing_imports_it() -> None:
+    assert {path.stem for path in (PACKAGE / "cli").glob("*.py")} == CLI.keys()
+    for module, may_import in CLI.items():
+        for name, at_top in imports(PACKAGE / "cli" / f"{module}.py"):
+            if name.startswith("c2v_rag.cli"):
+                assert name.split(".")[2] in may_import, f"cli.{module} may not import {name}"
+            assert not at_top or name.split(".")[0] not in HEAVY, f"cli.{module} may not import {name} at its top"
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "cli":
+            for name, _ in imports(path):
+                assert not name.startswith("c2v_rag.cli"), f"{path} imports {name}"
 
 
 def test_nothing_outside_the_standard_library_is_needed_by_config_and_sources() -> None:

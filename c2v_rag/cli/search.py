@@ -1,0 +1,247 @@
+"""Commands that embed: index, search, embed, info."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from c2v_rag import __version__
+from c2v_rag.cli.options import (
+    Collection,
+    Device,
+    DType,
+    EmbedderName,
+    Json,
+    ModelName,
+    Ray,
+    RayGpus,
+    RayWorkers,
+    Store,
+)
+from c2v_rag.cli.shared import err, load_model, open_embedder, out, requires_extra
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from c2v_rag.index import IndexReport
+
+
+def index(
+    sources: Annotated[list[str], typer.Argument(help='Files, folders, or "python-docs", the standard library.')],
+    store: Store,
+    model: EmbedderName = "default",
+    collection: Collection = "documents",
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many documents, for a first look.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
+    ray: Ray = None,
+    workers: RayWorkers = None,
+    num_gpus_per_worker: RayGpus = None,
+    device: Device = None,
+    dtype: DType = None,
+    json_output: Json = False,
+) -> None:
+    """Embed documents into a Chroma collection; run again, it embeds only what is new."""
+    from c2v_rag.index import VectorIndex, remove_vanished
+    from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
+
+    if ray is not None:
+        if limit is not None or device is not None:
+            raise ValueError("--limit and --device are not for --ray: it indexes everything, on what its workers have.")
+        with requires_extra("ray"):
+            from c2v_rag.scale.cluster import Workers
+            from c2v_rag.scale.indexing import index_on_ray
+
+        report, unread = index_on_ray(
+            sources, store, model=model, collection=collection, text_column=text_column, address=ray,
+            workers=Workers(count=workers, gpus=num_gpus_per_worker), dtype=dtype,
+        )  # fmt: skip
+        for line in unread:
+            err.print(f"Left out: {line}", style="yellow", markup=False)
+        _print_report(report, store, collection, unread, json_output)
+        return
+
+    left_out: list[str] = []
+
+    def leave_out(path: Path, error: Exception) -> None:
+        left_out.append(str(path))
+        err.print(f"Left out: {error}", style="yellow", markup=False)
+
+    documents = read_sources(sources, limit=limit, text_column=text_column, on_error=leave_out)
+    total = len(python_docs()) if sources == [PYTHON_DOCS] else None
+    total = min(total, limit) if total and limit else total
+    vectors = VectorIndex(store, open_embedder(model, device, dtype), collection)
+    # A first look has not seen everything, so what it has not seen stays.
+    report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
+    if limit is None:
+        removed = sum(remove_vanished(vectors, Path(source)) for source in sources if Path(source).is_dir())
+        report = dataclasses.replace(report, removed=removed)
+    _print_report(report, store, collection, left_out, json_output)
+
+
+def _print_report(report: IndexReport, store: str, collection: str, left_out: list[str], json_output: bool) -> None:
+    from c2v_rag.index import count_chunks
+
+    chunks = count_chunks(store, collection)
+    if json_output:
+        print(json.dumps({**dataclasses.asdict(report), "chunks": chunks, "left_out": left_out}))
+        return
+    out.print(
+        f"{report.added} chunks added, {report.unchanged} unchanged, {report.replaced} replaced, {report.removed} "
+        f"removed in {report.seconds:.1f} s; {chunks} in {store}, collection {collection!r}.",
+        markup=False,
+    )
+
+
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    store: Store,
+    k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="How many passages.")] = 5,
+    model: Annotated[
+        str | None, typer.Option(help="The index's own model unless given; another one is refused.")
+    ] = None,
+    collection: Collection = "documents",
+    device: Device = None,
+    dtype: DType = None,
+    json_output: Json = False,
+) -> None:
+    """Print the passages that answer a query best."""
+    from c2v_rag.index import VectorIndex, stored_stamp
+
+    name = model or str(stored_stamp(store, collection)["name"])
+    if not name:
+        raise ValueError(
+            "The model that made this index was never saved under a name. Save it and give it with --model."
+        )
+    vectors = VectorIndex(store, open_embedder(name, device, dtype), collection)
+    started = time.perf_counter()
+    hits = vectors.search(query, k)
+    milliseconds = 1000 * (time.perf_counter() - started)
+    if json_output:
+        print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
+        return
+    table = Table("score", "source", "passage", title=Text(query), title_justify="left", pad_edge=False)
+    for hit in hits:
+        passage = " ".join(hit.text.split())
+        table.add_row(
+            f"{hit.score:.3f}", Text(str(hit.metadata["source"])), Text(passage[:300] + "…" * (len(passage) > 300))
+        )
+    out.print(table)
+    out.print(f"{len(hits)} of {len(vectors)} chunks, {milliseconds:.0f} ms")
+
+
+def embed(
+    file: Annotated[str, typer.Argument(help='A .jsonl, .csv or .parquet table, a text file (a text a line), or "-".')],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="OUT.npy, OUT.parquet or OUT.jsonl; with --ray a folder.")
+    ],
+    model: EmbedderName = "default",
+    query: Annotated[bool, typer.Option("--query", help="Embed as queries, with the instruction.")] = False,
+    instruction: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
+    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Shorter embeddings.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
+    half: Annotated[bool, typer.Option("--half", help="With --ray: store float16.")] = False,
+    ray: Ray = None,
+    workers: RayWorkers = None,
+    num_gpus_per_worker: RayGpus = None,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Write the embeddings of many texts to a file, in their order; with --ray to the parquet files of a folder."""
+    if ray is not None:
+        with requires_extra("ray"):
+            from c2v_rag.scale.cluster import Workers
+            from c2v_rag.scale.embedding import embed_on_ray
+
+        embedded, rows = embed_on_ray(
+            [Path(file)], output, model=model, query=query, instruction=instruction, truncate_dim=truncate_dim,
+            text_column=text_column, precision="float16" if half else "float32", address=ray,
+            workers=Workers(count=workers, gpus=num_gpus_per_worker), dtype=dtype,
+        )  # fmt: skip
+        out.print(f"{embedded} texts embedded now, {rows} in {output}", markup=False, soft_wrap=True)
+        return
+    if output.suffix not in (".npy", ".parquet", ".jsonl"):
+        raise ValueError(f"{output}: the output must end in .npy, .parquet or .jsonl.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} into.")
+    texts = list(_texts(file, text_column))
+    embedder = open_embedder(model, device, dtype)
+    encode: Any = embedder.encode_query if query else embedder.encode_document
+    embeddings = encode(texts, instruction=instruction, truncate_dim=truncate_dim, show_progress=True)
+    _write_embeddings(output, texts, embeddings)
+    out.print(f"{len(texts)} embeddings of {embeddings.shape[1]} columns in {output}", markup=False)
+
+
+def info(model: ModelName = "default", device: Device = None, dtype: DType = None, json_output: Json = False) -> None:
+    """Say what the model is, where its weights came from, and what it runs on."""
+    import c2v_rag.model  # noqa: F401  (the time to import torch is not the model's)
+
+    started = time.perf_counter()
+    loaded = load_model(model, device, dtype)
+    config = loaded.config
+    rows: dict[str, Any] = {
+        "c2v-rag": __version__,
+        "model": loaded.name,
+        "weights": loaded.stamp["weights"],
+        "encoder": loaded.sources["encoder"],
+        "decoder": f"{loaded.sources['llm']}, {loaded.llm.config.get_text_config().num_hidden_layers} layers",
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dimensions": loaded.embedding_dim,
+        "pooling": config.pooling,
+        "instruction": config.instruction,
+        "longest text": f"{config.max_length} tokens in the decoder, {config.encoder_max_length} in the encoder",
+        "loaded in": f"{time.perf_counter() - started:.1f} s",
+    }
+    if json_output:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
+    out.print(table)
+
+
+def _texts(file: str, text_column: str) -> Iterator[str]:
+    from c2v_rag.sources import read_sources
+
+    if file == "-":
+        yield from (line.rstrip("\n") for line in sys.stdin)
+    elif Path(file).suffix in (".jsonl", ".csv", ".parquet"):
+        yield from (document.text for document in read_sources([file], text_column=text_column))
+    else:
+        yield from Path(file).read_text(encoding="utf-8").splitlines()
+
+
+def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
+    """Written aside and renamed, so that a file under this name is complete."""
+    aside = path.with_name(f".{path.stem}.part{path.suffix}")
+    if path.suffix == ".npy":
+        import numpy as np
+
+        np.save(aside, embeddings)
+    elif path.suffix == ".parquet":
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ModuleNotFoundError as error:
+            if error.name != "pyarrow":
+                raise
+            raise ImportError('Writing parquet needs pyarrow: pip install "c2v-rag[docs]"') from error
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
+        pq.write_table(pa.table({"text": texts, "embedding": vectors}), aside)
+    else:
+        with aside.open("w", encoding="utf-8") as file:
+            for text, embedding in zip(texts, embeddings, strict=True):
+                row = {"text": text, "embedding": embedding.tolist()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    aside.replace(path)

@@ -1,0 +1,51 @@
+"""What several commands share: the consoles, how a model is opened, and the error for a missing extra."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from c2v_rag.model import Causal2Vec
+    from c2v_rag.protocols import Embedder
+
+out = Console(soft_wrap=False)
+err = Console(stderr=True, soft_wrap=True)  # a wrapped path cannot be copied
+
+
+@contextmanager
+def requires_extra(extra: str) -> Iterator[None]:
+    """What is imported inside comes with an extra; without it, an ImportError that names the pip line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("c2v_rag", "sentence_transformers_c2v"):
+            raise
+        raise ImportError(f'This command needs {error.name}: pip install "c2v-rag[{extra}]"') from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def open_embedder(name: str, device: str | None, dtype: str | None) -> Embedder:
+    """A model to embed with, here or behind a server's URL."""
+    with err.status("Loading the model"):
+        from c2v_rag.embedders import load_embedder
+
+        return load_embedder(name, device=device, dtype=dtype)
+
+
+def load_model(name: str, device: str | None, dtype: str | None) -> Causal2Vec:
+    with err.status("Loading the model"):
+        from c2v_rag.model import Causal2Vec
+
+        return Causal2Vec.from_pretrained(name, device=device, dtype=dtype)

@@ -1,0 +1,118 @@
+"""Commands that train and score: train, mine, evaluate."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from c2v_rag.cli.options import Device, DType, Json, ModelName
+from c2v_rag.cli.shared import load_model, out, requires_extra
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has examples.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the sets that the recipe names.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the finished checkpoint.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Shorten every stage, for a dry run.")] = None,
+    device: Device = None,
+) -> None:
+    """Fine-tune on pairs: query, positive, optional negatives."""
+    with requires_extra("train"):
+        from c2v_rag.finetune import train as training
+        from c2v_rag.finetune.recipe import Recipe
+
+    read = Recipe.load(recipe)
+    folder, target = data or read.data.folder, output or read.output
+    if folder is None or target is None:
+        raise ValueError(
+            f"Say where the data is and where to: --data and --output, or data.folder and output in {recipe}."
+        )
+    training.train(read, folder, target, device=device, max_steps=max_steps, resume=resume)
+    out.print(
+        f"{target} holds the model; {target}.training the loss of every step and its plot.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def mine(
+    data: Annotated[Path, typer.Argument(help="A .parquet, .jsonl or .csv file with query and positive.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="OUT.jsonl, with negatives.")],
+    model: ModelName = "default",
+    num_negatives: Annotated[int, typer.Option(min=1, help="Negatives a pair.")] = 4,
+    range_min: Annotated[int, typer.Option(min=0, help="Leave out the first so many ranks.")] = 0,
+    range_max: Annotated[int, typer.Option(min=1, help="Look at ranks up to this.")] = 50,
+    relative_margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Leave out what scores above (1 - this) x the positive.")
+    ] = 0.05,
+    instruction: Annotated[str | None, typer.Option(help="Instead of the set's own.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Find hard negatives among the positives of the other pairs."""
+    with requires_extra("train"):
+        from c2v_rag.finetune import mining
+
+    found = mining.mine(
+        data,
+        output,
+        load_model(model, device, dtype),
+        num_negatives=num_negatives,
+        range_min=range_min,
+        range_max=range_max,
+        relative_margin=relative_margin,
+        instruction=instruction,
+    )
+    out.print(f"{output}: {found} pairs got {num_negatives} negatives each.", markup=False, soft_wrap=True)
+
+
+def evaluate(
+    data: Annotated[list[str], typer.Argument(help="Folders of evaluation data, or names of mteb's own tasks.")],
+    model: ModelName = "default",
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Repeatable: "encoder", "contextual", "eos", "bm25", "hybrid", a sentence-transformers folder.'
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write everything to this JSON file.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+    json_output: Json = False,
+) -> None:
+    """Score a model on retrieval and similarity data, side by side with baselines."""
+    with requires_extra("eval"):
+        import datasets
+
+        from c2v_rag.evaluate import run, tasks
+
+    datasets.disable_progress_bars()
+
+    if output is not None and not output.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} into.")
+    read = [tasks.read_task(Path(one)) if Path(one).is_dir() else tasks.mteb_task(one) for one in data]
+    command = shlex.join(["c2v-rag", *sys.argv[1:]])
+    result = run.evaluate(load_model(model, device, dtype), read, baseline or [], command=command)
+    if output is not None:
+        aside = output.with_name(f".{output.name}.part")
+        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        aside.replace(output)
+    if json_output:
+        print(json.dumps(result))
+        return
+    header, *rows = run.rows_of(result)
+    table = Table(*header, title="scores x 100; leads with their 95 % bootstrap interval", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(out.width, 40 + 26 * len(header))).print(table)
+    for name, system in result["systems"].items():
+        speed = f", {system['tokens_per_second']:,} tokens/s" if system["tokens_per_second"] else ""
+        out.print(f"{name}: {system['dimension']} columns{speed}", markup=False)
