@@ -10,7 +10,7 @@ Scalar = str | int | float | bool
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text to be found, where it came from, and what to show beside it (strings, numbers, booleans)."""
+    """A text to be found, its source, and metadata to show with it (strings, numbers, booleans)."""
 
     text: str
     source: str

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+_CSV_FIELD_CHARACTERS = 2**26
+
 
 def _read_text(path: Path) -> str:
     try:
@@ -57,8 +59,15 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    # The limit is the whole process's, so it is only ever raised. Without one, a quote that is never closed would read
+    # the rest of a large file into one field.
+    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_CHARACTERS))
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        reader = csv.DictReader(file)
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise ValueError(f"{path}: not valid CSV after line {reader.line_num} ({error}).") from error
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
