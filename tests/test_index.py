@@ -14,8 +14,9 @@ import pytest
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.index import Embedder, remove_vanished, stored_stamp
+from c2v_rag.index import remove_vanished, stored_stamp
 from c2v_rag.model import Causal2Vec
+from c2v_rag.protocols import Embedder
 from c2v_rag.sources import python_docs, read_sources
 from tests.tiny import tiny_model
 
@@ -122,8 +123,8 @@ def test_equal_texts_are_kept_apart(tmp_path: Path, model: Counting) -> None:
 def test_sources_that_come_scattered_lose_nothing(
     tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("c2v_rag.index.DOCUMENTS_READ_AHEAD", 4)
-    monkeypatch.setattr("c2v_rag.index.CHUNKS_WRITTEN_AT_ONCE", 5)
+    monkeypatch.setattr("c2v_rag.index.vector_index.DOCUMENTS_READ_AHEAD", 4)
+    monkeypatch.setattr("c2v_rag.index.vector_index.CHUNKS_WRITTEN_AT_ONCE", 5)
     scattered = [Document(f"text {i}", f"source-{i % 3}") for i in range(20)]
     index = VectorIndex(tmp_path, model)
     assert index.add(scattered).added == 20
@@ -221,7 +222,7 @@ def test_any_embedder_fits(tmp_path: Path, tiny: Causal2Vec) -> None:
 PROGRAM = """
 import sys, time
 from c2v_rag import VectorIndex
-from c2v_rag import index as module
+from c2v_rag.index import vector_index as module
 from c2v_rag.sources import python_docs
 from tests.test_index import Counting
 from tests.tiny import tiny_model

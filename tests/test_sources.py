@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -84,6 +85,54 @@ def test_what_cannot_be_read_is_named_and_can_be_left_out(tmp_path: Path) -> Non
     assert problems.keys() == {"latin.txt", "broken.pdf", "broken.jsonl"}
     assert "not UTF-8" in problems["latin.txt"]
     assert "cannot be read as a PDF" in problems["broken.pdf"]
+
+
+def test_a_library_error_inside_a_reader_is_that_files_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pypdf.errors import DependencyError
+
+    def locked(path: Path) -> None:
+        raise DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    monkeypatch.setattr("pypdf.PdfReader", locked)
+    (tmp_path / "a_locked.pdf").write_bytes(b"%PDF-1.7")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "latin.csv").write_bytes("text\ncafé\n".encode("latin-1"))
+    (tmp_path / "z.txt").write_text("good", encoding="utf-8")
+    problems: dict[str, Exception] = {}
+    documents = list(read_sources([tmp_path], on_error=lambda path, error: problems.update({path.name: error})))
+    assert [d.text for d in documents] == ["good"]
+    assert problems.keys() == {"a_locked.pdf", "broken.parquet", "latin.csv"}
+    for name, error in problems.items():
+        assert isinstance(error, ValueError), name
+        assert str(tmp_path / name) in str(error)
+    assert "cryptography" in str(problems["a_locked.pdf"])
+    with pytest.raises(ValueError, match=r"a_locked.pdf cannot be read: DependencyError: cryptography"):
+        list(read_sources([tmp_path / "a_locked.pdf"]))
+
+
+def test_a_csv_field_of_any_usual_length_is_read_and_an_endless_one_is_that_files_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = csv.field_size_limit(131_072)
+    try:
+        (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n", encoding="utf-8")
+        assert [len(document.text) for document in read_sources([tmp_path / "long.csv"])] == [200_000]
+        csv.field_size_limit(131_072)
+        monkeypatch.setattr("c2v_rag.sources.formats._CSV_FIELD_CHARACTERS", 140_000)
+        problems: list[str] = []
+        assert not list(read_sources([tmp_path], on_error=lambda path, error: problems.append(str(error))))
+        assert f"{tmp_path / 'long.csv'}: not valid CSV after line 1 (field larger than field limit" in problems[0]
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_a_table_that_changes_while_it_is_read_gives_the_rows_of_one_moment(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text\n" + "".join(f"row {i}\n" for i in range(5000)), encoding="utf-8")
+    documents = read_sources([tmp_path], on_error=lambda path, error: pytest.fail(str(error)))
+    first = next(documents)
+    path.write_bytes(b"text\nrow 0\n\xff\n")
+    assert [document.text for document in (first, *documents)] == [f"row {i}" for i in range(5000)]
 
 
 def test_an_empty_file_gives_an_empty_document(tmp_path: Path) -> None:

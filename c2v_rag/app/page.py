@@ -69,7 +69,7 @@ class SearchApp:
         return sorted(
             name
             for name, stamp in stored_stamps(self._store).items()
-            if stamp.get("weights") == weights and not name.endswith(ENCODER_SUFFIX)
+            if same_weights(stamp.get("weights"), self._model.stamp) and not name.endswith(ENCODER_SUFFIX)
         )
 
     def blocks(self) -> gr.Blocks:

@@ -1,55 +1,36 @@
-"""Documents -> chunks -> embeddings -> a Chroma collection that can be searched, resumed and brought up to date.
+"""A Chroma collection that is filled from documents, searched, resumed and brought up to date.
 
-A chunk's id is the hash of its source and text: what is there already is not embedded again, and a run that was killed
-goes on where it was. The collection remembers the model that made it.
+A run that was killed goes on where it was. The collection remembers the model that made it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import logging
 import os
 import re
-import socket
-import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-import numpy as np
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from c2v_rag.protocols import Embedder, is_url
+from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
+from c2v_rag.index.stamp import STAMP_KEY, check_stamp, read_stamp
+from c2v_rag.index.stores import DEFAULT_COLLECTION, open_store
+from c2v_rag.protocols import Embedder
 from c2v_rag.sources import Document
 
 if TYPE_CHECKING:
-    from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
 
-logger = logging.getLogger(__name__)
-
-STAMP_KEY = "c2v_stamp"
-DEFAULT_COLLECTION = "documents"
 DOCUMENTS_READ_AHEAD = 512
 CHUNKS_WRITTEN_AT_ONCE = 256
-CHUNK_TOKENS = 256
-CHUNK_OVERLAP = 0.1
-_TOKENS_UNKNOWN_CHARACTERS = 4  # characters a token, for an embedder that cannot count
 _PAGE = 1000
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
-_LOCK_FILE = "c2v_writer.lock"
-_HOLDER_FILE = "c2v_writer.holder"  # of an ending that no source has: a store may lie in a folder that is indexed
-_GENERATION_FILE = "c2v_generation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +41,6 @@ class Hit:
     score: float
     text: str
     metadata: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What a collection holds: a part of a document, and its embedding (embedding_dim,) where that was asked for."""
-
-    id: str
-    text: str
-    metadata: dict[str, Any]
-    embedding: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,70 +274,6 @@ class VectorIndex:
             self._store.wrote()
 
 
-def present_ids(collection: Collection, sources: AbstractSet[str]) -> dict[str, set[str]]:
-    """By source, the ids of the chunks that a Chroma collection has of it."""
-    present: dict[str, set[str]] = {source: set() for source in sorted(sources)}
-    if not present:
-        return present
-    of_these: Any = {"source": {"$in": list(present)}}
-    if len(present) == 1:  # perhaps a large table, whose metadata need not be read
-        (source,) = present
-        present[source].update(collection.get(where=of_these, include=[])["ids"])
-        return present
-    found = collection.get(where=of_these, include=["metadatas"])
-    for id, metadata in zip(found["ids"], found["metadatas"] or [], strict=True):
-        present[str(metadata["source"])].add(id)
-    return present
-
-
-def new_chunks(
-    documents: Sequence[Document],
-    model: object,
-    present: Mapping[str, set[str]],
-    repeated: Counter[str],
-    counts: Counter[str],
-) -> Iterator[list[Chunk]]:
-    """For each document its chunks that are not `present` (by source); those that are, are taken out of there.
-
-    `repeated` counts equal pairs of source and text, over all calls of a run; `counts` what was "unchanged" and
-    "truncated". `model` as for `_cut`.
-    """
-    for document, texts in zip(documents, _cut(documents, model, counts), strict=True):
-        chunks = []
-        for text in texts:
-            id = _chunk_id(document.source, text, repeated)
-            if id in present[document.source]:
-                present[document.source].remove(id)
-                counts["unchanged"] += 1
-            else:
-                chunks.append(Chunk(id, text, {**document.metadata, "source": document.source}))
-        yield chunks
-
-
-def _cut(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
-    """The texts of each document's chunks, of at most 256 of the model's tokens.
-
-    `model` counts tokens where it can (`count_tokens`, `max_tokens`). Pieces that could not be made short enough are
-    added to counts["truncated"].
-    """
-    from langchain_text_splitters import RecursiveCharacterTextSplitter
-
-    count_tokens = getattr(model, "count_tokens", _count_by_characters)
-    size = min(CHUNK_TOKENS, getattr(model, "max_tokens", CHUNK_TOKENS))
-    splitter = RecursiveCharacterTextSplitter(
-        chunk_size=size,
-        chunk_overlap=int(size * CHUNK_OVERLAP),
-        length_function=lambda text: count_tokens([text])[0],
-    )
-    chunks = []
-    for document, length in zip(documents, count_tokens([document.text for document in documents]), strict=True):
-        texts = [document.text] if length <= size else splitter.split_text(document.text)
-        if length > size:
-            counts["truncated"] += sum(more > size for more in count_tokens(texts))
-        chunks.append([text for text in texts if text.strip()])
-    return chunks
-
-
 def remove_vanished(index: VectorIndex, folder: Path) -> int:
     """Delete the chunks of files below `folder` that are no longer there; returns how many chunks."""
     below = folder.resolve().as_posix().rstrip("/") + "/"
@@ -375,89 +282,9 @@ def remove_vanished(index: VectorIndex, folder: Path) -> int:
     )
 
 
-def stored_stamp(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_COLLECTION) -> dict[str, str | int]:
-    """The stamp of the model that made a collection; nothing is created.
-
-    Raises FileNotFoundError when there is no such store or collection, ValueError when c2v_rag did not make it.
-    """
-    if not _holds_store(path_or_url):
-        raise FileNotFoundError(
-            f"There is no index in {path_or_url}. Make one: c2v-rag index SOURCE --store {path_or_url}"
-        )
-    found = _stored_metadata(path_or_url)
-    if collection not in found:
-        raise FileNotFoundError(f"{path_or_url} has no collection {collection!r}; it has {list(found)}.")
-    return read_stamp(found[collection], collection)
-
-
-def count_chunks(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_COLLECTION) -> int:
-    """How many chunks a collection has; 0 where there is none."""
-    if not _holds_store(path_or_url):
-        return 0
-    store = open_store(path_or_url)
-    with store.reading():
-        client = store.client()
-        names = [one.name for one in client.list_collections()]
-        return client.get_collection(collection, embedding_function=None).count() if collection in names else 0
-
-
-def stored_stamps(path_or_url: str | os.PathLike[str]) -> dict[str, dict[str, str | int]]:
-    """The collections that c2v_rag made in a store, by name, and the stamps of their models; nothing is created."""
-    found = _stored_metadata(path_or_url) if _holds_store(path_or_url) else {}
-    return {name: read_stamp(metadata, name) for name, metadata in found.items() if STAMP_KEY in (metadata or {})}
-
-
-def _holds_store(path_or_url: str | os.PathLike[str]) -> bool:
-    return is_url(path_or_url) or (Path(path_or_url) / "chroma.sqlite3").is_file()
-
-
-def _stored_metadata(path_or_url: str | os.PathLike[str]) -> dict[str, Mapping[str, Any] | None]:
-    """The metadata of every collection of a store, by name."""
-    store = open_store(path_or_url)
-    with store.reading():
-        return {one.name: one.metadata for one in store.client().list_collections()}
-
-
-def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str, str | int]:
-    """The stamp in a collection's metadata. ValueError where there is none."""
-    if not metadata or STAMP_KEY not in metadata:
-        raise ValueError(
-            f"The collection {collection!r} was not made by c2v_rag, so nothing says which model its vectors are of. "
-            "Use another collection name."
-        )
-    stamp: dict[str, str | int] = json.loads(metadata[STAMP_KEY])
-    return stamp
-
-
-def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection: str) -> None:
-    """ValueError when vectors of these two models must not be compared. A model's name may differ: copies are equal."""
-    differing = [key for key in sorted(stored.keys() | model.keys()) if stored.get(key) != model.get(key)]
-    if not set(differing) - {"name", "encoder", "llm"}:
-        return
-    lines = [f"- {key}: {stored.get(key)!r} in the index, {model.get(key)!r} in this model" for key in differing]
-    raise ValueError(
-        f"The collection {collection!r} was made with another model:\n" + "\n".join(lines) + "\n"
-        f"Either load the model that made it ({stored.get('name')!r}; encoder from {stored.get('encoder')}, decoder "
-        f"from {stored.get('llm')}), or index the documents again with this one into another collection or store."
-    )
-
-
-def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
-    """SHA-256 of source, text, and how many equal pairs came before."""
-    pair = json.dumps([source, text])
-    digest = hashlib.sha256(pair.encode()).hexdigest()
-    earlier = repeated[digest]
-    repeated[digest] += 1
-    return hashlib.sha256(f"{digest}{earlier}".encode()).hexdigest()
-
-
 def _storable(text: str) -> str:
     """Chroma stores UTF-8, which has no lone surrogates."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _count_by_characters(texts: Sequence[str]) -> list[int]:
-    return [len(text) // _TOKENS_UNKNOWN_CHARACTERS + 1 for text in texts]
 
 
 def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
@@ -467,120 +294,3 @@ def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document
             if not isinstance(document, Document):
                 raise TypeError(f"documents must be c2v_rag.Document objects, got {type(document).__name__}.")
         yield some
-
-
-# Stores
-
-
-class _Server:
-    """A Chroma server: it serialises writers and has no stale readers."""
-
-    def __init__(self, url: str) -> None:
-        import chromadb
-
-        parts = urlsplit(url)
-        try:
-            self._client = chromadb.HttpClient(
-                host=parts.hostname or "",
-                port=parts.port or (443 if parts.scheme == "https" else 8000),
-                ssl=parts.scheme == "https",
-            )
-        except ValueError as error:
-            raise ConnectionError(
-                f"No Chroma server answers at {url}: {error} Start one: chroma run --path DIR"
-            ) from error
-
-    generation = ""
-
-    def client(self) -> ClientAPI:
-        return self._client
-
-    def wrote(self) -> None:
-        pass
-
-    def reading(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def writing(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-
-class _Folder:
-    """A folder that Chroma opens in this process.
-
-    Chroma keeps a searched collection's graph in memory and does not notice what another process writes; only closing
-    every client of the folder helps. So writers leave a new word in a file, and the one client per folder and process
-    is closed and opened again when the word has changed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.RLock()
-        self._client: Any = None  # ClientAPI, with the close() that its base class lacks
-        self._generation = ""
-
-    def client(self) -> ClientAPI:
-        import chromadb
-
-        with self._lock:
-            generation = self._read(_GENERATION_FILE)
-            if self._client is not None and generation != self._generation:
-                self._client.close()
-                self._client = None
-            if self._client is None:
-                self._path.mkdir(parents=True, exist_ok=True)
-                # No settings of our own: Chroma refuses a folder's second client (a framework's) with other ones.
-                self._client = chromadb.PersistentClient(str(self._path))
-                self._generation = generation
-            client: ClientAPI = self._client
-            return client
-
-    def wrote(self) -> None:
-        with self._lock:
-            self._generation = uuid.uuid4().hex
-            (self._path / _GENERATION_FILE).write_text(self._generation, encoding="utf-8")
-
-    @property
-    def generation(self) -> str:
-        return self._read(_GENERATION_FILE)
-
-    def reading(self) -> AbstractContextManager[object]:
-        """Keep other threads from closing the client meanwhile."""
-        return self._lock
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the folder's writer lock; the operating system frees it if the process dies."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._path / _LOCK_FILE, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise PermissionError(
-                f"{self._path} is being written by {self._read(_HOLDER_FILE) or 'another process'}. A folder takes one "
-                "writer at a time: wait for it, or use a Chroma server (chroma run) for several."
-            ) from None
-        try:
-            holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            (self._path / _HOLDER_FILE).write_text(holder, encoding="utf-8")
-            yield
-        finally:
-            lock.release()
-
-    def _read(self, name: str) -> str:
-        try:
-            return (self._path / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return ""
-
-
-_folders: dict[Path, _Folder] = {}
-_folders_lock = threading.Lock()
-
-
-def open_store(path_or_url: str | os.PathLike[str]) -> _Server | _Folder:
-    if is_url(path_or_url):
-        return _Server(os.fspath(path_or_url))
-    path = Path(path_or_url).resolve()
-    with _folders_lock:
-        return _folders.setdefault(path, _Folder(path))

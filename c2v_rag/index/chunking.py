@@ -1,0 +1,112 @@
+"""Documents -> chunks and their ids.
+
+A chunk's id is the hash of its source and text: what a collection has already is not embedded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from c2v_rag.sources import Document
+
+if TYPE_CHECKING:
+    from chromadb.api.models.Collection import Collection
+
+CHUNK_TOKENS = 256
+CHUNK_OVERLAP = 0.1
+_TOKENS_UNKNOWN_CHARACTERS = 4  # characters a token, for an embedder that cannot count
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What a collection holds: a part of a document, and its embedding (embedding_dim,) where that was asked for."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+    embedding: np.ndarray | None = None
+
+
+def present_ids(collection: Collection, sources: AbstractSet[str]) -> dict[str, set[str]]:
+    """By source, the ids of the chunks that a Chroma collection has of it."""
+    present: dict[str, set[str]] = {source: set() for source in sorted(sources)}
+    if not present:
+        return present
+    of_these: Any = {"source": {"$in": list(present)}}
+    if len(present) == 1:  # perhaps a large table, whose metadata need not be read
+        (source,) = present
+        present[source].update(collection.get(where=of_these, include=[])["ids"])
+        return present
+    found = collection.get(where=of_these, include=["metadatas"])
+    for id, metadata in zip(found["ids"], found["metadatas"] or [], strict=True):
+        present[str(metadata["source"])].add(id)
+    return present
+
+
+def new_chunks(
+    documents: Sequence[Document],
+    model: object,
+    present: Mapping[str, set[str]],
+    repeated: Counter[str],
+    counts: Counter[str],
+) -> Iterator[list[Chunk]]:
+    """For each document its chunks that are not `present` (by source); those that are, are taken out of there.
+
+    `repeated` counts equal pairs of source and text, over all calls of a run; `counts` what was "unchanged" and
+    "truncated". `model` as for `_cut`.
+    """
+    for document, texts in zip(documents, _cut(documents, model, counts), strict=True):
+        chunks = []
+        for text in texts:
+            id = _chunk_id(document.source, text, repeated)
+            if id in present[document.source]:
+                present[document.source].remove(id)
+                counts["unchanged"] += 1
+            else:
+                chunks.append(Chunk(id, text, {**document.metadata, "source": document.source}))
+        yield chunks
+
+
+def _cut(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
+    """The texts of each document's chunks, of at most 256 of the model's tokens.
+
+    `model` counts tokens where it can (`count_tokens`, `max_tokens`). Pieces that could not be made short enough are
+    added to counts["truncated"].
+    """
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    count_tokens = getattr(model, "count_tokens", _count_by_characters)
+    size = min(CHUNK_TOKENS, getattr(model, "max_tokens", CHUNK_TOKENS))
+    splitter = RecursiveCharacterTextSplitter(
+        chunk_size=size,
+        chunk_overlap=int(size * CHUNK_OVERLAP),
+        length_function=lambda text: count_tokens([text])[0],
+    )
+    chunks = []
+    for document, length in zip(documents, count_tokens([document.text for document in documents]), strict=True):
+        texts = [document.text] if length <= size else splitter.split_text(document.text)
+        if length > size:
+            counts["truncated"] += sum(more > size for more in count_tokens(texts))
+        chunks.append([text for text in texts if text.strip()])
+    return chunks
+
+
+def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
+    """SHA-256 of source, text, and how many equal pairs came before."""
+    pair = json.dumps([source, text])
+    digest = hashlib.sha256(pair.encode()).hexdigest()
+    earlier = repeated[digest]
+    repeated[digest] += 1
+    return hashlib.sha256(f"{digest}{earlier}".encode()).hexdigest()
+
+
+def _count_by_characters(texts: Sequence[str]) -> list[int]:
+    return [len(text) // _TOKENS_UNKNOWN_CHARACTERS + 1 for text in texts]

@@ -1,0 +1,9 @@
+"""Documents from files, folders, tables, and the Python standard library's own docstrings."""
+
+from __future__ import annotations
+
+from c2v_rag.sources.docstrings import PYTHON_DOCS, python_docs
+from c2v_rag.sources.document import Document
+from c2v_rag.sources.files import files_below, read_sources
+
+__all__ = ["PYTHON_DOCS", "Document", "files_below", "python_docs", "read_sources"]

@@ -1,0 +1,154 @@
+"""The docstrings of Python's standard library. Run as a script, in a process of its own, this file collects them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from c2v_rag.sources.document import Document
+
+PYTHON_DOCS = "python-docs"
+
+# Importing these opens a browser, prints, or starts a program; the rest are tests, or names nobody imports.
+_LEFT_OUT = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "lib2to3", "distutils", "__main__"}
+# Where a public module takes its functions from: os.getpid is the name people know, posix.getpid is not.
+_BEHIND = {
+    "posix",
+    "nt",
+    "posixpath",
+    "ntpath",
+    "genericpath",
+    "sre_compile",
+    "sre_constants",
+    "sre_parse",
+    "pydoc_data",
+}
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+@functools.cache
+def python_docs() -> tuple[Document, ...]:
+    """Docstrings of this Python's standard library: modules, classes, functions and methods, a document each.
+
+    The source is the dotted name. An object that several modules re-export is named once, by the shortest name that a
+    module lists in `__all__` (asyncio.gather, not asyncio.tasks.gather).
+
+    They are collected in a process of its own: importing the whole library has effects, and packages imported here
+    may have changed it (some add methods to logging.Logger).
+    """
+    from c2v_rag.sources.document import Document  # the process that collects them cannot import this package
+
+    command = [sys.executable, "-I", "-S", "-W", "ignore", __file__]
+    collected = subprocess.run(command, check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL).stdout
+    return tuple(Document(text, name, {"kind": kind}) for name, kind, text in json.loads(collected))
+
+
+def _collect_docs() -> list[tuple[str, str, str]]:
+    """(dotted name, kind, passage) of every documented public object, by name."""
+    found: dict[int, tuple[tuple[bool, bool, bool, int, int, str], str, Any]] = {}
+    for module in _standard_modules():
+        for name, value, listed in _public_objects(module):
+            # A class under another name (typing.Text is str) is a worse name than an unlisted one; a function's
+            # alias that a module lists (getpass.getpass is unix_getpass) is a better one.
+            renamed = not name.endswith(getattr(value, "__qualname__", ""))
+            of_class = inspect.isclass(value) or "." in getattr(value, "__qualname__", "")
+            rank = (renamed and of_class, not listed, renamed, name.count("."), len(name), name)
+            if id(value) not in found or rank < found[id(value)][0]:
+                found[id(value)] = (rank, name, value)
+    passages = {}
+    for _, full_name, value in found.values():
+        name = full_name.removeprefix("builtins.")
+        doc = inspect.cleandoc(value.__doc__)
+        if len(doc.split()) >= 4:
+            passages[name] = (name, _kind(value), f"{name}{_signature(value)}\n\n{doc}")
+    return sorted(passages.values())
+
+
+def _standard_modules() -> Iterator[ModuleType]:
+    for name in sorted(sys.stdlib_module_names - _BEHIND):
+        if name.startswith("_") or name in _LEFT_OUT:
+            continue
+        yield from _module_and_below(name)
+
+
+def _module_and_below(name: str) -> Iterator[ModuleType]:
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, OSError, AttributeError):  # built without it, or for another operating system
+        return
+    yield module
+    for below in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        if not below.name.startswith("_") and below.name not in _LEFT_OUT:
+            yield from _module_and_below(f"{name}.{below.name}")
+
+
+def _public_objects(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
+    """(dotted name, object, whether the module lists it) of what has a docstring of its own."""
+    if module.__doc__:
+        yield module.__name__, module, True
+    listed = set(getattr(module, "__all__", ()))
+    # Some listed names are loaded on first use and stand in no module's vars.
+    lazy = {name: getattr(module, name, None) for name in listed - vars(module).keys()}
+    for name, value in [*vars(module).items(), *lazy.items()]:
+        if name.startswith("_") or not _is_described(value):
+            continue
+        home = getattr(value, "__module__", None) or ""
+        if name not in listed and home.lstrip("_") != module.__name__.lstrip("_") and home not in _BEHIND:
+            continue  # imported for the module's own use
+        yield f"{module.__name__}.{name}", value, name in listed
+        if inspect.isclass(value):
+            for member, raw in vars(value).items():
+                inner = getattr(raw, "__func__", raw)
+                if not member.startswith("_") and _is_described(inner):
+                    yield f"{module.__name__}.{name}.{member}", inner, name in listed
+    if module.__name__ == "os":
+        for name in module.path.__all__:
+            value = getattr(module.path, name)
+            if _is_described(value):
+                yield f"os.path.{name}", value, True
+
+
+def _is_described(value: Any) -> bool:
+    described = (
+        inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, property | functools.cached_property)
+    )
+    return described and isinstance(getattr(value, "__doc__", None), str) and bool(value.__doc__.strip())
+
+
+def _signature(value: Any) -> str:
+    if not callable(value):
+        return ""
+    try:
+        signature = inspect.signature(value)
+    except (ValueError, TypeError):  # some built-ins have none
+        return ""
+    # A default may be anything, the whole process environment for one: shown is only what one would type.
+    shown = [
+        parameter
+        if len(repr(parameter.default)) <= 30 and " at 0x" not in repr(parameter.default)
+        else parameter.replace(default=...)
+        for parameter in signature.parameters.values()
+    ]
+    return _ADDRESS.sub("", str(signature.replace(parameters=shown))).replace("Ellipsis", "...")
+
+
+def _kind(value: Any) -> str:
+    if inspect.ismodule(value):
+        return "module"
+    if inspect.isclass(value):
+        return "class"
+    return "property" if isinstance(value, property | functools.cached_property) else "function"
+
+
+if __name__ == "__main__":
+    json.dump(_collect_docs(), sys.stdout)

@@ -1,0 +1,111 @@
+"""Documents from files, folders and tables, read as a stream: memory holds at most one file's text.
+
+A file gives all of its documents or none: they are copied to a temporary file before the first one is passed on.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from c2v_rag.sources.docstrings import PYTHON_DOCS, python_docs
+from c2v_rag.sources.document import Document, Scalar
+from c2v_rag.sources.formats import READERS, TABLES
+
+_BYTES_IN_MEMORY = 2**22  # of such a copy; a larger one goes to the disk
+
+OnError = Callable[[Path, Exception], None]
+
+
+def read_sources(
+    sources: Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    text_column: str = "text",
+    on_error: OnError | None = None,
+) -> Iterator[Document]:
+    """Documents of files, folders (with their subfolders) and "python-docs", in the order given.
+
+    Files of these kinds are read: .txt .md .rst .html .pdf .py and, one document per row, .jsonl .csv .parquet with a
+    column `text_column`. A document's source is its file's absolute path; the other columns of a table become metadata.
+    An empty file gives one empty document, so that an index learns that its text is gone. `limit`: stop after so many
+    documents.
+
+    A file that cannot be read to its end gives no document. `on_error` is called with its path and the error, whatever
+    library raised it, and the next file is read; without `on_error` the error is raised: an OSError, an ImportError
+    that names the missing package, or a ValueError with the file and the reason.
+
+    Raises FileNotFoundError for a source that does not exist, ValueError for a file of another kind.
+    """
+    paths = [source for source in sources if str(source) != PYTHON_DOCS]
+    for source in paths:
+        path = Path(source)
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file or folder {path}. (Built in: {PYTHON_DOCS!r}.)")
+        if path.is_file() and path.suffix.lower() not in READERS | TABLES:
+            known = " ".join(sorted(READERS | TABLES))
+            raise ValueError(f"{path}: cannot read {path.suffix or 'a file without a suffix'}; known: {known}.")
+    return islice(_read(sources, text_column, on_error), limit)
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """The readable files in a folder and its subfolders, without hidden ones; for a file, the file itself."""
+    if path.is_file():
+        yield path
+        return
+    for found in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in found.relative_to(path).parts)
+        if found.is_file() and not hidden and found.suffix.lower() in READERS | TABLES:
+            yield found
+
+
+def _read(sources: Sequence[str | Path], text_column: str, on_error: OnError | None) -> Iterator[Document]:
+    for source in sources:
+        if str(source) == PYTHON_DOCS:
+            yield from python_docs()
+            continue
+        for path in files_below(Path(source)):
+            with tempfile.SpooledTemporaryFile(_BYTES_IN_MEMORY) as copy:
+                try:
+                    for document in _read_file(path, text_column):
+                        pickle.dump(document, copy)
+                except Exception as error:
+                    named = _naming_file(path, error)
+                    if on_error is None:
+                        raise named from error
+                    on_error(path, named)
+                    continue
+                end = copy.tell()
+                copy.seek(0)
+                while copy.tell() < end:
+                    yield pickle.load(copy)
+
+
+def _naming_file(path: Path, error: Exception) -> Exception:
+    """The error itself where it names the file or a missing package, else a ValueError that names file and reason."""
+    if isinstance(error, OSError | ImportError) or (isinstance(error, ValueError) and str(path) in str(error)):
+        return error
+    return ValueError(f"{path} cannot be read: {type(error).__name__}: {error}")
+
+
+def _read_file(path: Path, text_column: str) -> Iterator[Document]:
+    # File names need not be UTF-8; the text that a store keeps must be.
+    suffix, source = path.suffix.lower(), path.resolve().as_posix().encode("utf-8", "replace").decode("utf-8")
+    if suffix in READERS:
+        yield Document(READERS[suffix](path), source)
+        return
+    row = -1
+    for row, record in enumerate(TABLES[suffix](path)):
+        text = record.get(text_column)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{path}: row {row} has no string {text_column!r}; its columns are {sorted(map(str, record))}. "
+                "Name the column that holds the text."
+            )
+        others = {str(key): value for key, value in record.items() if key != text_column and isinstance(value, Scalar)}
+        yield Document(text, source, others | {"row": row})
+    if row < 0:
+        yield Document("", source)
