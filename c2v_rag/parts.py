@@ -323,8 +323,8 @@ def save_part(
         identity = base.identity
     else:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in base_tensors(module).items()}
-        module.save_pretrained(place, state_dict=tensors)
         identity = hash_tensors(tensors)
+        module.save_pretrained(place, state_dict=tensors)  # which empties the dict
     tokenizer.save_pretrained(place)
     return identity
 

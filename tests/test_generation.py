@@ -12,11 +12,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 from c2v_rag import Causal2Vec, Causal2VecConfig
-from c2v_rag.generation import causal_lm, shared_bytes
+from c2v_rag.generation import causal_lm
 from c2v_rag.parts import adapted_layers
 from tests.tiny import ENCODERS, LLMS, TEXTS, tiny_model, tiny_module, tiny_tokenizer
 
 FAMILIES = ("llama", "gpt2", "gemma3")
+
+
+def shared_bytes(left: torch.nn.Module, right: torch.nn.Module) -> int:
+    """Bytes of the parameters that both modules hold in the same memory."""
+    places = {parameter.data_ptr() for parameter in left.parameters()}
+    found = {p.data_ptr(): p.numel() * p.element_size() for p in right.parameters() if p.data_ptr() in places}
+    return sum(found.values())
 
 
 def parts(folder: Path, family: str) -> tuple[Path, Path]:

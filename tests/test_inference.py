@@ -196,6 +196,28 @@ def test_running_out_of_memory_halves_the_budget_keeps_it_and_loses_nothing(capl
         inference.encode(ScarceMemory(most=10), ["x" * 50])
 
 
+def test_mps_out_of_memory_is_recognised_and_other_errors_are_not_hidden() -> None:
+    """MPS raises a plain RuntimeError."""
+    texts = ["x" * (1 + i % 37) for i in range(100)]
+    embedder = ScarceMemory(most=300, message="MPS backend out of memory (MPS allocated: 9 GB).")
+    vectors = inference.encode(embedder, texts, batch_tokens=2000)
+    assert vectors[:, 0].tolist() == [len(text) for text in texts]
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        inference.encode(ScarceMemory(most=300, message="shapes do not fit"), texts, batch_tokens=2000)
+
+
+def test_the_budget_counts_the_encoders_tokens_where_they_are_more() -> None:
+    """An encoder that reads 8 thousand tokens beside a decoder that is cut at 512."""
+    model = tiny_model(max_length=16, encoder_max_length=1024)
+    sizes: list[int] = []
+    model.encoder.register_forward_pre_hook(
+        lambda module, arguments, options: sizes.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    model.encode(["word " * 500] * 16, batch_tokens=2048, on_truncate="ignore")
+    assert sum(sizes) >= 16 * 500
+    assert max(sizes) <= 2048
+
+
 def test_an_embedding_that_is_not_finite_is_an_error_that_names_the_text() -> None:
     model = tiny_model()
     embed = model.embed
@@ -238,8 +260,13 @@ def test_encoding_a_model_in_training_has_no_dropout_and_leaves_it_in_training()
     expected = model.encode(TEXTS)
     model.train()
     assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()), "no dropout: nothing to show"
+    frozen = next(module for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout))
+    frozen.eval()
+    before = [module.training for module in model.modules()]
     np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-6)
+    assert [module.training for module in model.modules()] == before
     assert model.training
+    assert not frozen.training, "a module that its owner set to eval mode must stay in it"
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from c2v_rag.app.search import CAUSAL2VEC, ENCODER, ENCODER_SUFFIX, METHODS, Sea
 from c2v_rag.app.task import Stopped, Task
 from c2v_rag.index import DEFAULT_COLLECTION, Chunk, stored_stamps
 from c2v_rag.model import Causal2Vec
-from c2v_rag.protocols import Embedder
+from c2v_rag.protocols import Embedder, same_weights
 from c2v_rag.sources import PYTHON_DOCS
 
 PYTHON_QUESTIONS = (
@@ -65,11 +65,11 @@ class SearchApp:
 
     def collections(self) -> list[str]:
         """Names of the store's collections that this model made."""
-        weights = self._model.stamp["weights"]
+        ours = self._model.stamp
         return sorted(
             name
             for name, stamp in stored_stamps(self._store).items()
-            if same_weights(stamp.get("weights"), self._model.stamp) and not name.endswith(ENCODER_SUFFIX)
+            if same_weights(stamp.get("weights"), ours) and not name.endswith(ENCODER_SUFFIX)
         )
 
     def blocks(self) -> gr.Blocks:

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from c2v_rag import inference
+from c2v_rag import inference, weights
 from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
@@ -91,9 +91,8 @@ def new_model(recipe: Recipe, *, device: str | None = None, kind: type[Causal2Ve
     for part, module in (("llm_adapter", model.llm), ("encoder_adapter", model.encoder)):
         if part not in trained:
             continue
-        if adapters := adapted_layers(module):
-            for layer in adapters:
-                layer.unmerge()
+        if adapted_layers(module):
+            model.unmerge_adapter("llm" if part == "llm_adapter" else "encoder")
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -431,10 +430,11 @@ def train(
         return model
     (work / "log.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "steps": log}, indent=1))
     plot_losses(log, work / "loss.png")
-    model.save_pretrained(
+    weights.save(
+        model,
         output,
         trained_dtype=torch.float16,
-        also_accepted={"encoder": recipe.base.encoder_also, "llm": recipe.base.llm_also},
+        further_bases={"encoder": recipe.base.encoder_also, "llm": recipe.base.llm_also},
     )
     return model
 
