@@ -107,6 +107,13 @@ def test_wrong_settings_and_bad_input_are_named(folder: str, core: Causal2Vec) -
             call(["a", None])  # type: ignore[list-item]
 
 
+def test_a_name_beside_a_loaded_model_is_refused(folder: str, core: Causal2Vec) -> None:
+    for name, value in {"name_or_path": folder, "revision": "main", "device": "cpu", "dtype": "float32"}.items():
+        with pytest.raises(ValueError, match=f"not both: model and {name}"):
+            Causal2VecEmbeddingFunction(model=core, **{name: value})
+    assert Causal2VecEmbeddingFunction().name_or_path == "default"
+
+
 def test_another_width_is_refused_before_anything_is_written(folder: str) -> None:
     client = chromadb.EphemeralClient()
     name = f"t{uuid4().hex}"

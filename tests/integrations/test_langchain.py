@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
+import itertools
 import pickle
 import threading
 import time
@@ -101,6 +104,30 @@ def test_bad_input_is_the_cores_error(folder: str) -> None:
         Causal2VecEmbeddings(querry_instruction="typo")
     with pytest.raises(ValueError, match="not both: model and device"):
         Causal2VecEmbeddings(model=_tiny, device="cpu")
+
+
+def test_the_model_may_be_named_as_in_other_langchain_classes(folder: str, core: Causal2Vec) -> None:
+    expected = core.encode_query(["a heap"])[0]
+    for spelling in ("model", "model_name", "name_or_path"):
+        embeddings = Causal2VecEmbeddings(**{spelling: folder}, dtype="float32")
+        assert embeddings.name_or_path == folder
+        np.testing.assert_array_equal(embeddings.embed_query("a heap"), expected)
+    assert Causal2VecEmbeddings(model=Path(folder)).name_or_path == folder
+    assert Causal2VecEmbeddings.model_validate({"model": core})._embedder() is core
+    for two in itertools.combinations(("model", "model_name", "name_or_path"), 2):
+        with pytest.raises(ValidationError, match="give one of them"):
+            Causal2VecEmbeddings(**dict.fromkeys(two, folder))
+    with pytest.raises(ValueError, match="not both: model and name_or_path"):
+        Causal2VecEmbeddings(model=core, name_or_path=folder)
+
+
+def test_editors_see_every_field_of_the_constructor() -> None:
+    """Type checkers read an `__init__` that does not exist at run time: it must list what pydantic accepts."""
+    tree = ast.parse(inspect.getsource(Causal2VecEmbeddings))
+    (typed,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    listed = {argument.arg for argument in typed.args.kwonlyargs}
+    assert listed == {*Causal2VecEmbeddings.model_fields, "model", "model_name"}
+    assert typed.args.kwarg is None
 
 
 def test_it_is_described_by_its_settings_and_pickles_without_weights(folder: str, core: Causal2Vec) -> None:

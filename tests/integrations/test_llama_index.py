@@ -17,6 +17,7 @@ from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugH
 from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.rate_limiter import BaseRateLimiter
 from llama_index.core.schema import Document, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.storage.kvstore import SimpleKVStore
@@ -83,6 +84,45 @@ def test_settings_and_options_reach_the_core(folder: str, core: Causal2Vec) -> N
         Causal2VecEmbedding(folder, embeddings_cache=SimpleKVStore())
     with pytest.raises(TypeError, match=r"texts\[1\] must be a string"):
         told.get_text_embedding_batch(["a", None])  # type: ignore[list-item]
+
+
+def test_it_is_rebuilt_from_what_it_wrote(folder: str, core: Causal2Vec) -> None:
+    embed_model = Causal2VecEmbedding(folder, dtype="float32", truncate_dim=16, embed_batch_size=7)
+    for again in (
+        Causal2VecEmbedding.from_dict(embed_model.to_dict()),
+        Causal2VecEmbedding.from_json(embed_model.to_json()),
+    ):
+        assert again.to_dict() == embed_model.to_dict()
+        assert again.embed_batch_size == 7
+        np.testing.assert_array_equal(again.get_query_embedding("a"), embed_model.get_query_embedding("a"))
+    with pytest.raises(ValueError, match=r"saved with the weights 0123, and now has"):
+        Causal2VecEmbedding.from_dict(embed_model.to_dict() | {"weights_stamp": "0123"})
+    with pytest.raises(ValueError, match="exists in memory only"):
+        Causal2VecEmbedding.from_dict(Causal2VecEmbedding(model=tiny_model()).to_dict())
+
+
+def test_a_name_beside_a_loaded_model_is_refused(folder: str, core: Causal2Vec) -> None:
+    for name, value in {"model_name": folder, "revision": "main", "device": "cpu", "dtype": "float32"}.items():
+        with pytest.raises(ValueError, match=f"not both: model and {name}"):
+            Causal2VecEmbedding(model=core, **{name: value})
+
+
+def test_a_rate_limiter_is_asked_before_every_call(core: Causal2Vec) -> None:
+    class Counter(BaseRateLimiter):
+        calls = 0
+
+        def acquire(self, num_tokens: int = 0) -> None:
+            self.calls += 1
+
+        async def async_acquire(self, num_tokens: int = 0) -> None:
+            self.calls += 1
+
+    counter = Counter()
+    embed_model = Causal2VecEmbedding(model=core, rate_limiter=counter, embed_batch_size=2)
+    embed_model.get_query_embedding("a")
+    embed_model.get_text_embedding_batch(["a", "b", "c"])
+    asyncio.run(embed_model.aget_query_embedding("a"))
+    assert counter.calls == 4
 
 
 def test_retrieval_equals_the_cores(

@@ -7,7 +7,8 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('chroma_c2v needs Chroma: pip install "c2v-rag[chroma]"') from error
 
-from c2v_rag import __version__
 from chroma_c2v.embedding_function import Causal2VecEmbeddingFunction
+
+__version__ = "0.1.0"
 
 __all__ = ["Causal2VecEmbeddingFunction", "__version__"]

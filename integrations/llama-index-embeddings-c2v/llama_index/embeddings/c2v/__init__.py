@@ -9,4 +9,6 @@ except ModuleNotFoundError as error:
 
 from llama_index.embeddings.c2v.base import Causal2VecEmbedding
 
-__all__ = ["Causal2VecEmbedding"]
+__version__ = "0.1.0"
+
+__all__ = ["Causal2VecEmbedding", "__version__"]

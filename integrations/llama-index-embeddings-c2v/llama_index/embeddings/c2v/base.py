@@ -8,6 +8,7 @@ from typing import Any
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.rate_limiter import BaseRateLimiter
 
 from c2v_rag import Embedder, gather
 
@@ -23,10 +24,12 @@ class Causal2VecEmbedding(BaseEmbedding):
 
     `model_name`: "default", a checkpoint folder, or a Hugging Face Hub id; or `model`, a loaded embedder. The model is
     loaded when the object is made, because its weights' stamp is one of the fields by which LlamaIndex's ingestion
-    cache tells embeddings apart; objects of the same arguments share one model in a process.
+    cache tells embeddings apart; objects of the same arguments share one model in a process. `weights_stamp` is
+    written by `to_dict`; given, it must be that of the loaded weights.
 
-    Raises ValueError for an `embeddings_cache`: LlamaIndex keys it by the text alone, and would give a document's
-    vector to a query, and one model's to another.
+    Raises ValueError for a loaded model together with a name, for a `weights_stamp` of other weights, and for an
+    `embeddings_cache`: LlamaIndex keys it by the text alone, and would give a document's vector to a query, and one
+    model's to another.
     """
 
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
@@ -41,7 +44,7 @@ class Causal2VecEmbedding(BaseEmbedding):
 
     def __init__(
         self,
-        model_name: str = "default",
+        model_name: str | None = None,
         *,
         model: Embedder | None = None,
         revision: str | None = None,
@@ -54,14 +57,23 @@ class Causal2VecEmbedding(BaseEmbedding):
         num_workers: int | None = None,
         callback_manager: CallbackManager | None = None,
         embeddings_cache: Any = None,
+        rate_limiter: BaseRateLimiter | None = None,
+        weights_stamp: str = "",
     ) -> None:
         if embeddings_cache is not None:
             raise ValueError(
                 "embeddings_cache is keyed by the text alone: a query would get a document's vector, and one model "
                 "another's. Use IngestionPipeline's cache, which asks for the model's fields too."
             )
+        if model is not None:
+            given = {"model_name": model_name, "revision": revision, "device": device, "dtype": dtype}
+            if named := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
+            model_name = str(model.stamp["name"])
+        elif model_name == "":
+            raise ValueError("A model that exists in memory only cannot be loaded by name: give it as model=.")
         super().__init__(
-            model_name=model_name if model is None else str(model.stamp["name"]),
+            model_name="default" if model_name is None else model_name,
             revision=revision,
             device=device,
             dtype=dtype,
@@ -71,8 +83,10 @@ class Causal2VecEmbedding(BaseEmbedding):
             embed_batch_size=embed_batch_size,
             num_workers=num_workers,
             callback_manager=callback_manager or CallbackManager([]),
+            rate_limiter=rate_limiter,
+            weights_stamp=weights_stamp,
         )
-        self._model = model
+        self._model = None if model is None else self._checked(model)
         self.weights_stamp = str(self._embedder().stamp["weights"])
 
     @classmethod
@@ -83,8 +97,20 @@ class Causal2VecEmbedding(BaseEmbedding):
         if self._model is None:
             from c2v_rag import load_embedder
 
-            self._model = load_embedder(self.model_name, revision=self.revision, device=self.device, dtype=self.dtype)
+            self._model = self._checked(
+                load_embedder(self.model_name, revision=self.revision, device=self.device, dtype=self.dtype)
+            )
         embedder: Embedder = self._model
+        return embedder
+
+    def _checked(self, embedder: Embedder) -> Embedder:
+        """The same embedder. ValueError where its weights are not those of `weights_stamp`."""
+        loaded = str(embedder.stamp["weights"])
+        if self.weights_stamp and loaded != self.weights_stamp:
+            raise ValueError(
+                f"{self.model_name!r} was saved with the weights {self.weights_stamp}, and now has {loaded}: vectors of "
+                "both must not be mixed. Load the weights that it was saved with, or leave weights_stamp out."
+            )
         return embedder
 
     def __getstate__(self) -> dict[str, Any]:
