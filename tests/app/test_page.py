@@ -175,11 +175,11 @@ def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None
         line = next(line for line in process.stderr if "The page is at" in line)
         address = line.split()[4]
         assert address.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(address, timeout=30) as page:
+        with urllib.request.urlopen(address, timeout=120) as page:
             assert b"Causal2Vec search" in page.read()
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
 
 
 def test_what_moved_is_marked_and_texts_are_escaped() -> None:
