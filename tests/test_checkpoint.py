@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -336,27 +337,39 @@ def test_push_to_hub_uploads_a_complete_checkpoint(monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(load(tmp_path / "uploaded").encode(TEXTS), model.encode(TEXTS), atol=1e-6)
 
 
-def test_a_gguf_is_converted_once_when_two_processes_start_at_once(tmp_path: Path) -> None:
-    """Needs no weights: `_convert_gguf` is replaced by one that counts and is slow."""
-    program = f"""
-import sys, time
+def test_a_gguf_that_another_process_converts_is_waited_for_and_not_converted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Needs no weights: `_convert_gguf` is replaced, in a process that stops half-way until it is told to go on."""
+    program = """
+import sys
 from pathlib import Path
-from c2v_rag import bases, hashes, weights
+from c2v_rag import bases, hashes
 def convert(path, folder):
-    with open({str(tmp_path / "count")!r}, "a") as file: file.write("x")
-    made = folder.with_name("made"); made.mkdir(); time.sleep(1)
+    made = folder.with_name("made"); made.mkdir()
+    print("converting", flush=True)
+    sys.stdin.readline()
     (made / "model.safetensors").write_bytes(b"w"); hashes.write_sums(made); made.rename(folder)
 bases._convert_gguf = convert
 print(bases.convert_gguf(Path("model.gguf"), "a" * 64))
 """
-    import os
-
-    env = {**os.environ, "C2V_RAG_CACHE": str(tmp_path / "cache")}
-    runs = [subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    results = [run.communicate(timeout=120)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
-    assert results[0] == results[1]
-    assert (tmp_path / "count").read_text() == "x"
+    monkeypatch.setenv("C2V_RAG_CACHE", str(tmp_path / "cache"))
+    converted: list[Path] = []
+    monkeypatch.setattr(bases, "_convert_gguf", lambda path, folder: converted.append(folder))
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "converting\n"
+        ours = pool.submit(bases.convert_gguf, Path("model.gguf"), "a" * 64)
+        assert wait([ours], timeout=0.5).not_done, "it did not wait for the other process"
+        other.stdin.write("go on\n")
+        other.stdin.close()
+        assert f"{ours.result()}\n" == other.stdout.readline()
+    assert converted == []
 
 
 def test_a_damaged_conversion_is_named_and_can_be_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,11 @@ from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.index import remove_vanished, stored_stamp
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
-from c2v_rag.sources import python_docs, read_sources
-from tests.tiny import tiny_model
+from c2v_rag.sources import read_sources
+from tests.plain import Letters, numbered
+from tests.tiny import assert_ranked, tiny_model
 
-DOCUMENTS = [Document(f"Passage number {i} is about topic {i % 7}.", f"source-{i // 3}", {"n": i}) for i in range(30)]
+DOCUMENTS = numbered(30)
 
 
 class Counting:
@@ -59,14 +59,17 @@ def test_search_finds_what_brute_force_finds(tmp_path: Path, model: Counting) ->
     report = index.add(DOCUMENTS)
     assert (report.added, report.unchanged, report.replaced, report.removed) == (30, 0, 0, 0)
     assert len(index) == model.embedded == 30
-    queries = ["topic 3", "passage number 12"]
+    queries = ["topic 3", "12: a passage"]
     scores = model.encode_query(queries) @ model.encode_document([d.text for d in DOCUMENTS]).T
     for query, row, hits in zip(queries, scores, index.search_many(queries, top_k=4), strict=True):
-        best = np.argsort(-row)[:4]
-        assert [hit.text for hit in hits] == [DOCUMENTS[i].text for i in best]
-        np.testing.assert_allclose([hit.score for hit in hits], row[best], atol=1e-5)
-        assert hits[0].metadata == {"n": int(best[0]), "source": DOCUMENTS[best[0]].source}
-        assert [hit.id for hit in index.search(query, top_k=4)] == [hit.id for hit in hits]
+        found = [int(hit.metadata["n"]) for hit in hits]
+        assert len(found) == 4
+        assert_ranked(found, row)
+        np.testing.assert_allclose([hit.score for hit in hits], row[found], atol=1e-5)
+        for i, hit in zip(found, hits, strict=True):
+            assert (hit.text, hit.metadata) == (DOCUMENTS[i].text, {"n": i, "source": DOCUMENTS[i].source})
+        alone = index.search(query, top_k=4)
+        np.testing.assert_allclose([hit.score for hit in alone], [hit.score for hit in hits], atol=1e-5)
     assert len(index.search("anything", top_k=100)) == 30
     assert index.search_many([]) == []
 
@@ -124,10 +127,9 @@ def test_sources_that_come_scattered_lose_nothing(
     tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("c2v_rag.index.vector_index.DOCUMENTS_READ_AHEAD", 4)
-    monkeypatch.setattr("c2v_rag.index.vector_index.CHUNKS_WRITTEN_AT_ONCE", 5)
     scattered = [Document(f"text {i}", f"source-{i % 3}") for i in range(20)]
     index = VectorIndex(tmp_path, model)
-    assert index.add(scattered).added == 20
+    assert index.add(scattered, write_every=5).added == 20
     assert index.add(scattered).unchanged == 20
     assert len(index) == 20
 
@@ -219,110 +221,86 @@ def test_any_embedder_fits(tmp_path: Path, tiny: Causal2Vec) -> None:
     assert index.search("short", top_k=1)[0].text == "short"
 
 
-PROGRAM = """
+KILLED = """
 import sys, time
 from c2v_rag import VectorIndex
-from c2v_rag.index import vector_index as module
-from c2v_rag.sources import python_docs
-from tests.test_index import Counting
-from tests.tiny import tiny_model
-module.CHUNKS_WRITTEN_AT_ONCE = 30
-class Slow(Counting):
+from tests.plain import Letters, numbered
+class Stuck(Letters):
+    calls = 0
     def encode_document(self, texts):
-        time.sleep(0.05)
+        self.calls += 1
+        if self.calls == 3:
+            print("stuck", flush=True)
+            time.sleep(600)
         return super().encode_document(texts)
-print("ready", flush=True)
-report = VectorIndex(sys.argv[1], Slow(tiny_model())).add(python_docs()[:240])
-print("done", report.added, report.unchanged, flush=True)
+VectorIndex(sys.argv[1], Stuck()).add(numbered(240), write_every=30)
 """
 
 
-def test_killed_half_way_it_goes_on_and_ends_with_the_same_ids(tmp_path: Path, model: Counting) -> None:
-    def run() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True
-        )
-
-    store = tmp_path / "killed"
-    for more_than in ("", "again"):
-        process = run()
-        generation = store / "c2v_generation"
-        seen = generation.read_text() if generation.exists() else ""
-        deadline = time.monotonic() + 120
-        while not (generation.exists() and generation.read_text() != seen) and time.monotonic() < deadline:
-            assert process.poll() is None, f"it ended before it could be killed {more_than}"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = run()
-    output = process.communicate(timeout=120)[0].split()
-    assert output[:2] == ["ready", "done"]
-    assert int(output[3]) >= 60, "what was written before the kills must not be embedded again"
-
-    undisturbed = VectorIndex(tmp_path / "undisturbed", model)
-    undisturbed.add(python_docs()[:240])
-    resumed = VectorIndex(store, model)
-    assert ids(resumed) == ids(undisturbed)
-    assert len(resumed) > 200
-    query = "Return the number of items."
-    assert [hit.id for hit in resumed.search(query)] == [hit.id for hit in undisturbed.search(query)]
-
-
-def test_a_second_writer_is_told_who_writes_and_a_reader_sees_what_was_written(tmp_path: Path, model: Counting) -> None:
-    reader = VectorIndex(tmp_path, model)
-    reader.add(DOCUMENTS[:3])
-    assert len(reader.search("passage", top_k=50)) == 3  # the graph is in this process's memory now
-    program = PROGRAM.replace("python_docs()[:240]", "documents()").replace(
-        'print("ready"',
-        "from tests.test_index import DOCUMENTS\n"
-        "def documents():\n    yield from DOCUMENTS[3:]\n    print('waiting', flush=True); sys.stdin.readline()\n"
-        'print("ready"',
-    )
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert writer.stdout is not None
-    assert writer.stdin is not None
-    lines: Iterator[str] = iter(writer.stdout.readline, "")
-    assert next(lines) == "ready\n"
-    assert next(lines) == "waiting\n"
-    with pytest.raises(PermissionError, match=f"is being written by process {writer.pid} on "):
-        reader.add(DOCUMENTS)
-    writer.stdin.write("go\n")
-    writer.stdin.close()
-    assert next(lines).startswith("done 27")
-    writer.wait(timeout=60)
-    hits = reader.search("passage", top_k=50)
-    assert len(hits) == 30
-    assert reader.add(DOCUMENTS).unchanged == 30
-
-
-def test_a_chroma_server_serves_the_same_index(tmp_path: Path, model: Counting) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with pytest.raises(ConnectionError, match=f"No Chroma server answers at {url}"):
-        VectorIndex(url, model)
-    command = [Path(sys.executable).parent / "chroma", "run", "--path", tmp_path / "server", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
+def test_killed_half_way_it_goes_on_and_ends_with_the_same_ids(tmp_path: Path) -> None:
+    for _ in range(2):  # each writes 60 more, and is killed while it embeds the next
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
             try:
-                index = VectorIndex(url, model)
-                break
-            except ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        assert index.add(DOCUMENTS).added == 30
-        assert index.add(DOCUMENTS).unchanged == 30
-        local = VectorIndex(tmp_path / "local", model)
-        local.add(DOCUMENTS)
-        assert [hit.id for hit in index.search("topic 3")] == [hit.id for hit in local.search("topic 3")]
-        assert stored_stamp(url) == model.stamp
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+                assert process.stdout.readline() == "stuck\n"
+            finally:
+                process.send_signal(signal.SIGKILL)
+    resumed = VectorIndex(tmp_path / "killed", Letters())
+    assert len(resumed) == 120
+    report = resumed.add(numbered(240), write_every=30)
+    assert (report.added, report.unchanged, report.replaced) == (120, 120, 0), "nothing is embedded twice"
+
+    undisturbed = VectorIndex(tmp_path / "undisturbed", Letters())
+    undisturbed.add(numbered(240))
+    assert ids(resumed) == ids(undisturbed)
+    query = "17: a passage"
+    found, expected = (index.search(query, top_k=240) for index in (resumed, undisturbed))
+    assert found[0].metadata["n"] == 17
+    assert {hit.id: hit.score for hit in found} == pytest.approx({hit.id: hit.score for hit in expected}, abs=1e-6)
+
+
+WRITER = """
+import sys
+from c2v_rag import VectorIndex
+from tests.plain import Letters, numbered
+def documents():
+    yield from numbered(30)[3:]
+    print("waiting", flush=True)
+    sys.stdin.readline()
+print("done", VectorIndex(sys.argv[1], Letters()).add(documents()).added, flush=True)
+"""
+
+
+def test_a_second_writer_is_told_who_writes_and_a_reader_sees_what_was_written(tmp_path: Path) -> None:
+    reader = VectorIndex(tmp_path, Letters())
+    reader.add(numbered(3))
+    assert len(reader.search("passage", top_k=50)) == 3  # the graph is in this process's memory now
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdin is not None
+        assert writer.stdout.readline() == "waiting\n"
+        with pytest.raises(PermissionError, match=f"is being written by process {writer.pid} on "):
+            reader.add(numbered(30))
+        writer.stdin.write("go\n")
+        writer.stdin.close()
+        assert writer.stdout.readline() == "done 27\n"
+    assert len(reader.search("passage", top_k=50)) == 30
+    assert reader.add(numbered(30)).unchanged == 30
+
+
+def test_a_chroma_server_serves_the_same_index(
+    tmp_path: Path, model: Counting, chroma_server: str, closed_port: int
+) -> None:
+    nobody = f"http://127.0.0.1:{closed_port}"
+    with pytest.raises(ConnectionError, match=f"No Chroma server answers at {nobody}"):
+        VectorIndex(nobody, model)
+    index = VectorIndex(chroma_server, model, collection="same_index")
+    assert index.add(DOCUMENTS).added == 30
+    assert index.add(DOCUMENTS).unchanged == 30
+    local = VectorIndex(tmp_path / "local", model)
+    local.add(DOCUMENTS)
+    found, expected = ({hit.id: hit.score for hit in one.search("topic 3", top_k=30)} for one in (index, local))
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert stored_stamp(chroma_server, "same_index") == model.stamp

@@ -156,7 +156,12 @@ def test_nothing_outside_the_standard_library_is_needed_by_config_and_sources() 
             assert not at_top or name.split(".")[0] in sys.stdlib_module_names | {"c2v_rag", "__future__"}, name
 
 
-def test_importing_the_package_loads_no_torch_and_its_names_exist() -> None:
+def run(program: str) -> str:
+    """What a fresh interpreter prints; one start is shared by all that can be looked at in one process."""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_loads_no_torch_and_no_training_and_its_names_exist() -> None:
     program = """
 import sys, c2v_rag
 from c2v_rag import Causal2VecConfig, Document, read_sources
@@ -171,18 +176,9 @@ try:
     c2v_rag.nothing
 except AttributeError as error:
     print(error)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout == "module 'c2v_rag' has no attribute 'nothing'\n"
-
-
-def test_inference_never_imports_training() -> None:
-    program = """
-import sys, c2v_rag.model, c2v_rag.index
 print([name for name in sys.modules if "finetune" in name or name in ("datasets", "sentence_transformers")])
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run(program).splitlines() == ["module 'c2v_rag' has no attribute 'nothing'", "[]"]
 
 
 INTEGRATIONS = PACKAGE.parent / "integrations"
@@ -204,34 +200,39 @@ def test_integrations_use_public_names_only_and_nothing_uses_them() -> None:
             assert name.split(".")[0] not in theirs, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["langchain_c2v", "chroma_c2v", "llama_index.embeddings.c2v"])
-def test_importing_an_integration_loads_no_torch(module: str) -> None:
-    program = f"import sys, {module}; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
+EXTRAS = {  # by integration: the package that its extra installs, and the extra
+    "langchain_c2v": ("langchain_core", "langchain"),
+    "chroma_c2v": ("chromadb", "chroma"),
+    "llama_index.embeddings.c2v": ("llama_index.core", "llama-index"),
+    "sentence_transformers_c2v": ("sentence_transformers", "sentence-transformers"),
+}
 
 
-@pytest.mark.parametrize(
-    ("module", "needs", "extra"),
-    [
-        ("langchain_c2v", "langchain_core", "langchain"),
-        ("chroma_c2v", "chromadb", "chroma"),
-        ("llama_index.embeddings.c2v", "llama_index.core", "llama-index"),
-        ("sentence_transformers_c2v", "sentence_transformers", "sentence-transformers"),
-    ],
-)
-def test_without_its_extra_an_integration_names_the_pip_line(module: str, needs: str, extra: str) -> None:
+def test_importing_an_integration_loads_no_torch() -> None:
+    modules = [module for module in EXTRAS if module != "sentence_transformers_c2v"]  # a torch module
     program = f"""
-import sys
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+    print(module, "torch" in sys.modules)
+"""
+    assert run(program).splitlines() == [f"{module} False" for module in modules]
+
+
+def test_without_its_extra_an_integration_names_the_pip_line() -> None:
+    program = f"""
+import importlib, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name == {needs!r}:
+        if name in {[needs for needs, _ in EXTRAS.values()]}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
-try:
-    import {module}
-except ImportError as error:
-    print(error)
+for module in {[*EXTRAS]}:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(error)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert f'pip install "c2v-rag[{extra}]"' in run.stdout
+    said = run(program).splitlines()
+    for (_, extra), line in zip(EXTRAS.values(), said, strict=True):
+        assert f'pip install "c2v-rag[{extra}]"' in line

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -25,7 +27,38 @@ TEXTS = [
     "A document may spell <|im_end|>, [SEP] or </s>, and goes on behind it.",
 ]
 WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
+_OPENINGS = ("A recipe for", "The history of", "How to mend", "Four songs about", "A letter from")
+_THINGS = ("bread", "a heap", "the museum", "an old clock", "copper", "the tide", "a violin", "the moon")
+_ENDINGS = (
+    "It was written in the winter of that year, when the harbour lay under ice.",
+    "Knead it well, and leave it in a warm place for an hour.",
+    "Nobody has counted them since; a guess is all there is.",
+    "Read the second part first, then the appendix, then whatever is left.",
+    "The smallest comes off first, and the others move up by one.",
+    "Close it at six, except on Mondays and in the second week of May.",
+    "Sand the edges, oil the hinges, and let the whole thing dry.",
+)
 INSTRUCTION = "Given a question, retrieve passages that answer it"
+
+
+def passages(count: int) -> list[str]:
+    """Distinct passages, at most 280: the same on every machine and for every Python."""
+    assert count <= len(_OPENINGS) * len(_THINGS) * len(_ENDINGS)
+    return [
+        f"{_OPENINGS[i % len(_OPENINGS)]} {_THINGS[i % len(_THINGS)]}. {_ENDINGS[i % len(_ENDINGS)]}"
+        for i in range(count)
+    ]
+
+
+def assert_ranked(found: Sequence[int], scores: np.ndarray, tolerance: float = 1e-5) -> None:
+    """`found` are the places of the highest of `scores` (N,), best first.
+
+    Scores that differ by less than the tolerance may stand in either order: which of them comes first is rounding.
+    """
+    assert len({*found}) == len(found) > 0
+    assert np.ptp(scores) > 100 * tolerance, "all scores are alike: nothing was shown"
+    np.testing.assert_allclose(scores[[*found]], np.sort(scores)[::-1][: len(found)], rtol=0, atol=tolerance)
+
 
 # Two layers wide as a thumb; heads of 8, so that every family's rotary embedding has something to turn.
 _SIZE: dict[str, Any] = {

@@ -18,6 +18,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from c2v_rag import Document, VectorIndex, shared_model
 from c2v_rag.app.page import SearchApp
 from c2v_rag.sources import python_docs
+from tests.conftest import NO_CHROMIUM
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 HOSTILE = "Evil <script>document.title='pwned'</script> ${document.title='pwned'} {{value}}"
@@ -27,20 +28,21 @@ expect.set_options(timeout=60_000)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@pytest.fixture(scope="module")
 def chromium() -> str:
-    """A system Chromium, else Playwright's own; skips the test where neither is there."""
+    """A system Chromium, else Playwright's own; skips the tests where neither is there."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
     if not Path(own).exists():
-        pytest.skip("No Chromium: install the system's (Debian: apt-get install chromium) or run playwright install.")
+        pytest.skip(NO_CHROMIUM)  # counted in the last line of the run
     return own
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     store = tmp_path_factory.mktemp("app") / "store"
     model = shared_model()
     wanted = ("shutil", "heapq", "functools")
@@ -52,10 +54,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser_page(address: str) -> Iterator[Page]:
-    executable = chromium()
+def browser_page(chromium: str, address: str) -> Iterator[Page]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1200, "height": 860})
         page.set_default_timeout(60_000)
         yield page

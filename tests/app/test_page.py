@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,32 +108,28 @@ def test_a_second_run_waits_for_the_first_and_loses_nothing(app: SearchApp, tmp_
     assert "1 passages added" in last(run)
 
 
-def test_cancelled_half_way_and_started_again_it_ends_with_everything(app: SearchApp, tmp_path: Path) -> None:
+def test_cancelled_half_way_and_started_again_it_ends_with_everything(
+    app: SearchApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(120):
         (tmp_path / f"{i:03d}.txt").write_text(f"Passage number {i}.")
     files = sorted(tmp_path.glob("*.txt"))
     request: Any = SimpleNamespace(session_hash="s")
-    slow = app._model.encode_document
-    wrote = threading.Event()
+    encode, cancelled, calls = app._model.encode_document, threading.Event(), count()
 
-    def watched(texts: list[str], **options: Any) -> np.ndarray:
-        wrote.set()
-        time.sleep(0.3)
-        return slow(texts, **options)
+    def held(texts: list[str], **options: Any) -> np.ndarray:
+        if next(calls) == 1:  # the second part of them
+            assert cancelled.wait(60)
+        return encode(texts, **options)
 
-    app._model.encode_document = watched  # type: ignore[method-assign, assignment]
-    try:
-        run = app.add([str(file) for file in files], "", False, "documents", request)
-        shown = [next(run)]
-        wrote.wait(20)
-        while "documents read" not in shown[-1]:
-            shown.append(next(run))
-        app.cancel(request)
-        assert "Cancelled" in last(run)
-    finally:
-        del app._model.encode_document
-    assert "of 120 documents read" in shown[-1]
-    assert "<progress value=" in shown[-1]
+    monkeypatch.setattr(app._model, "encode_document", held)
+    run = app.add([str(file) for file in files], "", False, "documents", request)
+    shown = next(message for message in run if "documents read" in message)
+    app.cancel(request)
+    cancelled.set()
+    assert "Cancelled" in last(run)
+    assert "of 120 documents read" in shown
+    assert "<progress value=" in shown
     kept = len(app._searcher("documents").index)
     assert 0 < kept < 120
     report = add(app, files)
@@ -179,11 +175,11 @@ def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None
         line = next(line for line in process.stderr if "The page is at" in line)
         address = line.split()[4]
         assert address.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(address, timeout=30) as page:
+        with urllib.request.urlopen(address, timeout=120) as page:
             assert b"Causal2Vec search" in page.read()
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
 
 
 def test_what_moved_is_marked_and_texts_are_escaped() -> None:

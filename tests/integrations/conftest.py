@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from c2v_rag.embedders import shared_model
 from c2v_rag.model import Causal2Vec
-from c2v_rag.sources import python_docs
+from tests import tiny
 from tests.tiny import tiny_model
 
 
@@ -27,15 +26,9 @@ def core(folder: str) -> Causal2Vec:
 
 @pytest.fixture(scope="session")
 def passages() -> list[str]:
-    """200 real passages."""
-    documents = [document.text[:200] for document in python_docs() if len(document.text) > 60]
-    return documents[:: len(documents) // 200][:200]
+    return tiny.passages(200)
 
 
 @pytest.fixture(scope="session")
 def queries() -> list[str]:
-    return [document.text.partition("\n\n")[2][:60] for document in python_docs()[100:2100:100]]
-
-
-def top_10(queries: np.ndarray, documents: np.ndarray) -> list[list[int]]:
-    return [np.argsort(-row, kind="stable")[:10].tolist() for row in queries @ documents.T]
+    return [passage[8:60] for passage in tiny.passages(280)[::14]]

@@ -8,7 +8,6 @@ import inspect
 import itertools
 import pickle
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from langchain_text_splitters import RecursiveCharacterTextSplitter
 from pydantic import ValidationError
 from transformers import pipeline
 
-from c2v_rag import read_sources
+from c2v_rag import gather, read_sources
 from c2v_rag.checkpoint import locate_base
 from c2v_rag.model import Causal2Vec
 from langchain_c2v import Causal2VecEmbeddings
@@ -143,27 +142,24 @@ def test_it_is_described_by_its_settings_and_pickles_without_weights(folder: str
 def test_async_does_not_block_the_loop(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     expected = embeddings.embed_query("a heap")
-    started = threading.Event()
+    started, loop_ran = threading.Event(), threading.Event()
     encode = Causal2Vec.encode_query
 
-    def slow(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
+    def waits_for_the_loop(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
         started.set()
-        time.sleep(0.3)
+        assert loop_ran.wait(60), "the loop stood still while it embedded"
         return encode(self, texts, **options)
 
-    monkeypatch.setattr(Causal2Vec, "encode_query", slow)
+    monkeypatch.setattr(Causal2Vec, "encode_query", waits_for_the_loop)
 
-    async def run() -> tuple[list[float], int]:
+    async def run() -> list[float]:
         task = asyncio.ensure_future(embeddings.aembed_query("a heap"))
-        ticks = 0
-        while not task.done():
+        while not started.is_set():
             await asyncio.sleep(0.01)
-            ticks += started.is_set()
-        return await task, ticks
+        loop_ran.set()
+        return await task
 
-    vector, ticks = asyncio.run(run())
-    assert vector == expected
-    assert ticks >= 5, "the loop stood still while it embedded"
+    assert asyncio.run(run()) == expected
 
 
 def test_calls_that_wait_together_are_embedded_together(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,19 +167,31 @@ def test_calls_that_wait_together_are_embedded_together(folder: str, monkeypatch
     questions = [f"question number {i}" for i in range(64)]
     expected = [embeddings.embed_query(question) for question in questions]
     encode, calls = Causal2Vec.encode_query, []
+    all_wait = threading.Event()
+    submitted = 0
 
-    def counted(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
+    def held(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
         calls.append(len(texts))
+        assert all_wait.wait(60)
         return encode(self, texts, **options)
 
-    monkeypatch.setattr(Causal2Vec, "encode_query", counted)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal submitted
+        submitted += 1
+        waiting = gather(*arguments, **options)
+        if submitted == 64:
+            all_wait.set()
+        return waiting
+
+    monkeypatch.setattr(Causal2Vec, "encode_query", held)
+    monkeypatch.setattr("langchain_c2v.embeddings.gather", counted)
 
     async def run() -> list[list[float]]:
         return await asyncio.gather(*(embeddings.aembed_query(question) for question in questions))
 
     np.testing.assert_allclose(asyncio.run(run()), expected, atol=1e-5)
     assert sum(calls) == 64
-    assert len(calls) < 32, calls
+    assert len(calls) == 2, "what came while the first call ran goes together in the second"
 
 
 def test_a_cache_tells_models_apart_and_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:
@@ -199,6 +207,9 @@ def test_a_cache_tells_models_apart_and_gives_the_same_vectors(folder: str, core
         np.testing.assert_allclose(cached.embed_documents(["a", "b"]), one.embed_documents(["a", "b"]), atol=1e-6)
         np.testing.assert_allclose(cached.embed_query("a"), one.embed_query("a"), atol=1e-6)
     assert len(list(store.yield_keys())) == 6
+
+
+BREAD = "Bread rises because yeast eats the sugar in the dough and gives off gas."
 
 
 class FolderLoader(BaseLoader):
@@ -217,7 +228,7 @@ def retriever(tmp_path: Path) -> Any:
     """Loader, splitter, Chroma with the default weights, retriever: two chunks a question."""
     texts = {
         "heap.txt": "A heap is a tree that keeps its smallest item at the root.\n\nTaking it off costs log n steps.",
-        "bread.txt": "Bread rises because yeast eats the sugar in the dough and gives off gas.\n\nSalt slows it down.",
+        "bread.txt": f"{BREAD}\n\nSalt slows it down.",
         "moon.txt": "The moon turns once on its axis for each time it goes around the earth.\n\nIt has no air.",
     }
     for name, text in texts.items():
@@ -269,6 +280,9 @@ def test_the_local_decoder_answers_from_what_was_retrieved(retriever: Any) -> No
     prompt = ChatPromptTemplate.from_template("Answer from this text: {context}\n\n{question} Use one sentence.")
     join = RunnableLambda(lambda documents: "\n".join(document.page_content for document in documents))
     chain = {"context": retriever | join, "question": RunnablePassthrough()} | prompt | ChatHuggingFace(llm=llm)
-    answer = str((chain | StrOutputParser()).invoke("What makes dough grow in the oven?"))
-    assert "bread" in answer.lower(), answer  # a word of the passage, not of the question
-    assert "Use one sentence" not in answer, "the prompt is no part of the answer"
+    question = "What makes dough grow in the oven?"
+    answer = str((chain | StrOutputParser()).invoke(question))
+    # How well a small model answers is not ours to judge: it must be what it says to the passage and the question.
+    asked = f"Answer from this text: {BREAD}\n\n{question} Use one sentence."
+    assert answer.strip()
+    assert answer == pipe([{"role": "user", "content": asked}])[0]["generated_text"]

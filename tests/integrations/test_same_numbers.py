@@ -12,7 +12,7 @@ from c2v_rag.model import Causal2Vec
 from chroma_c2v import Causal2VecEmbeddingFunction
 from langchain_c2v import Causal2VecEmbeddings
 from sentence_transformers_c2v import load
-from tests.integrations.conftest import top_10
+from tests.tiny import assert_ranked
 
 
 def test_every_door_gives_the_cores_vectors_and_rankings(
@@ -20,8 +20,6 @@ def test_every_door_gives_the_cores_vectors_and_rankings(
 ) -> None:
     assert (len(passages), len(queries)) == (200, 20)
     documents, asked = core.encode_document(passages), core.encode_query(queries)
-    expected = top_10(asked, documents)
-    assert len({tuple(row) for row in expected}) > 10, "every query finds the same: nothing was shown"
 
     langchain = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     llama = Causal2VecEmbedding(folder, dtype="float32")
@@ -42,9 +40,9 @@ def test_every_door_gives_the_cores_vectors_and_rankings(
     for door, (theirs, their_queries) in doors.items():
         np.testing.assert_allclose(theirs, documents, atol=1e-5, err_msg=door)
         np.testing.assert_allclose(their_queries, asked, atol=1e-5, err_msg=door)
-        assert top_10(np.array(their_queries), np.array(theirs)) == expected, door
 
     collection = chromadb.EphemeralClient().create_collection(f"t{uuid4().hex}", embedding_function=chroma)
     collection.add(ids=[str(i) for i in range(200)], documents=passages)
     found = collection.query(query_texts=queries, n_results=10)["ids"]
-    assert [[int(id) for id in row] for row in found] == expected
+    for ids, scores in zip(found, asked @ documents.T, strict=True):
+        assert_ranked([int(id) for id in ids], scores)

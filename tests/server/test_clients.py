@@ -142,10 +142,12 @@ def test_an_index_of_either_is_one_of_the_other(remote: RemoteModel, model: Caus
     assert "Encoder alone" not in app._methods()
 
 
-def test_who_is_away_busy_or_another_is_named(model: Causal2Vec, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_away_busy_or_another_is_named(
+    model: Causal2Vec, url: str, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     with pytest.raises(ConnectionError, match="c2v-rag serve"):
-        _ = RemoteModel("http://127.0.0.1:9").stamp
+        _ = RemoteModel(f"http://127.0.0.1:{closed_port}").stamp
     with pytest.raises(PermissionError, match=API_KEY_VARIABLE):
         _ = RemoteModel(url, "wrong").stamp
     with pytest.raises(ValueError, match="http://"):

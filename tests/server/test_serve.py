@@ -1,4 +1,4 @@
-"""`c2v-rag serve` as a process: whom it lets in, how it stops, and what ten thousand requests do to it."""
+"""`c2v-rag serve` as a process: whom it lets in, how it stops, and what thousands of requests do to it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ import pytest
 
 from c2v_rag.model import Causal2Vec
 from c2v_rag.server.run import read_keys
+from tests.test_cli import run
 from tests.tiny import WORDS
 
-REQUESTS, AT_ONCE = 10_000, 32
+REQUESTS, AT_ONCE = 2_000, 32
 
 
 @contextmanager
@@ -52,10 +53,9 @@ def waiting(url: str) -> float:
 
 
 def test_a_public_address_needs_a_key_or_a_word(tiny_checkpoint: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "c2v_rag.cli", "serve", "--model", tiny_checkpoint, "--host", "0.0.0.0"]
-    refused = subprocess.run(command, capture_output=True, text=True)
+    refused = run("serve", "--model", tiny_checkpoint, "--host", "0.0.0.0")
     assert refused.returncode == 1
-    assert "Give --api-key-file, or say --no-key" in refused.stderr
+    assert "Give --api-key-file, or say --no-key" in refused.stderr.replace("\n", " ")
     (tmp_path / "keys").write_text("# nobody yet\n\n")
     with pytest.raises(ValueError, match="holds no key"):
         read_keys(tmp_path / "keys")
@@ -67,20 +67,22 @@ def test_sigterm_finishes_what_was_accepted(tiny_checkpoint: str) -> None:
     texts = [f"{' '.join(WORDS * 8)} {number}" for number in range(1500)]
     with serve(tiny_checkpoint) as (url, process), ThreadPoolExecutor(1) as pool:
         body = {"model": "tiny", "input": texts, "truncate": True}
-        answer = pool.submit(httpx.post, f"{url}/v1/embeddings", json=body, timeout=60)
+        answer = pool.submit(httpx.post, f"{url}/v1/embeddings", json=body, timeout=250)
         while not waiting(url):
+            assert not answer.done(), "it was answered before it could be asked to stop"
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
         answered = answer.result()
         assert answered.status_code == 200
         assert len(answered.json()["data"]) == len(texts)
-        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert process.wait(120) in (0, -signal.SIGTERM)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
 
 
 @pytest.mark.slow
-def test_ten_thousand_mixed_requests(tiny_checkpoint: str) -> None:
+@pytest.mark.timeout(600)
+def test_thousands_of_mixed_requests(tiny_checkpoint: str) -> None:
     model = Causal2Vec.from_pretrained(tiny_checkpoint, dtype="float32")
     short, long, empty = "bread and yeast", " ".join(WORDS * 12), ""
     expected = {text: model.encode_document([text])[0] for text in (short, long, empty)}
@@ -113,19 +115,19 @@ def test_ten_thousand_mixed_requests(tiny_checkpoint: str) -> None:
             body = {"model": "tiny", "input": [text] * count, "truncate": True}
             if kind == "aborted":
                 with pytest.raises(httpx.TimeoutException):
-                    await client.post("/v1/embeddings", json=body | {"input": [text] * 200}, timeout=0.001)
+                    await client.post("/v1/embeddings", json=body | {"input": [text] * 64}, timeout=0.001)
             else:
                 answer = await client.post("/v1/embeddings", json=body)
                 assert answer.status_code == 200, answer.text[:200]
                 vectors = [one["embedding"] for one in answer.json()["data"]]
                 np.testing.assert_allclose(vectors, [expected[text]] * count, atol=1e-5)
         seen[kind] += 1
-        if number % 1000 == 999:
+        if number % 500 == 499:
             memory.append(process.memory_info().rss / 2**20)
 
     async def load(url: str, process: psutil.Process) -> None:
         numbers = iter(range(REQUESTS))
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
             async def worker() -> None:
                 for number in numbers:
@@ -141,7 +143,7 @@ def test_ten_thousand_mixed_requests(tiny_checkpoint: str) -> None:
             time.sleep(0.05)
         assert httpx.get(f"{url}/ready").status_code == 200
         metrics = httpx.get(f"{url}/metrics").text
-    print(f"{REQUESTS} requests in {took:.0f} s: {dict(seen)}; MiB after every thousand: {[round(m) for m in memory]}")
+    print(f"{REQUESTS} requests in {took:.0f} s: {dict(seen)}; MiB after every 500: {[round(m) for m in memory]}")
     assert seen.total() == REQUESTS
     good = re.search(r'c2v_requests_total\{path="/v1/embeddings",status="200"\} (\S+)', metrics)
     assert good is not None
