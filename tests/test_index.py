@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import chromadb
 import numpy as np
 import pytest
+from chromadb.api.models.Collection import Collection
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.index import remove_vanished, stored_stamp
+from c2v_rag.index import remove_vanished, stored_stamp, stored_stamps
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import read_sources
@@ -51,7 +55,7 @@ def model(tiny: Causal2Vec) -> Counting:
 
 
 def ids(index: VectorIndex) -> set[str]:
-    return set(index._collection().get(include=[])["ids"])
+    return {chunk.id for chunk in index.chunks()}
 
 
 def test_search_finds_what_brute_force_finds(tmp_path: Path, model: Counting) -> None:
@@ -76,6 +80,7 @@ def test_search_finds_what_brute_force_finds(tmp_path: Path, model: Counting) ->
 
 def test_an_empty_index_finds_nothing_and_bad_queries_are_named(tmp_path: Path, model: Counting) -> None:
     index = VectorIndex(tmp_path, model)
+    index.add([])
     assert index.search("anything") == []
     assert len(index) == 0
     with pytest.raises(TypeError, match="search_many"):
@@ -139,7 +144,7 @@ def test_long_documents_are_cut_into_chunks_the_model_reads_whole(tmp_path: Path
     index = VectorIndex(tmp_path, model)
     report = index.add([Document(text, "long"), Document("x" * 5000, "one word"), Document("🙂\ud800\x00", "odd")])
     assert report.truncated == 0
-    found = index._collection().get(include=["documents"])["documents"] or []
+    found = [chunk.text for chunk in index.chunks()]
     assert len(found) > 20
     assert max(model.count_tokens(found)) <= model.max_tokens
     for i in range(60):
@@ -157,6 +162,7 @@ def test_files_that_change_or_vanish_are_followed(tmp_path: Path, model: Countin
     assert index.add(read_sources([folder])).added == 3
     (folder / "two.txt").write_text("Another text.", encoding="utf-8")
     (folder / "below" / "three.txt").unlink()
+    (folder / "below").rmdir()
     report = index.add(read_sources([folder]))
     assert (report.added, report.unchanged, report.replaced) == (1, 1, 1)
     assert remove_vanished(index, folder) == 1
@@ -164,6 +170,116 @@ def test_files_that_change_or_vanish_are_followed(tmp_path: Path, model: Countin
         "/elsewhere/gone.txt",
         *(str((folder / name).resolve()) for name in ("one.txt", "two.txt")),
     }
+
+
+def test_reading_a_mistyped_store_or_collection_creates_nothing(tmp_path: Path, model: Counting) -> None:
+    missing = tmp_path / "mistyped" / "store"
+    index = VectorIndex(missing, model)
+    with pytest.raises(FileNotFoundError, match=r"There is no index in .*mistyped.store\. Make one"):
+        index.search("anything")
+    assert (len(index), index.sources(), list(index.chunks()), index.sample(3)) == (0, set(), [], [])
+    assert index.get("some id") is None
+    assert index.delete("some source") == 0
+    index.delete_ids(["some id"])
+    assert index.version == "-0"
+    assert list(tmp_path.iterdir()) == []
+
+    store = tmp_path / "store"
+    VectorIndex(store, model).add(DOCUMENTS[:3])
+    other = VectorIndex(store, model, "mistyped")
+    assert len(other) == 0
+    with pytest.raises(FileNotFoundError, match=r"no collection 'mistyped'; it has \['documents'\]"):
+        other.search("anything")
+    assert stored_stamps(store).keys() == {"documents"}
+    assert other.add(DOCUMENTS[:3]).added == len(other.search("anything")) == 3
+
+
+def test_a_folder_that_is_not_mounted_costs_no_chunks(
+    tmp_path: Path, model: Counting, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, moved = tmp_path / "notes" / "disk", tmp_path / "elsewhere"
+    (disk / "below").mkdir(parents=True)
+    for path in (tmp_path / "notes" / "a.txt", disk / "b.txt", disk / "below" / "c.txt"):
+        path.write_text(f"The file {path.name}.", encoding="utf-8")
+    index = VectorIndex(tmp_path / "store", model)
+    assert index.add(read_sources([tmp_path / "notes"])).added == 3
+    disk.rename(moved)
+    disk.mkdir()
+    (disk / ".keep").touch()
+    assert remove_vanished(index, tmp_path / "notes") == remove_vanished(index, disk) == 0
+    assert f"{disk.resolve()} is empty: 2 file(s)" in caplog.text
+    assert "--prune" in caplog.text
+    (tmp_path / "notes" / "a.txt").unlink()
+    assert remove_vanished(index, tmp_path / "notes") == 1, "the folder has an entry: the file is really gone"
+    assert len(index) == 2
+    assert remove_vanished(index, tmp_path / "notes", prune=True) == 2
+    assert len(index) == 0
+
+
+def test_a_file_whose_state_cannot_be_read_has_not_vanished(
+    tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "notes" / name).write_text(f"The file {name}.", encoding="utf-8")
+    index = VectorIndex(tmp_path / "store", model)
+    index.add(read_sources([tmp_path / "notes"]))
+    (tmp_path / "notes" / "a.txt").unlink()
+    real_stat = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert remove_vanished(index, tmp_path / "notes", prune=True) == 0
+    assert len(index) == 2
+
+
+def test_a_source_that_cannot_be_read_any_more_keeps_its_chunks(tmp_path: Path, model: Counting) -> None:
+    table = tmp_path / "notes" / "table.csv"
+    table.parent.mkdir()
+    table.write_text("text\n" + "".join(f"row {i}\n" for i in range(20)), encoding="utf-8")
+    index = VectorIndex(tmp_path / "store", model)
+    assert index.add(read_sources([table])).added == 20
+    table.write_bytes(b"text\nrow 0\nrow 1\n\xff\n")
+    problems: list[str] = []
+    report = index.add(read_sources([table.parent], on_error=lambda path, error: problems.append(str(error))))
+    assert (report.added, report.unchanged, report.replaced) == (0, 0, 0)
+    assert "table.csv" in problems[0]
+    assert remove_vanished(index, table.parent) == 0
+    assert len(index) == 20
+
+
+def test_a_sample_reads_only_the_chunks_that_it_draws(
+    tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("c2v_rag.index.vector_index._PAGE", 7)
+    index = VectorIndex(tmp_path, model)
+    index.add(DOCUMENTS)
+    with_embeddings: list[int] = []
+    real_get = Collection.get
+
+    def get(collection: Collection, **options: Any) -> Any:
+        found = real_get(collection, **options)
+        if options["include"]:
+            with_embeddings.append(len(found["ids"]))
+        return found
+
+    monkeypatch.setattr(Collection, "get", get)
+    sample = index.sample(9)
+    assert sum(with_embeddings) == len({chunk.id for chunk in sample}) == 9
+    monkeypatch.undo()
+    everything = {chunk.id: chunk for chunk in index.chunks(embeddings=True)}
+    positions = [list(everything).index(chunk.id) for chunk in sample]
+    assert positions == sorted(positions)
+    for chunk in sample:
+        assert (chunk.text, chunk.metadata) == (everything[chunk.id].text, everything[chunk.id].metadata)
+        np.testing.assert_array_equal(chunk.embedding, everything[chunk.id].embedding)
+    assert [chunk.id for chunk in index.sample(9)] == [chunk.id for chunk in sample]
+    assert [chunk.id for chunk in index.sample(9, seed=1)] != [chunk.id for chunk in sample]
+    assert [chunk.id for chunk in index.sample(100)] == list(everything)
 
 
 def test_a_store_inside_the_folder_that_it_indexes_is_no_part_of_it(tmp_path: Path, model: Counting) -> None:
@@ -185,7 +301,7 @@ def test_another_model_is_refused_and_a_copy_is_not(tmp_path: Path, tiny: Causal
     copy = tiny_model()
     copy.name = "a copy elsewhere"
     assert len(VectorIndex(tmp_path, copy)) == 30
-    assert VectorIndex(tmp_path, tiny_model(seed=1), collection="other").search("a") == []
+    assert VectorIndex(tmp_path, tiny_model(seed=1), collection="other").add(DOCUMENTS[:1]).added == 1
     assert stored_stamp(tmp_path) == tiny.stamp
 
 
@@ -193,8 +309,8 @@ def test_a_collection_made_by_others_and_a_missing_index_are_named(tmp_path: Pat
     with pytest.raises(FileNotFoundError, match=r"There is no index in .*c2v-rag index"):
         stored_stamp(tmp_path / "missing")
     assert not (tmp_path / "missing").exists()
-    index = VectorIndex(tmp_path, tiny)
-    index._store.client().create_collection("theirs")
+    VectorIndex(tmp_path, tiny).add([])
+    chromadb.PersistentClient(str(tmp_path)).create_collection("theirs")
     with pytest.raises(ValueError, match="was not made by c2v_rag"):
         VectorIndex(tmp_path, tiny, collection="theirs")
     with pytest.raises(ValueError, match="'a b' cannot name a Chroma collection"):

@@ -63,10 +63,19 @@ CORE = {
     "sources.document": set(),
     "sources.files": {"sources.docstrings", "sources.document", "sources.formats"},
     "sources.formats": set(),
-    "index.__init__": {"index.chunking", "index.stamp", "index.stores", "index.vector_index"},
+    "index.__init__": {
+        "index.chroma_server",
+        "index.chunking",
+        "index.stamp",
+        "index.stores",
+        "index.vanished",
+        "index.vector_index",
+    },
+    "index.chroma_server": set(),
     "index.chunking": {"sources"},
     "index.stamp": {"index.stores", "protocols"},
-    "index.stores": {"protocols"},
+    "index.stores": {"index.chroma_server", "protocols"},
+    "index.vanished": {"index.vector_index"},
     "index.vector_index": {"index.chunking", "index.stamp", "index.stores", "protocols", "sources"},
 }
 # Above everything else: what each file of the command line may import of the command line. It may import all the rest.

@@ -18,7 +18,7 @@ from c2v_rag.app import render
 from c2v_rag.app.adding import Added, add
 from c2v_rag.app.search import CAUSAL2VEC, ENCODER, ENCODER_SUFFIX, METHODS, Searcher
 from c2v_rag.app.task import Stopped, Task
-from c2v_rag.index import DEFAULT_COLLECTION, Chunk, stored_stamps
+from c2v_rag.index import DEFAULT_COLLECTION, store_name, stored_stamps
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder, same_weights
 from c2v_rag.sources import PYTHON_DOCS
@@ -267,7 +267,7 @@ class SearchApp:
         from sklearn.decomposition import PCA
 
         try:
-            chunks = _sample(list(self._searcher(collection).index.chunks(embeddings=True)), MAP_POINTS)
+            chunks = self._searcher(collection).index.sample(MAP_POINTS)
         except Exception as error:
             return render.message(_reason(error), "error")
         if len(chunks) < 3:
@@ -284,7 +284,7 @@ class SearchApp:
 
     def about(self, collection: str | None) -> str:
         """Model, device, dimensions, and a speed measured now on the collection's own passages."""
-        rows: dict[str, Any] = {"c2v-rag": __version__, "store": self._store}
+        rows: dict[str, Any] = {"c2v-rag": __version__, "store": store_name(self._store)}
         rows |= {name: value for name, value in self._model.stamp.items() if value != ""}
         if isinstance(self._model, Causal2Vec):
             rows |= {
@@ -322,13 +322,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
         return str(error)
     return f"{type(error).__name__}: {error}"  # a library's own kind of error: its text alone may say little
-
-
-def _sample(chunks: list[Chunk], number: int) -> list[Chunk]:
-    if len(chunks) <= number:
-        return chunks
-    rows = np.random.default_rng(0).choice(len(chunks), number, replace=False)
-    return [chunks[row] for row in sorted(rows)]
 
 
 def _measure(model: Embedder, texts: list[str]) -> Mapping[str, str]:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
-from c2v_rag.index.stores import DEFAULT_COLLECTION, count_chunks, open_store
-from c2v_rag.index.vector_index import CHUNKS_WRITTEN_AT_ONCE, Hit, IndexReport, VectorIndex, remove_vanished
+from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
+from c2v_rag.index.vanished import remove_vanished
+from c2v_rag.index.vector_index import CHUNKS_WRITTEN_AT_ONCE, Hit, IndexReport, VectorIndex
 
 __all__ = [
     "CHUNKS_WRITTEN_AT_ONCE",
     "DEFAULT_COLLECTION",
     "STAMP_KEY",
+    "ChromaServer",
     "Chunk",
     "Hit",
     "IndexReport",
+    "StoreAddress",
     "VectorIndex",
     "check_stamp",
     "count_chunks",
+    "find_collection",
     "new_chunks",
     "open_store",
     "present_ids",
     "remove_vanished",
+    "store_name",
     "stored_stamp",
     "stored_stamps",
 ]

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 256
 CHUNK_OVERLAP = 0.1
-_TOKENS_UNKNOWN_CHARACTERS = 4  # characters a token, for an embedder that cannot count
+_CHARACTERS_PER_TOKEN = 4  # for an embedder that cannot count tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What a collection holds: a part of a document, and its embedding (embedding_dim,) where that was asked for."""
+    """A part of a document as a collection stores it; `embedding` (embedding_dim,) where it was asked for."""
 
     id: str
     text: str
@@ -35,10 +35,10 @@ class Chunk:
     embedding: np.ndarray | None = None
 
 
-def present_ids(collection: Collection, sources: AbstractSet[str]) -> dict[str, set[str]]:
-    """By source, the ids of the chunks that a Chroma collection has of it."""
+def present_ids(collection: Collection | None, sources: AbstractSet[str]) -> dict[str, set[str]]:
+    """By source, the ids of its chunks in a Chroma collection; none for a collection that does not exist."""
     present: dict[str, set[str]] = {source: set() for source in sorted(sources)}
-    if not present:
+    if not present or collection is None:
         return present
     of_these: Any = {"source": {"$in": list(present)}}
     if len(present) == 1:  # perhaps a large table, whose metadata need not be read
@@ -58,12 +58,12 @@ def new_chunks(
     repeated: Counter[str],
     counts: Counter[str],
 ) -> Iterator[list[Chunk]]:
-    """For each document its chunks that are not `present` (by source); those that are, are taken out of there.
+    """For each document its chunks that are not `present` (ids by source); ids that are found again leave `present`.
 
-    `repeated` counts equal pairs of source and text, over all calls of a run; `counts` what was "unchanged" and
-    "truncated". `model` as for `_cut`.
+    `repeated` counts equal pairs of source and text, over all calls of a run. `counts` adds up "unchanged" and
+    "truncated". `model` counts tokens (`count_tokens`, `max_tokens`) where it can.
     """
-    for document, texts in zip(documents, _cut(documents, model, counts), strict=True):
+    for document, texts in zip(documents, _split(documents, model, counts), strict=True):
         chunks = []
         for text in texts:
             id = _chunk_id(document.source, text, repeated)
@@ -75,11 +75,10 @@ def new_chunks(
         yield chunks
 
 
-def _cut(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
-    """The texts of each document's chunks, of at most 256 of the model's tokens.
+def _split(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
+    """The texts of each document's chunks, of at most CHUNK_TOKENS of the model's tokens.
 
-    `model` counts tokens where it can (`count_tokens`, `max_tokens`). Pieces that could not be made short enough are
-    added to counts["truncated"].
+    Chunks that could not be made short enough are added to counts["truncated"].
     """
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
@@ -100,7 +99,7 @@ def _cut(documents: Sequence[Document], model: object, counts: Counter[str]) -> 
 
 
 def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
-    """SHA-256 of source, text, and how many equal pairs came before."""
+    """SHA-256 of source, text, and the number of equal pairs before."""
     pair = json.dumps([source, text])
     digest = hashlib.sha256(pair.encode()).hexdigest()
     earlier = repeated[digest]
@@ -109,4 +108,4 @@ def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
 
 
 def _count_by_characters(texts: Sequence[str]) -> list[int]:
-    return [len(text) // _TOKENS_UNKNOWN_CHARACTERS + 1 for text in texts]
+    return [len(text) // _CHARACTERS_PER_TOKEN + 1 for text in texts]

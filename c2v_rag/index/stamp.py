@@ -1,23 +1,25 @@
-"""The stamp of a collection: which model made its vectors. Read, and compared with the model at hand."""
+"""The stamp of a collection: which model made its vectors. It is read here, and compared with a loaded model's."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from c2v_rag.index.stores import DEFAULT_COLLECTION, holds_store, stored_metadata
+from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, missing_index, stored_metadata
 from c2v_rag.protocols import same_weights
 
 STAMP_KEY = "c2v_stamp"
 
 
 def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection: str) -> None:
-    """ValueError when vectors of these two models must not be compared.
+    """Refuse a model whose vectors must not be compared with those of a collection.
 
-    Copies are equal: a model's name and the places its weights came from may differ. A stamp of version 0.1 names the
-    weights as that version did.
+    `stored`: the collection's stamp; `model`: the stamp of the model at hand. Every entry must be equal, except the
+    ones that only say where a model came from ("name", "encoder", "llm"): copies of a model are equal. A stamp of
+    version 0.1 names the weights as that version did.
+
+    Raises ValueError with the entries that differ.
     """
     keys = sorted((stored.keys() | model.keys()) - {"weights_0_1"})
     differing = [key for key in keys if stored.get(key) != model.get(key)]
@@ -34,7 +36,7 @@ def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection:
 
 
 def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str, str | int]:
-    """The stamp in a collection's metadata. ValueError where there is none."""
+    """The stamp in a collection's metadata. Raises ValueError where there is none."""
     if not metadata or STAMP_KEY not in metadata:
         raise ValueError(
             f"The collection {collection!r} was not made by c2v_rag, so nothing says which model its vectors are of. "
@@ -44,22 +46,18 @@ def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str,
     return stamp
 
 
-def stored_stamp(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_COLLECTION) -> dict[str, str | int]:
+def stored_stamp(store: StoreAddress, collection: str = DEFAULT_COLLECTION) -> dict[str, str | int]:
     """The stamp of the model that made a collection; nothing is created.
 
     Raises FileNotFoundError when there is no such store or collection, ValueError when c2v_rag did not make it.
     """
-    if not holds_store(path_or_url):
-        raise FileNotFoundError(
-            f"There is no index in {path_or_url}. Make one: c2v-rag index SOURCE --store {path_or_url}"
-        )
-    found = stored_metadata(path_or_url)
+    found = stored_metadata(store)
     if collection not in found:
-        raise FileNotFoundError(f"{path_or_url} has no collection {collection!r}; it has {list(found)}.")
+        raise missing_index(store, collection)
     return read_stamp(found[collection], collection)
 
 
-def stored_stamps(path_or_url: str | os.PathLike[str]) -> dict[str, dict[str, str | int]]:
+def stored_stamps(store: StoreAddress) -> dict[str, dict[str, str | int]]:
     """The collections that c2v_rag made in a store, by name, and the stamps of their models; nothing is created."""
-    found = stored_metadata(path_or_url) if holds_store(path_or_url) else {}
+    found = stored_metadata(store)
     return {name: read_stamp(metadata, name) for name, metadata in found.items() if STAMP_KEY in (metadata or {})}

@@ -1,4 +1,4 @@
-"""Where collections are kept: a folder that Chroma opens in this process, or a Chroma server."""
+"""Where collections are stored: a folder that Chroma opens in this process, or a Chroma server."""
 
 from __future__ import annotations
 
@@ -11,40 +11,35 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.protocols import is_url
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+StoreAddress = str | os.PathLike[str] | ChromaServer
 
 DEFAULT_COLLECTION = "documents"
 _LOCK_FILE = "c2v_writer.lock"
-_HOLDER_FILE = "c2v_writer.holder"  # of an ending that no source has: a store may lie in a folder that is indexed
-_GENERATION_FILE = "c2v_generation"
+# Its suffix is none that is indexed: a store may lie inside a folder of documents.
+_WRITER_FILE = "c2v_writer.holder"
+_VERSION_FILE = "c2v_generation"
 
 
 class _Server:
-    """A Chroma server: it serialises writers and has no stale readers."""
+    """An open Chroma server. It runs writers one after the other, and readers see every write."""
 
-    def __init__(self, url: str) -> None:
-        import chromadb
+    def __init__(self, server: ChromaServer) -> None:
+        self._client = server.connect()
 
-        parts = urlsplit(url)
-        try:
-            self._client = chromadb.HttpClient(
-                host=parts.hostname or "",
-                port=parts.port or (443 if parts.scheme == "https" else 8000),
-                ssl=parts.scheme == "https",
-            )
-        except ValueError as error:
-            raise ConnectionError(
-                f"No Chroma server answers at {url}: {error} Start one: chroma run --path DIR"
-            ) from error
+    version = ""
 
-    generation = ""
+    def exists(self) -> bool:
+        return True
 
     def client(self) -> ClientAPI:
         return self._client
@@ -62,41 +57,47 @@ class _Server:
 class _Folder:
     """A folder that Chroma opens in this process.
 
-    Chroma keeps a searched collection's graph in memory and does not notice what another process writes; only closing
-    every client of the folder helps. So writers leave a new word in a file, and the one client per folder and process
-    is closed and opened again when the word has changed.
+    Chroma keeps the vectors of a searched collection in memory and does not notice what another process writes until
+    every client of the folder is closed. Therefore every write puts a new random version into a file, and this
+    process's only client of the folder is closed and opened again when that version has changed.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.RLock()
         self._client: Any = None  # ClientAPI, with the close() that its base class lacks
-        self._generation = ""
+        self._opened_version = ""
+
+    @property
+    def version(self) -> str:
+        """Changes with every write; "" before the first one."""
+        return self._read(_VERSION_FILE)
+
+    def exists(self) -> bool:
+        return (self._path / "chroma.sqlite3").is_file()
 
     def client(self) -> ClientAPI:
+        """The open client. Opening creates the folder: check `exists` first in order to read."""
         import chromadb
 
         with self._lock:
-            generation = self._read(_GENERATION_FILE)
-            if self._client is not None and generation != self._generation:
+            version = self.version
+            if self._client is not None and version != self._opened_version:
                 self._client.close()
                 self._client = None
             if self._client is None:
                 self._path.mkdir(parents=True, exist_ok=True)
                 # No settings of our own: Chroma refuses a folder's second client (a framework's) with other ones.
                 self._client = chromadb.PersistentClient(str(self._path))
-                self._generation = generation
+                self._opened_version = version
             client: ClientAPI = self._client
             return client
 
     def wrote(self) -> None:
+        """Tell the readers in other processes that the folder has changed."""
         with self._lock:
-            self._generation = uuid.uuid4().hex
-            (self._path / _GENERATION_FILE).write_text(self._generation, encoding="utf-8")
-
-    @property
-    def generation(self) -> str:
-        return self._read(_GENERATION_FILE)
+            self._opened_version = uuid.uuid4().hex
+            (self._path / _VERSION_FILE).write_text(self._opened_version, encoding="utf-8")
 
     def reading(self) -> AbstractContextManager[object]:
         """Keep other threads from closing the client meanwhile."""
@@ -104,19 +105,19 @@ class _Folder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder's writer lock; the operating system frees it if the process dies."""
+        """Lock the folder for writing, and create it; the operating system frees the lock if the process dies."""
         self._path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._path / _LOCK_FILE, timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise PermissionError(
-                f"{self._path} is being written by {self._read(_HOLDER_FILE) or 'another process'}. A folder takes one "
+                f"{self._path} is being written by {self._read(_WRITER_FILE) or 'another process'}. A folder takes one "
                 "writer at a time: wait for it, or use a Chroma server (chroma run) for several."
             ) from None
         try:
-            holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            (self._path / _HOLDER_FILE).write_text(holder, encoding="utf-8")
+            writer = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            (self._path / _WRITER_FILE).write_text(writer, encoding="utf-8")
             yield
         finally:
             lock.release()
@@ -124,7 +125,7 @@ class _Folder:
     def _read(self, name: str) -> str:
         try:
             return (self._path / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return ""
 
 
@@ -132,31 +133,59 @@ _folders: dict[Path, _Folder] = {}
 _folders_lock = threading.Lock()
 
 
-def open_store(path_or_url: str | os.PathLike[str]) -> _Server | _Folder:
-    if is_url(path_or_url):
-        return _Server(os.fspath(path_or_url))
-    path = Path(path_or_url).resolve()
+def open_store(store: StoreAddress) -> _Server | _Folder:
+    """The store at this address. A folder is not created before something is written.
+
+    Raises ConnectionError when no server answers or it refuses, ValueError for a URL that cannot be understood.
+    """
+    if isinstance(store, ChromaServer):
+        return _Server(store)
+    if is_url(store):
+        return _Server(ChromaServer(os.fspath(store)))
+    path = Path(store).resolve()
     with _folders_lock:
         return _folders.setdefault(path, _Folder(path))
 
 
-def holds_store(path_or_url: str | os.PathLike[str]) -> bool:
-    return is_url(path_or_url) or (Path(path_or_url) / "chroma.sqlite3").is_file()
+def store_name(store: StoreAddress) -> str:
+    """The address without credentials, to be shown."""
+    if isinstance(store, ChromaServer):
+        return store.url
+    return ChromaServer(os.fspath(store)).url if is_url(store) else os.fspath(store)
 
 
-def stored_metadata(path_or_url: str | os.PathLike[str]) -> dict[str, Mapping[str, Any] | None]:
-    """The metadata of every collection of a store, by name."""
-    store = open_store(path_or_url)
-    with store.reading():
-        return {one.name: one.metadata for one in store.client().list_collections()}
+def find_collection(store: _Server | _Folder, name: str) -> Collection | None:
+    """A collection, or None where there is none; nothing is created."""
+    from chromadb.errors import NotFoundError
+
+    if not store.exists():
+        return None
+    try:
+        return store.client().get_collection(name, embedding_function=None)
+    except NotFoundError:
+        return None
 
 
-def count_chunks(path_or_url: str | os.PathLike[str], collection: str = DEFAULT_COLLECTION) -> int:
-    """How many chunks a collection has; 0 where there is none."""
-    if not holds_store(path_or_url):
-        return 0
-    store = open_store(path_or_url)
-    with store.reading():
-        client = store.client()
-        names = [one.name for one in client.list_collections()]
-        return client.get_collection(collection, embedding_function=None).count() if collection in names else 0
+def stored_metadata(store: StoreAddress) -> dict[str, Mapping[str, Any] | None]:
+    """The metadata of every collection of a store, by name; {} where there is no store."""
+    opened = open_store(store)
+    if not opened.exists():
+        return {}
+    with opened.reading():
+        return {collection.name: collection.metadata for collection in opened.client().list_collections()}
+
+
+def missing_index(store: StoreAddress, collection: str) -> FileNotFoundError:
+    """The error for a store or a collection that is not there."""
+    name, found = store_name(store), sorted(stored_metadata(store))
+    if not found:
+        return FileNotFoundError(f"There is no index in {name}. Make one: c2v-rag index SOURCE --store {name}")
+    return FileNotFoundError(f"{name} has no collection {collection!r}; it has {found}.")
+
+
+def count_chunks(store: StoreAddress, collection: str = DEFAULT_COLLECTION) -> int:
+    """Number of chunks of a collection; 0 where there is none."""
+    opened = open_store(store)
+    with opened.reading():
+        found = find_collection(opened, collection)
+        return 0 if found is None else found.count()

@@ -1,26 +1,31 @@
 """A Chroma collection that is filled from documents, searched, resumed and brought up to date.
 
-A run that was killed goes on where it was. The collection remembers the model that made it.
+A run that was killed continues where it stopped. The collection stores the stamp of the model that made it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, read_stamp
-from c2v_rag.index.stores import DEFAULT_COLLECTION, open_store
+from c2v_rag.index.stores import (
+    DEFAULT_COLLECTION,
+    StoreAddress,
+    find_collection,
+    missing_index,
+    open_store,
+)
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import Document
 
@@ -35,7 +40,7 @@ _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A chunk that was found. `score` is the cosine similarity; `metadata` holds its source and the document's."""
+    """A chunk that was found. `score`: cosine similarity. `metadata`: its "source" and the document's metadata."""
 
     id: str
     score: float
@@ -47,9 +52,9 @@ class Hit:
 class IndexReport:
     """What `add` did, counted in chunks.
 
-    `added`: embedded and written. `unchanged`: there already. `replaced`: deleted, because their source no longer
-    holds them. `removed`: deleted, because their source is gone. `truncated`: longer than the model reads, in spite
-    of chunking. `seconds`: for all of it.
+    `added`: embedded and written. `unchanged`: stored already. `replaced`: deleted, because their source no longer
+    contains them. `removed`: deleted, because their source is gone. `truncated`: longer than the model reads, in spite
+    of chunking. `seconds`: duration of the whole call.
     """
 
     added: int
@@ -71,34 +76,41 @@ class VectorIndex:
         >>> index.search("how does dough rise?", top_k=1)[0].metadata["source"]
         'bread.txt'
 
-    `path_or_url`: a folder (made when missing; no server needed) or the http(s) URL of a Chroma server. `model`: any
-    `Embedder`. Cosine space. One process at a time may write to a folder; any number may search it, and see what was
-    written since.
+    `store`: a folder (no server is needed), the http(s) URL of a Chroma server, or a `ChromaServer`, which also takes
+    headers. `model`: any `Embedder`. Distances are cosines. One process at a time may write to a folder; any number may
+    search it, and they see what was written since.
+
+    Only writing creates a folder or a collection. An index that does not exist yet has length 0, no sources and no
+    chunks; searching it raises FileNotFoundError, so that a mistyped path does not pass for an index without answers.
 
     Raises ValueError when the collection was made with another model or without c2v_rag, ConnectionError when no
     server answers, PermissionError from a writing method while another process writes.
     """
 
-    def __init__(
-        self, path_or_url: str | os.PathLike[str], model: Embedder, collection: str = DEFAULT_COLLECTION
-    ) -> None:
+    def __init__(self, store: StoreAddress, model: Embedder, collection: str = DEFAULT_COLLECTION) -> None:
         if not _COLLECTION_NAME.fullmatch(collection):
             raise ValueError(
                 f"{collection!r} cannot name a Chroma collection: 3 to 512 letters, digits, '.', '_' or '-', the first "
                 "and the last a letter or digit."
             )
-        self._store = open_store(path_or_url)
+        self._address = store
+        self._store = open_store(store)
         self._name = collection
         self._model = model
-        self._collection()
+        with self._store.reading():
+            self._find()
 
     def __len__(self) -> int:
         """Number of chunks."""
         with self._store.reading():
-            return self._collection().count()
+            collection = self._find()
+            return 0 if collection is None else collection.count()
 
     def search(self, query: str, top_k: int = 5) -> list[Hit]:
-        """The `top_k` chunks most similar to `query`, best first; fewer when the index holds fewer."""
+        """The `top_k` chunks most similar to `query`, best first; fewer when the index has fewer.
+
+        Raises FileNotFoundError when the store or the collection does not exist.
+        """
         if not isinstance(query, str):
             raise TypeError(f"query must be one string, got {type(query).__name__}. For several, use search_many.")
         return self.search_many([query], top_k)[0]
@@ -111,7 +123,9 @@ class VectorIndex:
             raise ValueError(f"top_k must be at least 1; got {top_k}.")
         embeddings = self._model.encode_query(queries)
         with self._store.reading():
-            collection = self._collection()
+            collection = self._find()
+            if collection is None:
+                raise missing_index(self._address, self._name)
             if not len(embeddings) or not collection.count():
                 return [[] for _ in queries]
             found = collection.query(
@@ -141,29 +155,31 @@ class VectorIndex:
     ) -> IndexReport:
         """Bring the index up to date with `documents`, read as a stream.
 
-        Documents are cut into chunks of at most 256 of the model's tokens. Chunks that are there already are left
-        alone; chunks that a source seen here no longer holds are deleted, after the new ones are written; other
+        The store and the collection are created where they are missing. Documents are split into chunks of at most 256
+        of the model's tokens. Chunks that are stored already are left alone. Chunks that a source read here no longer
+        contains are deleted at the end, after the new ones are written; when reading raises, nothing is deleted. Other
         sources are not touched. Killed at any moment and called again with the same documents, it ends with the same
         ids as an undisturbed call. A document's metadata is written with its chunks and not compared afterwards.
-        With `prune=False` nothing is deleted, for documents that are only a part of their source.
-        `total` and `show_progress` are for the progress bar. `on_progress(documents, chunks)` is told how many were
-        read and written so far; an exception it raises stops the call, and what was written stays. `write_every`:
-        chunks embedded and written at a time.
+
+        `prune=False`: delete nothing, for documents that are only a part of their source. `total`, `show_progress`: for
+        the progress bar. `on_progress(documents, chunks)` is called with the numbers of documents read and chunks
+        written so far; an exception that it raises stops the call, and the chunks written so far stay. `write_every`:
+        number of chunks embedded and written at a time.
         """
         started = time.perf_counter()
         if isinstance(documents, Sequence):
             total = len(documents)
         with self._store.writing():
-            collection = self._collection()
+            collection = self._find_or_create()
             counts: Counter[str] = Counter()
-            stale: dict[str, set[str]] = {}  # by source: ids in the collection that this call has not met
+            stale: dict[str, set[str]] = {}  # by source: ids in the collection that this call has not found again
             repeated: Counter[str] = Counter()
             waiting: list[Chunk] = []
             num_read = 0
             with tqdm(total=total, unit="document", disable=not show_progress) as progress:
-                for some in _batched(documents, DOCUMENTS_READ_AHEAD):
-                    stale.update(present_ids(collection, {document.source for document in some} - stale.keys()))
-                    for chunks in new_chunks(some, self._model, stale, repeated, counts):
+                for batch in _batched(documents, DOCUMENTS_READ_AHEAD):
+                    stale.update(present_ids(collection, {document.source for document in batch} - stale.keys()))
+                    for chunks in new_chunks(batch, self._model, stale, repeated, counts):
                         for chunk in chunks:
                             waiting.append(chunk)
                             if len(waiting) >= write_every:
@@ -174,74 +190,109 @@ class VectorIndex:
                         if on_progress is not None:
                             on_progress(num_read, counts["added"])
                 self._write(collection, waiting, counts)
-            gone = [id for ids in stale.values() for id in ids] if prune else []
-            self._delete(collection, gone)
+            outdated = [id for ids in stale.values() for id in ids] if prune else []
+            self._delete(collection, outdated)
         return IndexReport(
             added=counts["added"],
             unchanged=counts["unchanged"],
-            replaced=len(gone),
+            replaced=len(outdated),
             removed=0,
             truncated=counts["truncated"],
             seconds=time.perf_counter() - started,
         )
 
     def write(self, chunks: Sequence[Chunk]) -> None:
-        """Embed these chunks and write them, over those of the same ids; nothing else is touched."""
+        """Embed these chunks and store them, in place of chunks with the same ids; nothing else is touched."""
         with self._store.writing():
-            self._write(self._collection(), chunks, Counter())
+            self._write(self._find_or_create(), chunks, Counter())
 
     def delete(self, source: str) -> int:
-        """Delete a source's chunks; returns how many there were."""
+        """Delete a source's chunks; returns their number."""
+        if not len(self):
+            return 0
         with self._store.writing():
-            collection = self._collection()
+            collection = self._find_or_create()
             ids = collection.get(where={"source": source}, include=[])["ids"]
             self._delete(collection, ids)
         return len(ids)
 
     def delete_ids(self, ids: Sequence[str]) -> None:
-        """Delete chunks; ids that are not there are left alone."""
+        """Delete chunks; ids that are not stored are ignored."""
+        if not len(self):
+            return
         with self._store.writing():
-            self._delete(self._collection(), ids)
+            self._delete(self._find_or_create(), ids)
 
     def sources(self) -> set[str]:
         """The sources that have chunks here."""
         return {str(metadata["source"]) for page in self._pages(["metadatas"]) for metadata in page["metadatas"]}
 
     def chunks(self, *, embeddings: bool = False) -> Iterator[Chunk]:
-        """Every chunk; with its embedding where that is asked for."""
+        """Every chunk; with `embeddings`, its embedding too."""
         for page in self._pages(["documents", "metadatas", *(["embeddings"] if embeddings else [])]):
-            vectors = page["embeddings"] if embeddings else [None] * len(page["ids"])
-            for id, text, metadata, vector in zip(
-                page["ids"], page["documents"], page["metadatas"], vectors, strict=True
-            ):
-                yield Chunk(id, text, dict(metadata), vector)
+            yield from _chunks_of(page)
+
+    def sample(self, number: int, seed: int = 0) -> list[Chunk]:
+        """At most `number` random chunks with their embeddings, in the collection's order; all of a smaller collection.
+
+        Equal seeds give equal samples of an unchanged collection. Of the chunks that are not drawn, only ids are read.
+        """
+        total = len(self)
+        chosen = np.random.default_rng(seed).choice(total, min(number, total), replace=False)
+        positions = iter(sorted(int(position) for position in chosen))
+        next_position, passed = next(positions, None), 0
+        ids: list[str] = []
+        for page in self._pages([]):
+            while next_position is not None and next_position < passed + len(page["ids"]):
+                ids.append(page["ids"][next_position - passed])
+                next_position = next(positions, None)
+            passed += len(page["ids"])
+        drawn: dict[str, Chunk] = {}
+        for start in range(0, len(ids), _PAGE):
+            with self._store.reading():
+                collection = self._find()
+                if collection is not None:
+                    include: Any = ["documents", "metadatas", "embeddings"]
+                    page = collection.get(ids=ids[start : start + _PAGE], include=include)
+                    drawn.update((chunk.id, chunk) for chunk in _chunks_of(page))
+        return [drawn[id] for id in ids if id in drawn]
 
     def get(self, id: str) -> Chunk | None:
         """One chunk by its id; None where there is none."""
         with self._store.reading():
-            page = self._collection().get(ids=[id], include=["documents", "metadatas"])
-        if not page["ids"]:
-            return None
-        return Chunk(id, (page["documents"] or [""])[0], dict((page["metadatas"] or [{}])[0]))
+            collection = self._find()
+            if collection is None:
+                return None
+            return next(_chunks_of(collection.get(ids=[id], include=["documents", "metadatas"])), None)
 
     def _pages(self, include: Any) -> Iterator[Any]:
         """The collection's columns, a thousand chunks at a time."""
         for start in count(step=_PAGE):
             with self._store.reading():
-                page = self._collection().get(limit=_PAGE, offset=start, include=include)
+                collection = self._find()
+                if collection is None:
+                    return
+                page = collection.get(limit=_PAGE, offset=start, include=include)
             yield page
             if len(page["ids"]) < _PAGE:
                 return
 
     @property
     def version(self) -> str:
-        """Changes with every write to the folder; of a server's collection, with the number of chunks only."""
-        with self._store.reading():
-            return f"{self._store.generation}-{self._collection().count()}"
+        """Changes with every write to the folder; for a server's collection, with the number of chunks only."""
+        return f"{self._store.version}-{len(self)}"
 
-    def _collection(self) -> Collection:
-        """The collection as it is now, after checking that this model made it."""
-        collection = self._store.client().get_or_create_collection(
+    def _find(self) -> Collection | None:
+        """The collection as it is now, None where there is none. Raises ValueError when another model made it."""
+        collection = find_collection(self._store, self._name)
+        if collection is not None:
+            check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
+        return collection
+
+    def _find_or_create(self) -> Collection:
+        if (found := self._find()) is not None:
+            return found
+        collection = self._store.client().get_or_create_collection(  # another writer of a server may be faster
             self._name,
             metadata={STAMP_KEY: json.dumps(self._model.stamp, sort_keys=True)},
             configuration={"hnsw": {"space": "cosine"}},
@@ -274,12 +325,13 @@ class VectorIndex:
             self._store.wrote()
 
 
-def remove_vanished(index: VectorIndex, folder: Path) -> int:
-    """Delete the chunks of files below `folder` that are no longer there; returns how many chunks."""
-    below = folder.resolve().as_posix().rstrip("/") + "/"
-    return sum(
-        index.delete(source) for source in index.sources() if source.startswith(below) and not Path(source).exists()
-    )
+def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:
+    """The chunks of what Chroma's `get` returned; texts and embeddings where they were asked for."""
+    empty = [None] * len(page["ids"])
+    texts = page["documents"] if page["documents"] is not None else empty
+    embeddings = page["embeddings"] if page["embeddings"] is not None else empty
+    for id, text, metadata, embedding in zip(page["ids"], texts, page["metadatas"], embeddings, strict=True):
+        yield Chunk(id, text or "", dict(metadata or {}), embedding)
 
 
 def _storable(text: str) -> str:
@@ -289,8 +341,8 @@ def _storable(text: str) -> str:
 
 def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
     iterator = iter(documents)
-    while some := list(islice(iterator, size)):
-        for document in some:
+    while batch := list(islice(iterator, size)):
+        for document in batch:
             if not isinstance(document, Document):
                 raise TypeError(f"documents must be c2v_rag.Document objects, got {type(document).__name__}.")
-        yield some
+        yield batch

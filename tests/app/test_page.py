@@ -88,7 +88,8 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_is_found(app: SearchAp
 def test_a_folder_of_this_computer_only_where_the_page_is_local(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("Bread needs yeast.")
-    assert "1 passages added" in add(app, [], folder=str(tmp_path / "notes"))
+    (tmp_path / "notes" / "b.txt").write_text("A heap keeps its smallest item first.")
+    assert "2 passages added" in add(app, [], folder=str(tmp_path / "notes"))
     (tmp_path / "notes" / "a.txt").unlink()
     assert "1 outdated" in add(app, [], folder=str(tmp_path / "notes"))
     open_to_all = SearchApp(tmp_path / "other", app._model, is_local=False)
