@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from c2v_rag.config import Causal2VecConfig
-    from c2v_rag.embedders import EmbedderSpec, load_embedder, shared_model
+    from c2v_rag.embedders import EmbedderSpec, LazyEmbedder, load_embedder, shared_model
     from c2v_rag.gatherer import gather
     from c2v_rag.index import Hit, IndexReport, VectorIndex
     from c2v_rag.model import Causal2Vec
@@ -29,6 +29,7 @@ _HOME = {
     "EmbedderSpec": "embedders",
     "Hit": "index",
     "IndexReport": "index",
+    "LazyEmbedder": "embedders",
     "RemoteModel": "remote",
     "TokenBatch": "tokenization",
     "VectorIndex": "index",
@@ -45,6 +46,7 @@ __all__ = [
     "EmbedderSpec",
     "Hit",
     "IndexReport",
+    "LazyEmbedder",
     "RemoteModel",
     "TokenBatch",
     "VectorIndex",

@@ -103,6 +103,63 @@ class EmbedderSpec:
             )
 
 
+class LazyEmbedder:
+    """An embedder that is opened at its first use: what an integration holds.
+
+    `LazyEmbedder(spec)` opens what the spec says; `LazyEmbedder.of` takes a loaded embedder or a name, as users give
+    them. Pickled, it keeps the spec with the weights that were in use, and opens it again. A `RemoteModel` is kept
+    itself, with its key.
+    """
+
+    def __init__(self, spec: EmbedderSpec, embedder: Embedder | None = None) -> None:
+        self.spec = spec
+        self._embedder = embedder
+
+    @classmethod
+    def of(
+        cls,
+        model: Embedder | None,
+        *,
+        name_or_path: str | None = None,
+        name_argument: str = "name_or_path",
+        **arguments: Any,
+    ) -> LazyEmbedder:
+        """A loaded embedder, or the one of this name and these arguments of `EmbedderSpec`.
+
+        ValueError where both are given, since one of them would be ignored. `name_argument` is what the caller's own
+        argument for the name is called.
+        """
+        given = {name: value for name, value in arguments.items() if value}
+        if model is None:
+            return cls(EmbedderSpec(name_or_path=DEFAULT if name_or_path is None else name_or_path, **given))
+        if named := ([name_argument] if name_or_path is not None else []) + sorted(given):
+            raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
+        return cls(EmbedderSpec.of(model), model)
+
+    def __call__(self) -> Embedder:
+        """The embedder. Raises what `EmbedderSpec.open` raises."""
+        if self._embedder is None:
+            self._embedder = self.spec.open()
+        return self._embedder
+
+    @property
+    def current_spec(self) -> EmbedderSpec:
+        """The spec, with the weights that are in use where it is open."""
+        if self._embedder is None:
+            return self.spec
+        return dataclasses.replace(self.spec, weights=str(self._embedder.stamp["weights"]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """ValueError for a model that exists in memory only: it could not be loaded again."""
+        from c2v_rag.remote import RemoteModel
+
+        if isinstance(self._embedder, RemoteModel):
+            return {"spec": self.spec, "_embedder": self._embedder}
+        if not self.spec.name_or_path:
+            raise ValueError("A model that exists in memory only cannot be pickled: save it and give its folder.")
+        return {"spec": self.current_spec, "_embedder": None}
+
+
 def load_embedder(
     name_or_path: str | os.PathLike[str] = DEFAULT,
     *,
@@ -164,3 +221,9 @@ def shared_model(
                 name_or_path, revision=revision, device=device, dtype=dtype, **llm_kwargs
             )
         return loading.model
+
+
+def release_shared_models() -> None:
+    """Let go of every model that `shared_model` keeps, to free their memory; the next call loads anew."""
+    with _loaded_lock:
+        _loaded.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from chromadb.api import ClientAPI
 
+from c2v_rag import RemoteModel, embedders
 from c2v_rag.model import Causal2Vec
 from chroma_c2v import Causal2VecEmbeddingFunction
+from tests.plain import recording_server
 from tests.tiny import assert_ranked, tiny_model
 
 TEXTS = ["A heap keeps its smallest item first.", "Bread needs yeast.", "The museum opens at nine."]
@@ -107,3 +110,57 @@ def test_another_width_is_refused_before_anything_is_written(folder: str) -> Non
     with pytest.raises(Exception, match="dimension of 64, got 8"):
         other.add(ids=["1"], documents=["b"])
     assert other.count() == 1
+
+
+def test_what_is_stored_says_how_the_model_was_loaded_and_which_weights_it_had(folder: str) -> None:
+    """A name alone would load another precision, and other weights, when Chroma rebuilds the function."""
+    half = Causal2Vec.from_pretrained(folder, dtype="bfloat16", device="cpu")
+    config = Causal2VecEmbeddingFunction(model=half).get_config()
+    assert config["dtype"] == "bfloat16"
+    assert config["weights"] == half.stamp["weights"]
+    rebuilt = Causal2VecEmbeddingFunction.build_from_config(json.loads(json.dumps(config)))
+    np.testing.assert_array_equal(rebuilt(["a heap"])[0], half.encode_document(["a heap"])[0])
+    assert rebuilt.get_config() == config
+
+
+def test_a_collection_refuses_a_folder_that_was_retrained(tmp_path: Path) -> None:
+    tiny_model(seed=0).save_pretrained(tmp_path / "model")
+    client = chromadb.PersistentClient(str(tmp_path / "store"))
+    function = Causal2VecEmbeddingFunction(str(tmp_path / "model"), dtype="float32")
+    client.create_collection("notes", embedding_function=function).add(ids=["a"], documents=["a heap"])
+    tiny_model(seed=1).save_pretrained(tmp_path / "model")
+    embedders.release_shared_models()  # as in a process that starts anew
+    reopened = client.get_collection("notes")
+    for use in (
+        lambda: reopened.add(ids=["b"], documents=["a heap"]),
+        lambda: reopened.query(query_texts=["a heap"], n_results=1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"made with another model: weights .* retrained|trained or replaced since"
+        ):
+            use()
+    assert reopened.count() == 1
+
+
+def test_settings_stored_by_version_0_1_are_opened(folder: str, core: Causal2Vec) -> None:
+    config = {"name_or_path": folder, "revision": None, "device": None, "dtype": "float32"}
+    config |= {"query_instruction": None, "document_instruction": None, "truncate_dim": None}
+    function = Causal2VecEmbeddingFunction.build_from_config(config)
+    np.testing.assert_array_equal(function(["a heap"])[0], core.encode_document(["a heap"])[0])
+
+
+def test_a_stored_address_is_not_opened_unless_this_process_named_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write a store could otherwise read its readers' key and texts."""
+    monkeypatch.setenv("C2V_RAG_API_KEY", "secret")
+    with recording_server() as (address, requests):
+        function = Causal2VecEmbeddingFunction.build_from_config({"name_or_path": address, "weights": "0123"})
+        assert function.get_config()["weights"] == "0123"
+        for call in (function, function.embed_query):
+            with pytest.raises(ValueError, match=r"address that comes out of stored data is not opened.*RemoteModel\("):
+                call(["a private text"])
+        assert requests == []
+        mine = RemoteModel(address, api_key="mine")
+        with pytest.raises(Exception, match=r"(?i)404|not here"):
+            function(["a text"])
+        assert set(requests) == {"Bearer mine"}
+        assert mine.name == address

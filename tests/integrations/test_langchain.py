@@ -32,10 +32,11 @@ from langchain_text_splitters import RecursiveCharacterTextSplitter
 from pydantic import ValidationError
 from transformers import pipeline
 
-from c2v_rag import gather, read_sources
-from c2v_rag.checkpoint import locate_base
+from c2v_rag import EmbedderSpec, LazyEmbedder, RemoteModel, embedders, gather, read_sources
+from c2v_rag.bases import locate_base
 from c2v_rag.model import Causal2Vec
 from langchain_c2v import Causal2VecEmbeddings
+from tests.plain import recording_server
 from tests.tiny import tiny_model
 
 
@@ -286,3 +287,26 @@ def test_the_local_decoder_answers_from_what_was_retrieved(retriever: Any) -> No
     asked = f"Answer from this text: {BREAD}\n\n{question} Use one sentence."
     assert answer.strip()
     assert answer == pipe([{"role": "user", "content": asked}])[0]["generated_text"]
+
+
+def test_an_unpickled_object_refuses_a_folder_that_was_retrained(tmp_path: Path) -> None:
+    tiny_model(seed=0).save_pretrained(tmp_path / "model")
+    embeddings = Causal2VecEmbeddings(model=Causal2Vec.from_pretrained(tmp_path / "model", dtype="bfloat16"))
+    assert embeddings.dtype == "bfloat16", "how the model was loaded must be kept with its name"
+    vector = embeddings.embed_query("a heap")
+    pickled = pickle.dumps(embeddings)
+    assert pickle.loads(pickled).embed_query("a heap") == vector
+    tiny_model(seed=1).save_pretrained(tmp_path / "model")
+    embedders.release_shared_models()  # as in a process that starts anew
+    with pytest.raises(ValueError, match="trained or replaced since"):
+        pickle.loads(pickled).embed_query("a heap")
+
+
+def test_a_remote_model_is_pickled_with_its_key_and_a_spec_holds_none() -> None:
+    with recording_server() as (address, requests):
+        remote = RemoteModel(address, api_key="mine")
+        again = pickle.loads(pickle.dumps(LazyEmbedder(EmbedderSpec(name_or_path=address), remote)))
+        with pytest.raises(Exception, match=r"(?i)404|not here"):
+            again().encode_query(["a text"])
+        assert set(requests) == {"Bearer mine"}
+        assert "mine" not in repr(again.spec) + repr(again())

@@ -24,8 +24,9 @@ from llama_index.embeddings.c2v import Causal2VecEmbedding
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
 from c2v_rag import Document as OurDocument
-from c2v_rag import VectorIndex
+from c2v_rag import VectorIndex, embedders
 from c2v_rag.model import Causal2Vec
+from tests.plain import recording_server
 from tests.tiny import assert_ranked, tiny_model
 
 
@@ -94,7 +95,7 @@ def test_it_is_rebuilt_from_what_it_wrote(folder: str, core: Causal2Vec) -> None
         assert again.to_dict() == embed_model.to_dict()
         assert again.embed_batch_size == 7
         np.testing.assert_array_equal(again.get_query_embedding("a"), embed_model.get_query_embedding("a"))
-    with pytest.raises(ValueError, match=r"saved with the weights 0123, and now has"):
+    with pytest.raises(ValueError, match=r"weights '0123' of .* which now has the weights"):
         Causal2VecEmbedding.from_dict(embed_model.to_dict() | {"weights_stamp": "0123"})
     with pytest.raises(ValueError, match="exists in memory only"):
         Causal2VecEmbedding.from_dict(Causal2VecEmbedding(model=tiny_model()).to_dict())
@@ -200,3 +201,23 @@ def test_workers_load_the_model_by_name(folder: str, core: Causal2Vec) -> None:
     nodes = pipeline.run(nodes=nodes_of(["a", "b", "c", "d"]), num_workers=2)  # starts as many processes
     expected = core.encode_document(["a", "b", "c", "d"])
     np.testing.assert_allclose([node.embedding for node in nodes], expected, atol=1e-5)
+
+
+def test_stored_objects_refuse_other_weights_and_addresses(tmp_path: Path) -> None:
+    tiny_model(seed=0).save_pretrained(tmp_path / "model")
+    embed_model = Causal2VecEmbedding(str(tmp_path / "model"), dtype="float32")
+    pickled, stored = pickle.dumps(embed_model), embed_model.to_dict()
+    assert Causal2VecEmbedding.from_dict(stored).weights_stamp == embed_model.weights_stamp
+    tiny_model(seed=1).save_pretrained(tmp_path / "model")
+    embedders.release_shared_models()  # as in a process that starts anew
+    with pytest.raises(ValueError, match="trained or replaced since"):
+        Causal2VecEmbedding.from_dict(stored)
+    with pytest.raises(ValueError, match="trained or replaced since"):
+        pickle.loads(pickled).get_query_embedding("a heap")
+    with recording_server() as (address, requests):
+        with pytest.raises(ValueError, match="address that comes out of stored data is not opened"):
+            Causal2VecEmbedding.from_dict(stored | {"model_name": address, "device": None, "dtype": None})
+        assert requests == []
+    in_memory = Causal2VecEmbedding(model=tiny_model())
+    with pytest.raises(ValueError, match="exists in memory only"):
+        Causal2VecEmbedding.from_dict(in_memory.to_dict())

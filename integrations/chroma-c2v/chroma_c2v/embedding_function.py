@@ -8,9 +8,9 @@ import numpy as np
 from chromadb.api.types import Documents, EmbeddingFunction, Embeddings, Space
 from chromadb.utils.embedding_functions import register_embedding_function
 
-from c2v_rag import Embedder
+from c2v_rag import Embedder, EmbedderSpec, LazyEmbedder
 
-_KEYS = ("name_or_path", "revision", "device", "dtype", "query_instruction", "document_instruction", "truncate_dim")
+_OPTIONS = ("query_instruction", "document_instruction", "truncate_dim")
 
 
 @register_embedding_function
@@ -27,12 +27,16 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
         >>> collection.query(query_texts=["priority queue"], n_results=1)["ids"]
         [['a']]
 
-    `name_or_path`: "default", a checkpoint folder, or a Hugging Face Hub id; or `model`, a loaded Causal2Vec, which
-    must have such a name, because Chroma rebuilds the function from its saved settings again and again. Nothing is
-    loaded before the first embedding, and every rebuilt function shares the one model in this process.
+    `name_or_path`: "default", a checkpoint folder, a Hugging Face Hub id, or the address of a server; or `model`, a
+    loaded embedder, which must have such a name, because Chroma rebuilds the function from its saved settings again
+    and again. Every rebuilt function shares the one model in this process. What is saved says how the model was
+    loaded and which weights it had: other weights under the same name are refused. A saved address of a server is
+    not opened, unless this process made a `RemoteModel` for it; no key is saved.
 
-    Chroma compares functions by name only: a collection made with another model of the same width is not noticed.
-    `c2v_rag.VectorIndex` remembers the model and refuses.
+    Chroma itself compares functions by name only: a function of another model, given to a collection that exists, is
+    not noticed. `c2v_rag.VectorIndex` remembers the model and refuses.
+
+    Raises ValueError for a loaded model together with a name, and for one that exists in memory only.
     """
 
     def __init__(
@@ -43,43 +47,38 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
         model: Embedder | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        llm_kwargs: dict[str, Any] | None = None,
         query_instruction: str | None = None,
         document_instruction: str | None = None,
         truncate_dim: int | None = None,
     ) -> None:
-        if model is not None:
-            given = {"name_or_path": name_or_path, "revision": revision, "device": device, "dtype": dtype}
-            if named := [name for name, value in given.items() if value is not None]:
-                raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
-            name_or_path = str(model.stamp["name"])
-            if not name_or_path:
-                raise ValueError(
-                    "Chroma saves the function by its model's name, and this model has none: it exists in memory only. "
-                    "Save it with save_pretrained, load it from there, and give that."
-                )
-        self.name_or_path = "default" if name_or_path is None else name_or_path
-        self.revision = revision
-        self.device = device
-        self.dtype = dtype
+        lazy = LazyEmbedder.of(
+            model, name_or_path=name_or_path, revision=revision, device=device, dtype=dtype, llm_kwargs=llm_kwargs
+        )
+        if not lazy.spec.name_or_path:
+            raise ValueError(
+                "Chroma saves the function by its model's name, and this model has none: it exists in memory only. "
+                "Save it with save_pretrained, load it from there, and give that."
+            )
+        self._set_embedder(lazy)
         self.query_instruction = query_instruction
         self.document_instruction = document_instruction
         self.truncate_dim = truncate_dim
-        self._model = model
+
+    def _set_embedder(self, lazy: LazyEmbedder) -> None:
+        self._lazy = lazy
+        self.name_or_path = lazy.spec.name_or_path
+        self.revision = lazy.spec.revision
+        self.device = lazy.spec.device
+        self.dtype = lazy.spec.dtype
 
     def __call__(self, input: Documents) -> Embeddings:
         """Embeddings of what is searched."""
-        return _rows(self._embedder().encode_document(input, **self._options(self.document_instruction)))
+        return _rows(self._lazy().encode_document(input, **self._options(self.document_instruction)))
 
     def embed_query(self, input: Documents) -> Embeddings:
         """Embeddings of what is asked."""
-        return _rows(self._embedder().encode_query(input, **self._options(self.query_instruction)))
-
-    def _embedder(self) -> Embedder:
-        if self._model is None:
-            from c2v_rag import load_embedder
-
-            self._model = load_embedder(self.name_or_path, revision=self.revision, device=self.device, dtype=self.dtype)
-        return self._model
+        return _rows(self._lazy().encode_query(input, **self._options(self.query_instruction)))
 
     def _options(self, instruction: str | None) -> dict[str, Any]:
         options = {"instruction": instruction, "truncate_dim": self.truncate_dim}
@@ -96,26 +95,37 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
         return ["cosine", "ip", "l2"]
 
     def get_config(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in _KEYS}
+        """What Chroma saves. The model is loaded, to know its weights, unless the settings were saved before."""
+        if not self._lazy.spec.is_stored:
+            self._lazy()
+        return {**self._lazy.current_spec.to_dict(), **{key: getattr(self, key) for key in _OPTIONS}}
 
     @staticmethod
     def build_from_config(config: dict[str, Any]) -> Causal2VecEmbeddingFunction:
+        """The function of saved settings. ValueError for a setting that this version does not know."""
         Causal2VecEmbeddingFunction.validate_config(config)
-        return Causal2VecEmbeddingFunction(**config)
+        function = Causal2VecEmbeddingFunction(**{key: config.get(key) for key in _OPTIONS})
+        function._set_embedder(LazyEmbedder(_spec(config)))
+        return function
 
     @staticmethod
     def validate_config(config: dict[str, Any]) -> None:
         """ValueError for a setting that this version does not know."""
-        if unknown := sorted(config.keys() - set(_KEYS)):
-            raise ValueError(f"The collection's function has unknown settings {unknown}. Upgrade c2v-rag.")
+        _spec(config)
 
     def validate_config_update(self, old_config: dict[str, Any], new_config: dict[str, Any]) -> None:
         """ValueError for a change that would mix vectors of two kinds in one collection."""
-        fixed = set(_KEYS) - {"device", "dtype"}
-        if changed := sorted(key for key in fixed if old_config.get(key) != new_config.get(key)):
+        old, new = ({**_spec(config).to_dict(), **config} for config in (old_config, new_config))
+        fixed = (old.keys() | new.keys()) - {"device", "dtype"}
+        if changed := sorted(key for key in fixed if old.get(key) != new.get(key)):
             raise ValueError(
                 f"{', '.join(changed)} cannot be changed in a collection that has vectors already. Make a new one."
             )
+
+
+def _spec(config: dict[str, Any]) -> EmbedderSpec:
+    values = {key: value for key, value in config.items() if key not in _OPTIONS}
+    return EmbedderSpec.from_stored(values, place="The collection's function")
 
 
 def _rows(vectors: np.ndarray) -> Embeddings:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from c2v_rag import Embedder, gather
+from c2v_rag import Embedder, LazyEmbedder, gather
+
+_SPEC_FIELDS = ("revision", "device", "dtype", "llm_kwargs")
 
 
 class Causal2VecEmbeddings(BaseModel, Embeddings):
@@ -67,7 +69,8 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
             vector = await embeddings.aembed_query("What keeps its smallest item first?")
 
-    The model is loaded at the first embedding and shared by every object of the same arguments in this process.
+    The model is loaded at the first embedding and shared by every object of the same arguments in this process. A
+    pickled object loads it again and refuses other weights than those it embedded with.
     What the core raises for bad input comes through unchanged.
     """
 
@@ -85,7 +88,7 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
     truncate_dim: int | None = None
     show_progress: bool = False
 
-    _model: Embedder | None = PrivateAttr(default=None)
+    _lazy: LazyEmbedder | None = PrivateAttr(default=None)
 
     if TYPE_CHECKING:
         # For editors and type checkers: the fields, and every spelling of the model. At run time pydantic checks them.
@@ -123,11 +126,12 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
             if named:
                 raise ValueError(f"model and {named[0]} both name a model: give one of them.")
             return handler({**fields, "name_or_path": os.fspath(model)})
-        named += [name for name in ("revision", "device", "dtype", "llm_kwargs") if fields.get(name)]
-        if named:
-            raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
-        embeddings = handler({**fields, "name_or_path": str(model.stamp["name"])})
-        embeddings._model = model
+        arguments = {name: fields.pop(name, None) for name in _SPEC_FIELDS}
+        name = fields.pop(named[0]) if named else None
+        lazy = LazyEmbedder.of(model, name_or_path=name, name_argument=" and ".join(named), **arguments)
+        loaded = {name: getattr(lazy.spec, name) for name in ("name_or_path", *_SPEC_FIELDS)}
+        embeddings = handler({**fields, **loaded, "llm_kwargs": dict(lazy.spec.llm_kwargs)})
+        embeddings._lazy = lazy
         return embeddings
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -156,13 +160,10 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
         return "c2v-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _embedder(self) -> Embedder:
-        if self._model is None:
-            from c2v_rag import load_embedder
-
-            self._model = load_embedder(
-                self.name_or_path, revision=self.revision, device=self.device, dtype=self.dtype, **self.llm_kwargs
-            )
-        return self._model
+        if self._lazy is None:
+            arguments = {name: getattr(self, name) for name in _SPEC_FIELDS}
+            self._lazy = LazyEmbedder.of(None, name_or_path=self.name_or_path, **arguments)
+        return self._lazy()
 
     def _options(self, instruction: str | None) -> dict[str, Any]:
         """Only what was set, so that an embedder that knows no options fits too."""
@@ -173,11 +174,3 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
             "show_progress": self.show_progress or None,
         }
         return {name: value for name, value in options.items() if value is not None}
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Without the weights: an unpickled object loads them by name. ValueError where the model has none."""
-        if not self.name_or_path:
-            raise ValueError("A model that exists in memory only cannot be pickled: save it and give its folder.")
-        state = super().__getstate__()
-        private = state["__pydantic_private__"] or {}
-        return {**state, "__pydantic_private__": {**private, "_model": None}}

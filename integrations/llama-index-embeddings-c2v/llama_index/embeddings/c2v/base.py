@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Self
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.rate_limiter import BaseRateLimiter
 
-from c2v_rag import Embedder, gather
+from c2v_rag import Embedder, EmbedderSpec, LazyEmbedder, gather
+
+_SPEC_FIELDS = ("revision", "device", "dtype", "llm_kwargs")
 
 
 class Causal2VecEmbedding(BaseEmbedding):
@@ -35,12 +37,13 @@ class Causal2VecEmbedding(BaseEmbedding):
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     device: str | None = Field(default=None, description="cuda, mps or cpu; the first there is unless given.")
     dtype: str | None = Field(default=None, description="float32, bfloat16, ...")
+    llm_kwargs: dict[str, Any] = Field(default_factory=dict, description="For the decoder's from_pretrained.")
     query_instruction: str | None = Field(default=None, description='The model\'s own unless given; "" for none.')
     text_instruction: str | None = Field(default=None, description="None unless given.")
     truncate_dim: int | None = Field(default=None, description="A shorter embedding.")
     weights_stamp: str = Field(default="", description="Tells the weights apart, for caches.")
 
-    _model: Any = PrivateAttr(default=None)
+    _lazy: Any = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Causal2VecEmbedding(BaseEmbedding):
         revision: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        llm_kwargs: dict[str, Any] | None = None,
         query_instruction: str | None = None,
         text_instruction: str | None = None,
         truncate_dim: int | None = None,
@@ -65,18 +69,25 @@ class Causal2VecEmbedding(BaseEmbedding):
                 "embeddings_cache is keyed by the text alone: a query would get a document's vector, and one model "
                 "another's. Use IngestionPipeline's cache, which asks for the model's fields too."
             )
-        if model is not None:
-            given = {"model_name": model_name, "revision": revision, "device": device, "dtype": dtype}
-            if named := [name for name, value in given.items() if value is not None]:
-                raise ValueError(f"Give either a loaded model or its name, not both: model and {', '.join(named)}.")
-            model_name = str(model.stamp["name"])
-        elif model_name == "":
+        if model_name == "":
             raise ValueError("A model that exists in memory only cannot be loaded by name: give it as model=.")
-        super().__init__(
-            model_name="default" if model_name is None else model_name,
+        lazy = LazyEmbedder.of(
+            model,
+            name_or_path=model_name,
+            name_argument="model_name",
             revision=revision,
             device=device,
             dtype=dtype,
+            llm_kwargs=llm_kwargs,
+            weights=weights_stamp,
+        )
+        spec = lazy.spec
+        super().__init__(
+            model_name=spec.name_or_path,
+            revision=spec.revision,
+            device=spec.device,
+            dtype=spec.dtype,
+            llm_kwargs=dict(spec.llm_kwargs),
             query_instruction=query_instruction,
             text_instruction=text_instruction,
             truncate_dim=truncate_dim,
@@ -84,42 +95,37 @@ class Causal2VecEmbedding(BaseEmbedding):
             num_workers=num_workers,
             callback_manager=callback_manager or CallbackManager([]),
             rate_limiter=rate_limiter,
-            weights_stamp=weights_stamp,
+            weights_stamp=str(lazy().stamp["weights"]),
         )
-        self._model = None if model is None else self._checked(model)
-        self.weights_stamp = str(self._embedder().stamp["weights"])
+        self._lazy = lazy
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """The object that `to_dict` (or `to_json`) described.
+
+        ValueError where the model has other weights now, and for the address of a server, unless this process made a
+        `RemoteModel` for it: stored data does not choose where texts are sent.
+        """
+        fields = {**data, **kwargs}
+        fields.pop("class_name", None)
+        names = {"model_name": "name_or_path", "weights_stamp": "weights"} | {name: name for name in _SPEC_FIELDS}
+        values = {spec_name: fields.pop(name) for name, spec_name in names.items() if fields.get(name) is not None}
+        return cls(model=EmbedderSpec.from_stored(values, place="The stored embedding").open(), **fields)
 
     @classmethod
     def class_name(cls) -> str:
         return "Causal2VecEmbedding"
 
     def _embedder(self) -> Embedder:
-        if self._model is None:
-            from c2v_rag import load_embedder
-
-            self._model = self._checked(
-                load_embedder(self.model_name, revision=self.revision, device=self.device, dtype=self.dtype)
-            )
-        embedder: Embedder = self._model
-        return embedder
-
-    def _checked(self, embedder: Embedder) -> Embedder:
-        """The same embedder. ValueError where its weights are not those of `weights_stamp`."""
-        loaded = str(embedder.stamp["weights"])
-        if self.weights_stamp and loaded != self.weights_stamp:
-            raise ValueError(
-                f"{self.model_name!r} was saved with the weights {self.weights_stamp}, and now has {loaded}: vectors of "
-                "both must not be mixed. Load the weights that it was saved with, or leave weights_stamp out."
-            )
+        embedder: Embedder = self._lazy()
         return embedder
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weights: workers load them by name. ValueError where the model has none."""
+        """ValueError for a model that exists in memory only; LlamaIndex would drop it without a word."""
         if not self.model_name:
             raise ValueError("A model that exists in memory only cannot be pickled: save it and give its folder.")
         state: dict[str, Any] = super().__getstate__()
-        private = state.get("__pydantic_private__") or {}
-        return {**state, "__pydantic_private__": {**private, "_model": None}}
+        return state
 
     def _options(self, instruction: str | None) -> dict[str, Any]:
         options = {"instruction": instruction, "truncate_dim": self.truncate_dim}
