@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
-from c2v_rag import cli
+from c2v_rag import Document, VectorIndex, cli
 from c2v_rag.model import Causal2Vec
 from tests.tiny import tiny_model
 
@@ -146,6 +148,69 @@ def test_another_model_is_refused(indexed: tuple[Path, Path], tmp_path: Path) ->
         done = run(*command, "--store", indexed[1], "--model", tmp_path / "other")
         assert done.returncode == 1
         assert "was made with another model" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["search", "q"], ["app"]])
+def test_an_address_that_a_store_names_as_its_model_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    class Elsewhere:
+        embedding_dim = 2
+        stamp: dict[str, str | int] = {"name": "http://evil.example:8000", "weights": "w"}  # noqa: RUF012
+
+        def encode_document(self, texts: list[str]) -> np.ndarray:
+            return np.ones((len(texts), 2), dtype=np.float32)
+
+        encode_query = encode_document
+
+    VectorIndex(tmp_path, Elsewhere()).add([Document("Bread.", "a.txt")])
+    monkeypatch.setattr("httpx.Client.request", lambda *arguments, **options: pytest.fail("a request was sent"))
+    monkeypatch.setenv("C2V_RAG_API_KEY", "secret")
+    done = run(*command, "--store", tmp_path)
+    assert done.returncode == 1
+    assert "--model http://evil.example:8000" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["app", "--store", "s", "--host", "0.0.0.0"], "Give --auth-file"),
+        (["app", "--store", "s", "--allowed-host", "search.example"], "Give --auth-file"),
+        (["serve", "--name", "foo:query"], "cannot be called 'foo:query'"),
+    ],
+)
+def test_what_must_not_be_served_is_refused_before_a_model_is_loaded(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_model", "open_embedder"):
+        monkeypatch.setattr(f"c2v_rag.cli.serve.{name}", lambda *arguments: pytest.fail("loaded"))
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr.replace("\n", " ")
+
+
+def test_logins_keys_and_hosts_reach_what_is_served(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: dict[str, object] = {}
+    monkeypatch.setattr("c2v_rag.app.page.SearchApp.launch", lambda self, **options: launched.update(options))
+    (tmp_path / "logins").write_text("ann:secret\n")
+    options = ("--host", "0.0.0.0", "--allowed-host", "a.example", "--allowed-host", "b.example", "--port", "0")
+    store = ("--store", tmp_path / "s", "--model", model)
+    done = run("app", *store, *options, "--auth-file", tmp_path / "logins")
+    assert done.returncode == 0, done.stderr
+    hosts = ["a.example", "b.example"]
+    assert launched == {"host": "0.0.0.0", "port": None, "auth": [("ann", "secret")], "allowed_hosts": hosts}
+
+    served: list[FastAPI] = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: served.append(app))
+    (tmp_path / "keys").write_text("sesame\n")
+    options = ("--host", "c.example", "--allowed-host", "a.example", "--api-key-file", tmp_path / "keys")
+    done = run("serve", "--model", model, *options)
+    assert done.returncode == 0, done.stderr
+    for host, status in (("a.example", 200), ("c.example", 200), ("evil.example", 400)):
+        assert TestClient(served[0], f"http://{host}").get("/health").status_code == status
+    assert TestClient(served[0], "http://a.example").get("/v1/models").status_code == 401
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
