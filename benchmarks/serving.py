@@ -35,7 +35,7 @@ CLIENTS = (1, 8, 64)
 GATHERED, ONE_BY_ONE = "gathered", "one by one"
 _SERVER = """
 import c2v_rag.gatherer as gatherer
-gatherer.MOST_TEXTS = {most} or gatherer.MOST_TEXTS
+gatherer.MAX_BATCH_TEXTS = {most} or gatherer.MAX_BATCH_TEXTS
 from c2v_rag.cli import main
 main()
 """

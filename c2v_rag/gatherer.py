@@ -1,4 +1,4 @@
-"""Texts that wait are embedded together: many callers, one at a time each, a few batches."""
+"""Batching across callers: single texts of many callers are embedded together, in few calls of the model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
     from c2v_rag.protocols import Embedder
 
-# Embedded in one call; those behind wait for the next. Eight thousand tokens are a second or two on a CPU.
-MOST_TEXTS = 256
-MOST_CHARACTERS = 32_768
+# The largest batch. The texts behind it wait for the next one: 8,000 tokens take a second or two on a CPU.
+MAX_BATCH_TEXTS = 256
+MAX_BATCH_CHARACTERS = 32_768
 
 
 def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **options: Any) -> Future[np.ndarray]:
     """The future embedding (embedding_dim,) of one text, by `encode_query` or `encode_document` with `options`.
 
-    Nothing is waited for: a text that comes alone is embedded at once, and those that come meanwhile go together in
-    the next call, one for each combination of kind and options. An error reaches the texts it belongs to only. A
-    future that is cancelled before its turn costs nothing. From a coroutine: `await asyncio.wrap_future(gather(...))`.
+    A single text is embedded at once. Texts that arrive while the embedder works form the next batch, if kind and
+    options are equal. An error reaches only the text that causes it. A future that is cancelled before its batch
+    starts is not embedded. From a coroutine: `await asyncio.wrap_future(gather(...))`.
     """
     request = _Request(embedder, f"encode_{kind}", text, options)
     with _queues_lock:
@@ -41,44 +41,44 @@ class _Request:
     options: dict[str, Any]
     future: Future[np.ndarray] = dataclasses.field(default_factory=Future)
 
-    def goes_with(self, other: _Request) -> bool:
+    def can_share_batch(self, other: _Request) -> bool:
         return (self.method, self.options) == (other.method, other.options)
 
 
 class _Queue:
-    """What waits for one embedder, and the thread that embeds it, which lives while there is something to do.
+    """The requests that wait for one embedder, and a thread that embeds them. The thread ends when none is left.
 
-    The requests hold the embedder, the queue does not, so that an embedder nobody uses can go.
+    The requests refer to the embedder, the queue does not: an embedder that nobody uses is freed.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: deque[_Request] = deque()
-        self._works = False
+        self._has_thread = False
 
     def add(self, request: _Request) -> None:
         with self._lock:
             self._waiting.append(request)
-            if self._works:
+            if self._has_thread:
                 return
-            self._works = True
-        threading.Thread(target=self._work, name="c2v-gatherer", daemon=True).start()
+            self._has_thread = True
+        threading.Thread(target=self._run, name="c2v-gatherer", daemon=True).start()
 
-    def _work(self) -> None:
-        while (batch := self._next()) is not None:
+    def _run(self) -> None:
+        while (batch := self._next_batch()) is not None:
             _embed([request for request in batch if request.future.set_running_or_notify_cancel()])
 
-    def _next(self) -> list[_Request] | None:
-        """The oldest request and those that go with it; None, and the thread's end, where nothing waits."""
+    def _next_batch(self) -> list[_Request] | None:
+        """The oldest request and those that can share its batch; None when nothing waits, and the thread then ends."""
         with self._lock:
             if not self._waiting:
-                self._works = False
+                self._has_thread = False
                 return None
             first = self._waiting.popleft()
             batch, others, characters = [first], deque[_Request](), len(first.text)
             for request in self._waiting:
-                fits = len(batch) < MOST_TEXTS and characters + len(request.text) <= MOST_CHARACTERS
-                if fits and request.goes_with(first):
+                fits = len(batch) < MAX_BATCH_TEXTS and characters + len(request.text) <= MAX_BATCH_CHARACTERS
+                if fits and request.can_share_batch(first):
                     batch.append(request)
                     characters += len(request.text)
                 else:
@@ -97,7 +97,7 @@ def _embed(batch: list[_Request]) -> None:
     except Exception as error:
         if len(batch) == 1:
             first.future.set_exception(error)
-        else:  # one bad text must not take the others with it
+        else:  # one at a time, so that the error reaches only the text that causes it
             for request in batch:
                 _embed([request])
         return

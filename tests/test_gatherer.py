@@ -66,7 +66,7 @@ def test_sixty_four_at_once_are_two_calls_and_each_gets_its_own() -> None:
 
 
 def test_kinds_and_options_are_not_mixed_and_a_call_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gatherer, "MOST_TEXTS", 4)
+    monkeypatch.setattr(gatherer, "MAX_BATCH_TEXTS", 4)
     embedder, first = held_with("first")
     rest = [gather(embedder, "query", f"q{i}") for i in range(6)]
     rest += [gather(embedder, "document", "d"), gather(embedder, "query", "other", instruction="i")]
@@ -83,7 +83,7 @@ def test_kinds_and_options_are_not_mixed_and_a_call_has_an_end(monkeypatch: pyte
 
 
 def test_long_texts_are_few_to_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gatherer, "MOST_CHARACTERS", 10)
+    monkeypatch.setattr(gatherer, "MAX_BATCH_CHARACTERS", 10)
     embedder, first = held_with("first")
     rest = [gather(embedder, "query", "x" * length) for length in (4, 6, 20, 5)]
     embedder.released.set()

@@ -56,6 +56,7 @@ CORE = {
     "encoder": {"model", "inference", "tokenization"},
     "generation": {"bases", "model"},
     "gatherer": {"protocols"},  # for type checkers
+    "hosts": set(),
     "remote": {"inference", "protocols"},  # of inference the types only
     "embedders": {"inference", "model", "protocols", "remote"},
     "sources.__init__": {"sources.docstrings", "sources.document", "sources.files"},

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Metrics:
 
 
 class Metered:
-    """An embedder whose calls are counted."""
+    """An embedder whose calls are counted and timed."""
 
     def __init__(self, model: Embedder, metrics: Metrics) -> None:
         self._model = model

@@ -9,11 +9,12 @@ from pathlib import Path
 import uvicorn
 
 from c2v_rag.model import Causal2Vec
-from c2v_rag.server.api import Limits, create_app
+from c2v_rag.server.api import create_app
+from c2v_rag.server.service import Limits
 
 
 def read_keys(path: Path) -> list[str]:
-    """A key a line; empty lines and those that start with # are left out. ValueError where there is none."""
+    """The keys in a file, one a line, without empty lines and those that start with #. ValueError without any."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
@@ -22,10 +23,20 @@ def read_keys(path: Path) -> list[str]:
 
 
 def serve(
-    model: Causal2Vec, *, host: str, port: int, name: str = "", api_keys: Sequence[str] = (), limits: Limits
+    model: Causal2Vec,
+    *,
+    host: str,
+    port: int,
+    name: str = "",
+    api_keys: Sequence[str] = (),
+    limits: Limits,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
-    """Answer until SIGTERM or Ctrl-C; what was accepted before is still answered. SystemExit when the port is taken."""
-    app = create_app(model, name=name, api_keys=api_keys, limits=limits)
+    """Answer until SIGTERM or Ctrl-C; accepted requests are still answered. SystemExit when the port is taken.
+
+    `allowed_hosts`: names of this server besides `host`, localhost and IP addresses.
+    """
+    app = create_app(model, name=name, api_keys=api_keys, limits=limits, allowed_hosts=[host, *allowed_hosts])
     logging.getLogger("c2v_rag").setLevel(logging.INFO)
     model.encode_query(["warm up"])  # the first call is the slowest
     uvicorn.run(app, host=host, port=port, server_header=False, log_level="info", access_log=False)

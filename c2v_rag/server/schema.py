@@ -1,4 +1,4 @@
-"""What goes over the wire: OpenAI's embeddings API, and what it lacks for queries and documents."""
+"""Requests and responses of the server: OpenAI's embeddings API, extended for queries and documents."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ QUERY_SUFFIX = ":query"
 InputType = Literal["query", "search_query", "document", "search_document", "passage"]
 
 
+def check_model_name(name: str) -> str:
+    """The name itself. ValueError when it ends in ":query", the suffix by which clients ask for query embeddings."""
+    if name.endswith(QUERY_SUFFIX):
+        raise ValueError(
+            f"A served model cannot be called {name!r}: clients add {QUERY_SUFFIX!r} to its name for query embeddings. "
+            f"Choose another with --name, such as {name.removesuffix(QUERY_SUFFIX) or 'model'!r}."
+        )
+    return name
+
+
 def _texts(value: Any) -> Any:
-    """One text or a list of them, as a list. Token ids are refused: they are another tokenizer's."""
+    """One text or a list of them, as a list. Token ids are refused: they come from another tokenizer."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value and isinstance(value[0], int | list):
@@ -25,36 +35,41 @@ def _texts(value: Any) -> Any:
 Texts = Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Request(BaseModel):
+    """Unknown fields are ignored: OpenAI's clients and proxies send fields that a server need not know."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class EmbeddingsRequest(_Strict):
-    """`POST /v1/embeddings`.
+class EmbeddingsRequest(_Request):
+    """`POST /v1/embeddings`. Optional fields may be null, as OpenAI's clients send them.
 
-    `model`: NAME embeds documents, NAME:query queries; `input_type` says it too and goes before. `instruction` is put
-    before every text, the model's own before queries unless given. `truncate` cuts what is too long instead of
-    refusing it. `user` is OpenAI's and not used.
+    `model`: NAME embeds documents, NAME:query queries; `input_type` has precedence over the name. `encoding_format`:
+    "float" unless given. `instruction`: put before every text; unless given, queries get the model's own. `truncate`:
+    cut texts that are too long instead of refusing them.
     """
 
     model: str
     input: Texts
     input_type: InputType | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     instruction: Annotated[str, Field(max_length=4000)] | None = None
-    truncate: bool = False
-    user: str | None = None
+    truncate: bool | None = None
 
 
-class TokenizeRequest(_Strict):
-    """`POST /v1/tokenize`: how many tokens each text has."""
+class TokenizeRequest(_Request):
+    """`POST /v1/tokenize`: the number of tokens of each text."""
 
     model: str
     input: Texts
 
 
-class Embedding(_Strict):
+class _Response(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Embedding(_Response):
     """`embedding`: numbers, or little-endian float32 in base64."""
 
     index: int
@@ -62,26 +77,26 @@ class Embedding(_Strict):
     object: Literal["embedding"] = "embedding"
 
 
-class Usage(_Strict):
+class Usage(_Response):
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingsResponse(_Strict):
+class EmbeddingsResponse(_Response):
     data: list[Embedding]
     model: str
     usage: Usage
     object: Literal["list"] = "list"
 
 
-class TokenizeResponse(_Strict):
+class TokenizeResponse(_Response):
     """`max_tokens`: the longest text that no part of the model cuts."""
 
     counts: list[int]
     max_tokens: int
 
 
-class Model(_Strict):
+class Model(_Response):
     """One entry of `GET /v1/models`. `stamp` tells models apart whose vectors must not be mixed."""
 
     id: str
@@ -94,6 +109,6 @@ class Model(_Strict):
     owned_by: str = "c2v-rag"
 
 
-class Models(_Strict):
+class Models(_Response):
     data: list[Model]
     object: Literal["list"] = "list"

@@ -1,0 +1,171 @@
+"""What the routes do: check a request against the limits, queue its texts, and write the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import HTTPException
+
+from c2v_rag.gatherer import MAX_BATCH_TEXTS, gather
+from c2v_rag.model import Causal2Vec
+from c2v_rag.server import schema
+from c2v_rag.server.metrics import Metered, Metrics
+
+Kind = Literal["query", "document"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one client may ask of a server that all clients share.
+
+    `body_bytes`: length of a request, 413 above. `inputs`: texts of a request, 400 above. `tokens`: tokens of a text,
+    400 above unless the request says `truncate`; None is the decoder's longest text. `waiting`: texts accepted and not
+    answered yet, over all requests, 429 above. `seconds`: time to an answer, 504 above.
+    """
+
+    body_bytes: int = 16 * 2**20
+    inputs: int = 2048
+    tokens: int | None = None
+    waiting: int = 8192
+    seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.inputs > self.waiting:
+            raise ValueError(
+                f"A request of {self.inputs} texts could never be accepted: only {self.waiting} may wait. "
+                "Raise the queue's length or lower the texts a request."
+            )
+
+
+class EmbeddingService:
+    """One model, the texts that wait for it, and the limits."""
+
+    def __init__(self, model: Causal2Vec, name: str, limits: Limits) -> None:
+        self.model = model
+        self.name = name
+        self.limits = limits
+        self.metrics = Metrics()
+        self.waiting = 0
+        self._max_tokens = limits.tokens or model.config.max_length
+        self._embedder = Metered(model, self.metrics)
+        self._tokenizing = ThreadPoolExecutor(1, "count-tokens")  # the tokenizers are locked: more threads only wait
+        stamp = model.stamp | {"name": name} | {part: _without_path(origin) for part, origin in model.sources.items()}
+        self.description = schema.Model(
+            id=name,
+            created=int(time.time()),
+            embedding_dim=model.embedding_dim,
+            max_tokens=model.max_tokens,
+            max_inputs=limits.inputs,
+            stamp=stamp,
+        )
+
+    def kind_of(self, name: str, input_type: schema.InputType | None) -> Kind:
+        """Whether a request is for queries or documents. 404 for another model's name."""
+        if name not in (self.name, self.name + schema.QUERY_SUFFIX):
+            raise HTTPException(404, f"There is no model {name!r} here. Ask for {self.name!r}, or list /v1/models.")
+        if input_type is not None:
+            return "query" if input_type in ("query", "search_query") else "document"
+        return "document" if name == self.name else "query"
+
+    async def count_tokens(self, texts: list[str]) -> list[int]:
+        """The number of tokens of each text. 400 and 429 as `Limits` says."""
+        if len(texts) > self.limits.inputs:
+            raise HTTPException(400, f"{len(texts)} texts in one request; at most {self.limits.inputs} are allowed.")
+        with self._reserve(len(texts)):
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.model.count_tokens, texts)
+
+    async def embed(self, body: schema.EmbeddingsRequest) -> schema.EmbeddingsResponse:
+        """400, 404, 429 or 504 as `Limits` says; when it is cancelled, its texts leave the queue."""
+        kind = self.kind_of(body.model, body.input_type)
+        if body.dimensions is not None and body.dimensions > self.model.embedding_dim:
+            raise HTTPException(400, f"dimensions must be at most {self.model.embedding_dim}, got {body.dimensions}.")
+        counts = await self.count_tokens(body.input)
+        longest = max(counts)
+        if longest > self._max_tokens and not body.truncate:
+            raise HTTPException(
+                400,
+                f"The text at index {counts.index(longest)} has {longest} tokens; at most {self._max_tokens} are "
+                'read. Cut it into chunks, or send "truncate": true.',
+            )
+        options = {"truncate_dim": body.dimensions, "instruction": body.instruction, "on_truncate": "ignore"}
+        options = {key: value for key, value in options.items() if value is not None}
+        with self._reserve(len(counts)):
+            try:
+                async with asyncio.timeout(self.limits.seconds):
+                    rows = await self._embed_texts(kind, body.input, options)
+            except TimeoutError:
+                raise HTTPException(
+                    504, f"No answer within {self.limits.seconds:g} s: the server is busy. Send fewer texts, or later."
+                ) from None
+        self.metrics.inputs.labels(kind).inc(len(rows))
+        self.metrics.tokens.inc(sum(counts))
+        return schema.EmbeddingsResponse(
+            data=[
+                schema.Embedding.model_construct(index=index, embedding=_encoded(row, body.encoding_format))
+                for index, row in enumerate(rows)
+            ],
+            model=body.model,
+            usage=schema.Usage(prompt_tokens=sum(counts), total_tokens=sum(counts)),
+        )
+
+    async def _embed_texts(self, kind: Kind, texts: list[str], options: dict[str, Any]) -> list[np.ndarray]:
+        """Queue a long request one batch at a time, so that short requests of others are not behind all of it."""
+        rows: list[np.ndarray] = []
+        for start in range(0, len(texts), MAX_BATCH_TEXTS):
+            batch = texts[start : start + MAX_BATCH_TEXTS]
+            rows += await _results([gather(self._embedder, kind, text, **options) for text in batch])
+        return rows
+
+    @contextmanager
+    def _reserve(self, num_texts: int) -> Iterator[None]:
+        """Count so many texts as waiting. 429 when the queue has no room for them."""
+        if self.waiting + num_texts > self.limits.waiting:
+            raise HTTPException(
+                429,
+                f"{self.waiting} texts wait already, and {self.limits.waiting} may. Send it again later.",
+                {"Retry-After": "1"},
+            )
+        self.waiting += num_texts
+        self.metrics.waiting.set(self.waiting)
+        try:
+            yield
+        finally:
+            self.waiting -= num_texts
+            self.metrics.waiting.set(self.waiting)
+
+
+def public_name(model: Causal2Vec) -> str:
+    """A model's name for clients: that of a checkpoint folder without its path, "model" for one without a name."""
+    name = str(model.stamp["name"])
+    return (Path(name).resolve().name if Path(name).is_dir() else name) or "model"
+
+
+def _without_path(origin: str) -> str:
+    """The origin of weights without this machine's folders."""
+    kind, _, path = origin.partition(" ")
+    return f"{kind} {PurePath(path).name}" if kind in ("folder", "file") else origin
+
+
+async def _results(futures: list[Future[np.ndarray]]) -> list[np.ndarray]:
+    """The results in order; when one fails or this is cancelled, the others leave the queue."""
+    try:
+        return [await asyncio.wrap_future(future) for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _encoded(row: np.ndarray, encoding: Literal["float", "base64"] | None) -> str | list[float]:
+    if encoding == "base64":
+        return base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
+    numbers: list[float] = row.tolist()
+    return numbers
