@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import os
 import re
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, Unpack
+from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,11 +27,18 @@ if TYPE_CHECKING:
 
 API_KEY_VARIABLE = "C2V_RAG_API_KEY"
 WEIGHTS_HEADER = "c2v-weights"  # of every answer: the hash of the weights behind it
-_REQUEST_TEXTS = 256
-_REQUEST_CHARACTERS = 1_000_000
-_TRIES = 5
-_WORTH_ANOTHER_TRY = {429, 502, 503, 504}
+MAX_PARALLEL_REQUESTS = 4  # of one call
+_MAX_ASYNC_CALLS = 32  # that wait for the server at the same time; more of them wait for these
+_MAX_REQUEST_TEXTS = 256
+_MAX_REQUEST_CHARACTERS = 1_000_000
+_CONNECT_SECONDS = 10.0
+_MAX_TRIES = 5
+_RETRIED_STATUSES = {429, 502, 503, 504}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class ApiKeyError(ValueError):
+    """The server asks for a key, or refuses the one that was sent."""
 
 
 class RemoteModel:
@@ -36,21 +48,30 @@ class RemoteModel:
         >>> from c2v_rag import RemoteModel, VectorIndex
         >>> index = VectorIndex("store", RemoteModel("http://127.0.0.1:8000"))  # doctest: +SKIP
 
-    `base_url`: the server's address, without /v1. `api_key`: unless given, what the environment variable
-    C2V_RAG_API_KEY holds. `timeout`: seconds to wait for an answer.
+    `base_url`: the server's address, without /v1. `api_key`: unless given, the environment variable C2V_RAG_API_KEY is
+    read at the first request. The key is sent to this address only; redirects are not followed. `timeout`: seconds for
+    each request, its retries included.
 
-    The first use asks the server what its model is. A server that is busy or away is asked again, up to 5 times with
-    growing pauses (tenacity). Raises ConnectionError when it stays away, PermissionError for a wrong key, ValueError
-    for what it refuses, with its own words, and when its model has changed since the first use.
+    The first use asks the server for its model. A request that the server could not take (no connection, or the
+    status 429, 502, 503 or 504) is sent again, up to 5 times with growing pauses; one that got no answer in time is
+    not. Long lists of texts are sent in several requests, up to 4 at the same time. Threads may share a `RemoteModel`.
+
+    Pickling keeps a given `api_key`, not the connection: a pickle is as secret as the key. A key from the environment
+    is not kept, it is read again where the pickle is loaded.
+
+    Raises ConnectionError when the server does not answer, `ApiKeyError` (a ValueError) for a missing or wrong key,
+    ValueError for what the server refuses, with its message, and when its model has changed since the first use.
     """
 
     def __init__(self, base_url: str, api_key: str | None = None, *, timeout: float = 180.0) -> None:
         if not is_url(base_url):
             raise ValueError(f"base_url must start with http:// or https://; got {base_url!r}.")
+        if "@" in urlsplit(base_url).netloc:  # it would be shown, and stored as the model's name
+            raise ValueError("base_url must not hold a user or password. Give the server's key as api_key.")
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._api_key = api_key
         self._timeout = timeout
-        self._weights = ""  # the served model's hash, once it has answered
+        self._weights = ""  # the served model's hash, after the first answer
         _opened[self.base_url] = self
 
     def __repr__(self) -> str:
@@ -58,7 +79,7 @@ class RemoteModel:
 
     @property
     def name(self) -> str:
-        """The server's address, by which `load_embedder` finds it again."""
+        """The server's address."""
         return self.base_url
 
     @property
@@ -72,33 +93,48 @@ class RemoteModel:
 
     @property
     def stamp(self) -> dict[str, str | int]:
-        """The served model's, under the server's address as its name."""
+        """The served model's stamp, with the server's address as its name."""
         return {**self._model["stamp"], "name": self.name}
 
     def count_tokens(self, texts: Iterable[str]) -> list[int]:
         """Length of each text in the model's tokens."""
-        return [
-            count
-            for some in _slices(texts, self._most_texts)
-            for count in self._ask("/v1/tokenize", {"model": self._model["id"], "input": some})["counts"]
-        ]
+        bodies = ({"model": self._model["id"], "input": part} for part in _split(texts, self._max_texts))
+        return [count for answer in self._request_all("/v1/tokenize", bodies) for count in answer["counts"]]
 
     def encode(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
-        """As `Causal2Vec.encode`: float32 (n, embedding_dim), in input order. `batch_tokens` is the server's to choose.
+        """As `Causal2Vec.encode`: float32 (n, embedding_dim), in input order. The server chooses its `batch_tokens`.
 
-        Texts are cut without a warning unless `on_truncate` is "error".
+        Long texts are truncated without a warning unless `on_truncate` is "error".
         """
         return self._embed("document", texts, instruction, **options)
 
-    encode_document = encode  # neither has an instruction unless one is given
+    encode_document = encode  # documents have no instruction unless one is given
 
     def encode_query(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
         """As `Causal2Vec.encode_query`: with the model's own instruction unless given, none with ""."""
         return self._embed("query", texts, instruction, **options)
+
+    async def aencode_document(
+        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
+    ) -> np.ndarray:
+        """`encode_document` without blocking the event loop: it waits for the server in a thread.
+
+        Up to 32 calls wait at the same time, so that the server can embed their texts together. Cancelling the
+        coroutine does not stop a request that was sent.
+        """
+        encode = functools.partial(self.encode_document, texts, instruction=instruction, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._async_threads, encode)
+
+    async def aencode_query(
+        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
+    ) -> np.ndarray:
+        """`encode_query` without blocking the event loop, as `aencode_document`."""
+        encode = functools.partial(self.encode_query, texts, instruction=instruction, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._async_threads, encode)
 
     def _embed(
         self,
@@ -116,31 +152,31 @@ class RemoteModel:
         dim = self.embedding_dim if truncate_dim is None else truncate_dim
         if not 1 <= dim <= self.embedding_dim:
             raise ValueError(f"truncate_dim must be from 1 to {self.embedding_dim}, this model's; got {truncate_dim}.")
-        body: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "model": self._model["id"],
             "input_type": kind,
             "encoding_format": "base64",
             "truncate": on_truncate != "error",
         }
-        body |= {} if truncate_dim is None else {"dimensions": truncate_dim}
-        body |= {} if instruction is None else {"instruction": instruction}
+        settings |= {} if truncate_dim is None else {"dimensions": truncate_dim}
+        settings |= {} if instruction is None else {"instruction": instruction}
+        bodies = (settings | {"input": part} for part in _split(texts, self._max_texts))
         parts = [np.empty((0, dim), dtype=np.float32)]
         total = len(texts) if isinstance(texts, Sequence) else None
         with tqdm(total=total, unit="text", disable=not show_progress) as progress:
-            for some in _slices(texts, self._most_texts):
-                answer = self._ask("/v1/embeddings", body | {"input": some})
+            for answer in self._request_all("/v1/embeddings", bodies):
                 rows = [np.frombuffer(base64.b64decode(one["embedding"]), "<f4") for one in answer["data"]]
                 parts.append(np.stack(rows).astype(np.float32, copy=False))
-                progress.update(len(some))
+                progress.update(len(rows))
         return np.concatenate(parts)
 
     @property
-    def _most_texts(self) -> int:
-        return min(_REQUEST_TEXTS, int(self._model["max_inputs"]))
+    def _max_texts(self) -> int:
+        return min(_MAX_REQUEST_TEXTS, int(self._model["max_inputs"]))
 
     @functools.cached_property
     def _model(self) -> dict[str, Any]:
-        found: list[dict[str, Any]] = self._ask("/v1/models", None)["data"]
+        found: list[dict[str, Any]] = self._request("/v1/models", None)["data"]
         if len(found) != 1 or "stamp" not in found[0]:
             raise ValueError(f"{self.base_url} is no c2v-rag server: its list of models says nothing of their vectors.")
         return found[0]
@@ -149,30 +185,61 @@ class RemoteModel:
     def _client(self) -> httpx.Client:
         import httpx
 
-        key = self._api_key or os.environ.get(API_KEY_VARIABLE)
+        key = (self._api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.base_url, headers=headers, timeout=httpx.Timeout(self._timeout, connect=10))
+        return httpx.Client(base_url=self.base_url, headers=headers, follow_redirects=False)
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """The server's answer, after as many tries as it takes."""
+    @functools.cached_property
+    def _async_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_MAX_ASYNC_CALLS, "c2v-remote-async")
+
+    def _request_all(self, path: str, bodies: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The answers to `bodies` in their order. A few requests run at the same time; the first error is raised."""
+        running: deque[Future[dict[str, Any]]] = deque()
+        threads = ThreadPoolExecutor(MAX_PARALLEL_REQUESTS, "c2v-remote")
+        try:
+            for body in bodies:
+                running.append(threads.submit(self._request, path, body))
+                if len(running) == MAX_PARALLEL_REQUESTS:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """The server's answer to one request, sent again while the server cannot take it."""
         import httpx
         from tenacity import (
             Retrying,
-            retry_if_exception_type,
+            retry_if_exception,
             retry_if_result,
             stop_after_attempt,
+            stop_before_delay,
             wait_random_exponential,
         )
 
-        tries = Retrying(
-            retry=retry_if_exception_type(httpx.TransportError)
-            | retry_if_result(lambda response: response.status_code in _WORTH_ANOTHER_TRY),
-            stop=stop_after_attempt(_TRIES),
+        deadline = time.monotonic() + self._timeout
+
+        def send() -> httpx.Response:
+            left = max(deadline - time.monotonic(), 0.1)
+            timeout = httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS))
+            return self._client.request("GET" if body is None else "POST", path, json=body, timeout=timeout)
+
+        retrying = Retrying(
+            retry=retry_if_exception(_was_not_received)
+            | retry_if_result(lambda response: response.status_code in _RETRIED_STATUSES),
+            stop=stop_after_attempt(_MAX_TRIES) | stop_before_delay(self._timeout),
             wait=wait_random_exponential(multiplier=0.5, max=10),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
         try:
-            response = tries(self._client.request, "GET" if body is None else "POST", path, json=body)
+            response = retrying(send)
+        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
+            raise ConnectionError(
+                f"{self.base_url} gave no answer within {self._timeout:g} s. It was not asked again, because it may be "
+                "busy with this request. Send fewer texts at a time, or give a longer timeout."
+            ) from error
         except httpx.TransportError as error:
             raise ConnectionError(
                 f"No answer from {self.base_url} ({error or type(error).__name__}). Is `c2v-rag serve` running there?"
@@ -181,19 +248,10 @@ class RemoteModel:
             self._check_weights(response.headers.get(WEIGHTS_HEADER, ""))
             answer: dict[str, Any] = response.json()
             return answer
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = response.text[:200]
-        message = f"{self.base_url} answered {response.status_code}: {message}"
-        if response.status_code == 401:
-            raise PermissionError(f"{message} Give it as api_key, or in {API_KEY_VARIABLE}.")
-        if response.status_code in _WORTH_ANOTHER_TRY or response.status_code >= 500:
-            raise ConnectionError(message)
-        raise ValueError(message)
+        raise _error(self.base_url, response)
 
     def _check_weights(self, weights: str) -> None:
-        """Vectors of two models must not be mixed: a server may be started again with another."""
+        """ValueError when another model answers than before: a server may have been restarted with it."""
         if self._weights and weights != self._weights:
             raise ValueError(
                 f"The model at {self.base_url} is another one now (weights {weights}, before {self._weights}). "
@@ -202,24 +260,53 @@ class RemoteModel:
         self._weights = weights
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open connection, and without what was learned over it."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_client", "_model")}
+        """Without connection and threads, and without the served model's description, which is asked for again."""
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_client", "_model", "_async_threads")
+        }
 
 
-def _slices(texts: Iterable[str], most: int) -> Iterator[list[str]]:
-    """Texts of one request each: not too many, and not too long together."""
-    some: list[str] = []
+def _was_not_received(error: BaseException) -> bool:
+    """Whether a request may be sent again: after a timeout the server may still be working on it."""
+    import httpx
+
+    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout)
+
+
+def _error(base_url: str, response: httpx.Response) -> Exception:
+    """The exception for an answer other than 200, with the server's message."""
+    status = response.status_code
+    if response.is_redirect:
+        return ValueError(
+            f"{base_url} answered {status}: it redirects to {response.headers.get('location')!r}. Redirects are not "
+            "followed, because the key is for this address only. Give the final address as base_url."
+        )
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200]
+    message = f"{base_url} answered {status}: {message}"
+    if status in (401, 403):
+        return ApiKeyError(f"{message} Give it as api_key, or in {API_KEY_VARIABLE}.")
+    if status in _RETRIED_STATUSES or status >= 500:
+        return ConnectionError(message)
+    return ValueError(message)
+
+
+def _split(texts: Iterable[str], max_texts: int) -> Iterator[list[str]]:
+    """The texts of one request each: limited in number and in characters."""
+    part: list[str] = []
     characters = 0
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{index}] must be a string, got {type(text).__name__}.")
-        if some and (len(some) == most or characters + len(text) > _REQUEST_CHARACTERS):
-            yield some
-            some, characters = [], 0
-        some.append(_LONE_SURROGATE.sub("\ufffd", text))  # JSON has none; the model reads them so too
+        if part and (len(part) == max_texts or characters + len(text) > _MAX_REQUEST_CHARACTERS):
+            yield part
+            part, characters = [], 0
+        part.append(_LONE_SURROGATE.sub("\ufffd", text))  # JSON has none; the model reads them as this character
         characters += len(text)
-    if some:
-        yield some
+    if part:
+        yield part
 
 
 _opened: WeakValueDictionary[str, RemoteModel] = WeakValueDictionary()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 import pickle
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from openai import NotFoundError, OpenAI
 from c2v_rag import Document, RemoteModel, VectorIndex, load_embedder
 from c2v_rag.app.page import SearchApp
 from c2v_rag.model import Causal2Vec
-from c2v_rag.remote import API_KEY_VARIABLE
+from c2v_rag.remote import API_KEY_VARIABLE, MAX_PARALLEL_REQUESTS, ApiKeyError
 from c2v_rag.server.api import Limits, create_app
 from chroma_c2v import Causal2VecEmbeddingFunction
 from langchain_c2v import Causal2VecEmbeddings
@@ -148,8 +152,9 @@ def test_who_is_away_busy_or_another_is_named(
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     with pytest.raises(ConnectionError, match="c2v-rag serve"):
         _ = RemoteModel(f"http://127.0.0.1:{closed_port}").stamp
-    with pytest.raises(PermissionError, match=API_KEY_VARIABLE):
+    with pytest.raises(ApiKeyError, match=API_KEY_VARIABLE) as refused:
         _ = RemoteModel(url, "wrong").stamp
+    assert not isinstance(refused.value, OSError), "PermissionError means that another process writes to a store"
     with pytest.raises(ValueError, match="http://"):
         RemoteModel("localhost:8000")
     with serving(create_app(tiny_model(seed=1), name="tiny")) as other:
@@ -174,3 +179,135 @@ def test_who_is_away_busy_or_another_is_named(
     monkeypatch.setattr(remote._client, "request", lambda *args, **kwargs: httpx.Response(503, text="<html>busy"))
     with pytest.raises(ConnectionError, match="answered 503: <html>busy"):
         remote.encode(["x"])
+
+
+def answered_by(handler: Callable[[httpx.Request], httpx.Response], **settings: Any) -> RemoteModel:
+    """A `RemoteModel` whose requests go to a function. Its model has 1 column and takes 2 texts a request."""
+    model = {"id": "m", "embedding_dim": 1, "max_tokens": 9, "max_inputs": 2, "stamp": {"weights": "w"}}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [model]})
+        return handler(request)
+
+    remote = RemoteModel("http://server.test", KEY, **settings)
+    client = httpx.Client(
+        transport=httpx.MockTransport(answer),
+        base_url=remote.base_url,
+        headers=remote._client.headers,
+        follow_redirects=remote._client.follow_redirects,
+    )
+    remote.__dict__["_client"] = client
+    return remote
+
+
+def texts_of(request: httpx.Request) -> list[str]:
+    texts: list[str] = json.loads(request.content)["input"]
+    return texts
+
+
+def vectors(texts: list[str]) -> httpx.Response:
+    """The number in each text, as a vector of one column."""
+    rows = [base64.b64encode(np.array([float(text)], "<f4").tobytes()).decode() for text in texts]
+    return httpx.Response(200, json={"data": [{"embedding": row} for row in rows]})
+
+
+def test_requests_of_one_call_run_at_the_same_time_and_keep_their_order() -> None:
+    all_there = threading.Barrier(MAX_PARALLEL_REQUESTS)
+    texts = [str(number) for number in range(2 * MAX_PARALLEL_REQUESTS)]
+    last_answered = threading.Event()
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        all_there.wait(30)
+        if texts[-1] in texts_of(request):
+            last_answered.set()
+        assert last_answered.wait(30), "the last request is answered first"
+        return vectors(texts_of(request))
+
+    assert answered_by(handler).encode_document(iter(texts))[:, 0].tolist() == [float(text) for text in texts]
+
+
+def test_an_error_of_one_request_is_raised() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if "5" in texts_of(request):
+            return httpx.Response(400, json={"error": {"message": "no fives"}})
+        return vectors(texts_of(request))
+
+    with pytest.raises(ValueError, match="answered 400: no fives"):
+        answered_by(handler).encode_document([str(number) for number in range(20)])
+    with pytest.raises(TypeError, match=r"texts\[3\]"):
+        answered_by(handler).encode_document(["0", "1", "2", None])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [(httpx.ReadTimeout, 1), (httpx.WriteTimeout, 1), (httpx.ConnectTimeout, 5), (httpx.ReadError, 5)],
+)
+def test_what_the_server_may_be_working_on_is_not_sent_again(
+    error: type[httpx.TransportError], tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    sent: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        sent.append(request)
+        raise error("away", request=request)
+
+    with pytest.raises(ConnectionError, match="was not asked again" if tries == 1 else "Is `c2v-rag serve` running"):
+        answered_by(handler).encode_query(["1"])
+    assert len(sent) == tries
+
+
+def test_retries_end_when_the_time_for_a_request_is_over() -> None:
+    given: list[dict[str, float]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        given.append(request.extensions["timeout"])
+        time.sleep(0.06)
+        return httpx.Response(503)
+
+    with pytest.raises(ConnectionError, match="answered 503"):
+        answered_by(handler, timeout=0.1).encode_query(["1"])
+    assert len(given) <= 2
+    assert all(timeout["read"] <= 0.1 for timeout in given)
+
+
+def test_the_key_stays_with_its_server() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append((request.url.host, request.headers["Authorization"]))
+        return httpx.Response(307, headers={"Location": "http://elsewhere.test/v1/embeddings"})
+
+    remote = answered_by(handler)
+    with pytest.raises(ValueError, match=r"redirects to 'http://elsewhere\.test.* Give the final address"):
+        remote.encode_query(["1"])
+    assert asked == [("server.test", f"Bearer {KEY}")]
+    assert KEY not in repr(remote)
+    travelled = pickle.loads(pickle.dumps(remote))
+    assert travelled._client.headers["Authorization"] == f"Bearer {KEY}"
+    with pytest.raises(ValueError, match="user or password") as refused:
+        RemoteModel("http://me:secret@server.test")
+    assert "secret" not in str(refused.value)
+
+
+def test_async_methods_give_the_same_vectors_and_leave_the_event_loop_free(
+    remote: RemoteModel, model: Causal2Vec
+) -> None:
+    all_there = threading.Barrier(8)
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        all_there.wait(30)
+        return vectors(texts_of(request))
+
+    waiting = answered_by(handler)
+
+    async def ask() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        at_once = await asyncio.gather(*(waiting.aencode_query([str(number)]) for number in range(8)))
+        return at_once, await remote.aencode_query(WHOLE, instruction="Find it"), await remote.aencode_document(WHOLE)
+
+    at_once, queries, documents = asyncio.run(ask())
+    assert [float(row[0, 0]) for row in at_once] == list(range(8))
+    np.testing.assert_allclose(queries, model.encode_query(WHOLE, instruction="Find it"), atol=1e-5)
+    np.testing.assert_allclose(documents, model.encode_document(WHOLE), atol=1e-5)
+    assert len(pickle.loads(pickle.dumps(remote)).encode(["x"])) == 1
