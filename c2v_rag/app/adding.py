@@ -1,8 +1,9 @@
-"""Files that someone gave -> documents -> the index, watched and stopped through a `Task`."""
+"""Adds uploaded files and sources to an index, with progress and a way to stop (`Task`)."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,45 @@ from c2v_rag.app.task import Task
 from c2v_rag.index import IndexReport, VectorIndex, remove_vanished
 from c2v_rag.sources import PYTHON_DOCS, Document, files_below, python_docs, read_sources
 
+UPLOAD = "upload/"  # the start of an upload's source
+FILE_NAME = "file_name"  # metadata of an upload
 WAIT_S = 2.0
 WRITE_EVERY = 32  # chunks: a second or two on a CPU, so that stopping is quick
 
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """`left_out`: a line for each file that could not be read. `empty`: names of files that hold no text."""
+    """What `add` did.
+
+    `left_out`: a line for each file that could not be read. `empty`: names of files that hold no text. `kept`: names
+    of uploads whose earlier versions are still in the collection.
+    """
 
     report: IndexReport
     left_out: list[str]
     empty: list[str]
+    kept: list[str]
 
 
-def add(task: Task[Any], index: VectorIndex, uploads: Sequence[Path], sources: Sequence[str]) -> Added:
-    """Index uploaded files under their names, and `sources` as `c2v-rag index` does.
+def add(
+    task: Task[Any],
+    index: VectorIndex,
+    uploads: Sequence[Path],
+    sources: Sequence[str],
+    *,
+    replace_uploads: bool = False,
+) -> Added:
+    """Index uploaded files, and `sources` as `c2v-rag index` does.
 
-    While someone else writes to the store, it waits. Raises FileNotFoundError for a source that does not exist.
+    An upload's source is `upload/HASH/NAME`, with the hash of its content, and its metadata has `file_name`. So the
+    same file again changes nothing, and another file of the same name stands beside it. With `replace_uploads`,
+    earlier uploads of the same names are deleted after the new ones were read.
+
+    While another process writes to the store, it waits. Raises FileNotFoundError for a source that does not exist.
     """
     left_out: list[str] = []
     empty: list[str] = []
+    read_uploads: dict[str, str] = {}  # source -> file name
 
     def leave_out(path: Path, error: Exception) -> None:
         shown = str(error).replace(str(path), path.name) if path in uploads else str(error)
@@ -40,13 +60,16 @@ def add(task: Task[Any], index: VectorIndex, uploads: Sequence[Path], sources: S
         for path in uploads:
             task.report(f"Reading {path.name} …")
             try:
+                source = upload_source(path)
                 for document in read_sources([path], on_error=leave_out):
-                    yield dataclasses.replace(document, source=path.name)
-            except (OSError, ValueError) as error:  # gone, or of a kind that is not read
+                    name = source.rpartition("/")[2]
+                    read_uploads[source] = name
+                    yield dataclasses.replace(document, source=source, metadata={**document.metadata, FILE_NAME: name})
+            except (OSError, ValueError) as error:  # it is gone, or its kind cannot be read
                 leave_out(path, error)
         yield from read_sources(sources, on_error=leave_out)
 
-    def counted() -> Iterator[Document]:
+    def documents_with_empty_noted() -> Iterator[Document]:
         for document in documents():
             if not document.text.strip():
                 empty.append(Path(document.source).name)
@@ -63,10 +86,36 @@ def add(task: Task[Any], index: VectorIndex, uploads: Sequence[Path], sources: S
     )
     while True:
         try:
-            report = index.add(counted(), on_progress=report_progress, write_every=WRITE_EVERY)
+            report = index.add(documents_with_empty_noted(), on_progress=report_progress, write_every=WRITE_EVERY)
             break
         except PermissionError as error:
+            if error.errno is not None:  # from the operating system: waiting does not help
+                raise
             task.report(f"Waiting for another run to end. {error}")
             task.wait(WAIT_S)
     removed = sum(remove_vanished(index, Path(source)) for source in sources if Path(source).is_dir())
-    return Added(dataclasses.replace(report, removed=removed), left_out, empty)
+    earlier = _earlier_uploads(index, read_uploads)
+    if replace_uploads:
+        removed += sum(index.delete(source) for source in earlier)
+    kept = [] if replace_uploads else sorted({source.rpartition("/")[2] for source in earlier})
+    return Added(dataclasses.replace(report, removed=removed), left_out, empty, kept)
+
+
+def upload_source(path: Path) -> str:
+    """`upload/HASH/NAME`: files of the same name and other content have different sources."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    name = path.name.encode("utf-8", "replace").decode("utf-8")  # a file's name need not be UTF-8; Chroma's texts must
+    return f"{UPLOAD}{digest}/{name}"
+
+
+def _earlier_uploads(index: VectorIndex, read_uploads: dict[str, str]) -> list[str]:
+    """Sources of other uploads that have the same file names as these."""
+    if not read_uploads:
+        return []
+    names = set(read_uploads.values())
+    return [
+        source
+        for source in index.sources() - read_uploads.keys()
+        if source.startswith(UPLOAD) and source.rpartition("/")[2] in names
+    ]

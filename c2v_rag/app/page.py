@@ -5,22 +5,26 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
+from starlette.middleware import Middleware
 
-from c2v_rag import __version__
 from c2v_rag.app import render
+from c2v_rag.app.about import facts
+from c2v_rag.app.access import Logins, check_access, is_only_local
 from c2v_rag.app.adding import Added, add
-from c2v_rag.app.search import CAUSAL2VEC, ENCODER, ENCODER_SUFFIX, METHODS, Searcher
+from c2v_rag.app.collections import Collections
+from c2v_rag.app.search import CAUSAL2VEC, ENCODER, METHODS, Searcher
 from c2v_rag.app.task import Stopped, Task
-from c2v_rag.index import DEFAULT_COLLECTION, store_name, stored_stamps
+from c2v_rag.hosts import HostCheck
+from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress
 from c2v_rag.model import Causal2Vec
-from c2v_rag.protocols import Embedder, same_weights
+from c2v_rag.protocols import Embedder
 from c2v_rag.sources import PYTHON_DOCS
 
 PYTHON_QUESTIONS = (
@@ -30,7 +34,6 @@ PYTHON_QUESTIONS = (
     "How do I copy a whole folder tree?",
 )
 MAP_POINTS = 1500
-SPEED_TEXTS = 64
 NO_COMPARISON = "(nothing)"
 _FILE_TYPES = [".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".py"]
 # A click on a circle tells Python its chunk; the listener sits on the element, so that it outlives a new map.
@@ -41,14 +44,17 @@ _MAP_CLICK = (
 
 
 class SearchApp:
-    """The page over one store; `model` embeds new collections and is what the store's collections must be of.
+    """The page over one store; `model` embeds new collections, and the store's collections must be of it.
 
-    `is_local`: only this machine reaches the page, so that folders of this machine may be typed in to be indexed.
+    `collection`: the one that is shown first; it is made when documents are added. `is_local`: only this machine
+    reaches the page. Only then may its folders be typed in to be indexed, and new collections be named.
+
+    Raises ValueError for a collection name that the page reserves for the encoder's vectors.
     """
 
     def __init__(
         self,
-        store: str | Path,
+        store: StoreAddress,
         model: Embedder,
         *,
         collection: str = DEFAULT_COLLECTION,
@@ -56,24 +62,18 @@ class SearchApp:
     ) -> None:
         self._store = store
         self._model = model
-        self._first = collection
         self._is_local = is_local
-        self._searcher = functools.cache(functools.partial(Searcher, store, model))
-        self._runs: dict[str, Task[Added]] = {}  # by session: what its Cancel button stops
+        self._collections = Collections(store, model, collection)
+        self._runs: dict[str, Task[Added]] = {}  # by session: the run that its Cancel button stops
 
-    # What the page shows
+    # The page
 
     def collections(self) -> list[str]:
         """Names of the store's collections that this model made."""
-        ours = self._model.stamp
-        return sorted(
-            name
-            for name, stamp in stored_stamps(self._store).items()
-            if same_weights(stamp.get("weights"), ours) and not name.endswith(ENCODER_SUFFIX)
-        )
+        return self._collections.names()
 
     def blocks(self) -> gr.Blocks:
-        """The page, to be launched or mounted."""
+        """The page, to be launched or mounted. Mounted, it is the caller who must ask for a login."""
         with gr.Blocks(title="Causal2Vec search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
             gr.Markdown("# Search what you have")
             collection = gr.Dropdown(label="Collection", choices=[], scale=1, render=False)
@@ -82,9 +82,9 @@ class SearchApp:
                     query = gr.Textbox(
                         label="Query", placeholder="Ask in your own words, then press Enter", scale=5, autofocus=True
                     )
-                    go = gr.Button("Search", variant="primary", scale=1, min_width=90)
+                    search_button = gr.Button("Search", variant="primary", scale=1, min_width=90)
                 with gr.Row(visible=False) as examples:
-                    asked = [gr.Button(text, size="sm") for text in PYTHON_QUESTIONS]
+                    example_buttons = [gr.Button(text, size="sm") for text in PYTHON_QUESTIONS]
                 with gr.Row():
                     collection.render()  # type: ignore[no-untyped-call]
                     methods = self._methods()
@@ -92,21 +92,21 @@ class SearchApp:
                     other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
                 found = gr.HTML(elem_id="results")
-                given = [query, collection, method, other, top_k]
+                search_inputs = [query, collection, method, other, top_k]
                 # One listener for all of them, and the last request wins: results never arrive in another order.
                 gr.on(
-                    [query.submit, go.click, collection.input, method.input, other.input, top_k.release],
+                    [query.submit, search_button.click, collection.input, method.input, other.input, top_k.release],
                     self.search,
-                    given,
+                    search_inputs,
                     found,
                     trigger_mode="always_last",
                     show_progress="hidden",
                     concurrency_limit=4,
                     concurrency_id="search",
                 )
-                for button in asked:
+                for button in example_buttons:
                     button.click(lambda text: text, button, query).then(
-                        self.search, given, found, show_progress="hidden", concurrency_id="search"
+                        self.search, search_inputs, found, show_progress="hidden", concurrency_id="search"
                     )
             with gr.Tab("Add documents"):
                 files = gr.File(
@@ -116,13 +116,18 @@ class SearchApp:
                     label="or a folder of this computer", placeholder="/home/me/notes", visible=self._is_local
                 )
                 python = gr.Checkbox(label="and the documentation of Python's standard library")
-                into = gr.Textbox(label="into the collection", value=self._first)
+                replace = gr.Checkbox(label="replace earlier uploads of the same file names")
+                into = gr.Textbox(label="into the collection", value=self._collections.first)
                 with gr.Row():
                     start = gr.Button("Add", variant="primary")
                     stop = gr.Button("Cancel", variant="stop")
                 progress = gr.HTML(elem_id="progress")
                 event = start.click(
-                    self.add, [files, folder, python, into], progress, concurrency_limit=None, show_progress="hidden"
+                    self.add,
+                    [files, folder, python, into, replace],
+                    progress,
+                    concurrency_limit=None,
+                    show_progress="hidden",
                 )
                 stop.click(self.cancel, None, None, queue=False)
                 event.then(self.choices, into, [collection, examples])
@@ -135,17 +140,39 @@ class SearchApp:
             with gr.Tab("About") as about_tab:
                 about = gr.HTML(elem_id="about")
                 about_tab.select(self.about, collection, about)
-            page.load(self.choices, gr.State(self._first), [collection, examples])
+            page.load(self.choices, gr.State(self._collections.first), [collection, examples])
         blocks: gr.Blocks = page
         return blocks
 
-    def launch(self, *, host: str = "127.0.0.1", port: int | None = 7860, wait: bool = True) -> tuple[gr.Blocks, str]:
-        """Serve the page; returns it and its address. With `wait`, until Ctrl-C. OSError when the port is taken."""
+    def launch(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = 7860,
+        wait: bool = True,
+        auth: Logins = (),
+        allowed_hosts: Sequence[str] = (),
+    ) -> tuple[gr.Blocks, str]:
+        """Serve the page; returns it and its address. With `wait`, it returns after Ctrl-C.
+
+        `auth`: pairs of user and password, one of which the page asks for. `allowed_hosts`: names of this server
+        besides `host`, localhost and IP addresses, for a proxy in front of it; other `Host` headers are refused.
+
+        Raises ValueError when others than this machine reach the page and there is no `auth`, OSError when the port is
+        taken.
+        """
+        check_access(host, allowed_hosts, auth)
+        self._is_local = self._is_local and is_only_local(host, allowed_hosts)
         page = self.blocks()
         page.queue(max_size=64)
+        hosts = Middleware(HostCheck, allowed_hosts=[host, *allowed_hosts], same_origin=True)
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
+            auth=list(auth) or None,
+            app_kwargs={"middleware": [hosts]},
+            ssr_mode=False,  # Node would be in front, and answer without the middleware
+            num_workers=0,  # so would workers for static files
             prevent_thread_lock=True,
             share=False,
             quiet=True,
@@ -162,19 +189,21 @@ class SearchApp:
     def _methods(self) -> list[str]:
         return [name for name in METHODS if isinstance(self._model, Causal2Vec) or name != ENCODER]
 
-    # What the buttons do
+    # Handlers
 
     def choices(self, wanted: str) -> tuple[Any, Any]:
-        """The collections to choose from, and whether the questions about Python fit the one that is chosen."""
+        """Updates of the list of collections, and of the example questions: shown for Python's documentation only."""
         names = self.collections()
         value = wanted if wanted in names else (names[0] if names else None)
         about_python = False
         if value is not None:
-            about_python = any("kind" in chunk.metadata for chunk in islice(self._searcher(value).index.chunks(), 50))
+            about_python = any(
+                "kind" in chunk.metadata for chunk in islice(self._collections.to_search(value).index.chunks(), 50)
+            )
         return gr.update(choices=names, value=value), gr.update(visible=about_python)
 
     def search(self, query: str, collection: str | None, method: str, other: str, top_k: int) -> Iterator[str]:
-        """Messages while something is built, then the results; an error is a message too."""
+        """Yields progress messages while a method is prepared, then the results; an error is a message too."""
         query = query.strip()
         if not query:
             yield render.message("Type a question or a few words first, then press Enter.")
@@ -183,7 +212,7 @@ class SearchApp:
             yield render.message("Nothing is indexed yet. Open “Add documents” and give it some files.")
             return
         try:
-            searcher = self._searcher(collection)
+            searcher = self._collections.to_search(collection)
             if not len(searcher.index):
                 yield render.message("This collection is empty. Open “Add documents” and give it some files.")
                 return
@@ -224,8 +253,10 @@ class SearchApp:
             f"decoder its first {model.config.max_length}. BM25 uses all of it."
         ]
 
-    def add(self, files: list[str] | None, folder: str, python: bool, into: str, request: gr.Request) -> Iterator[str]:
-        """Index what was given; messages on the way, a report at the end."""
+    def add(
+        self, files: list[str] | None, folder: str, python: bool, into: str, replace: bool, request: gr.Request
+    ) -> Iterator[str]:
+        """Index uploaded files, a folder, Python's documentation; yields progress messages, at the end a report."""
         sources = [folder.strip()] if self._is_local and folder.strip() else []
         sources += [PYTHON_DOCS] if python else []
         uploads = [Path(file) for file in files or []]
@@ -237,8 +268,8 @@ class SearchApp:
             yield render.message("This page is adding documents already. Cancel that first, or wait for its end.")
             return
         try:
-            searcher = self._searcher(into.strip())
-            run = Task[Added](lambda task: add(task, searcher.index, uploads, sources))
+            searcher = self._collections.to_add(into.strip(), may_be_new=self._is_local)
+            run = Task[Added](lambda task: add(task, searcher.index, uploads, sources, replace_uploads=replace))
         except Exception as error:
             yield render.message(_reason(error), "error")
             return
@@ -256,7 +287,7 @@ class SearchApp:
             del self._runs[session]
 
     def cancel(self, request: gr.Request) -> None:
-        """Stop this page's run; what is written stays."""
+        """Stop this page's run; passages that were written stay."""
         if run := self._runs.get(str(request.session_hash)):
             run.stop()
 
@@ -267,7 +298,7 @@ class SearchApp:
         from sklearn.decomposition import PCA
 
         try:
-            chunks = self._searcher(collection).index.sample(MAP_POINTS)
+            chunks = self._collections.to_search(collection).index.sample(MAP_POINTS)
         except Exception as error:
             return render.message(_reason(error), "error")
         if len(chunks) < 3:
@@ -276,29 +307,22 @@ class SearchApp:
         return render.map_svg(chunks, PCA(2, random_state=0).fit_transform(embeddings))
 
     def chosen(self, collection: str, event: gr.EventData) -> str:
-        """The passage behind a point of the map."""
-        chunk = self._searcher(collection).index.get(str(event._data["id"]))
+        """The passage of a point on the map."""
+        try:
+            chunk = self._collections.to_search(collection).index.get(str(event._data["id"]))
+        except Exception as error:
+            return render.message(_reason(error), "error")
         if chunk is None:
             return render.message("This passage is no longer in the collection. Open the map again.")
         return render.chunk(chunk)
 
     def about(self, collection: str | None) -> str:
         """Model, device, dimensions, and a speed measured now on the collection's own passages."""
-        rows: dict[str, Any] = {"c2v-rag": __version__, "store": store_name(self._store)}
-        rows |= {name: value for name, value in self._model.stamp.items() if value != ""}
-        if isinstance(self._model, Causal2Vec):
-            rows |= {
-                "device": self._model.device,
-                "dtype": str(self._model.dtype).removeprefix("torch."),
-                "decoder layers": self._model.llm.config.get_text_config().num_hidden_layers,
-                "longest text": f"{self._model.config.max_length} tokens in the decoder, "
-                f"{self._model.config.encoder_max_length} in the encoder",
-            }
-        if collection is not None:
-            index = self._searcher(collection).index
-            rows["passages"] = f"{len(index):,}"
-            rows |= _measure(self._model, [chunk.text for chunk in islice(index.chunks(), SPEED_TEXTS)])
-        return render.table(rows)
+        try:
+            index = None if collection is None else self._collections.to_search(collection).index
+            return render.table(facts(self._model, self._store, index))
+        except Exception as error:
+            return render.message(_reason(error), "error")
 
 
 def _prepare(searcher: Searcher, method: str, task: Task[None]) -> None:
@@ -312,6 +336,10 @@ def _report(added: Added, passages: int) -> str:
         f"{report.replaced + report.removed:,} outdated ones deleted; {passages:,} in the collection."
     ]
     lines += [f"Left out: {line}" for line in added.left_out]
+    lines += [
+        f"Earlier uploads named {name} stay in the collection. To delete them, add it again and tick “replace”."
+        for name in added.kept
+    ]
     lines += [f"No text found in {name} (a scan without a text layer?)." for name in added.empty]
     return "\n".join(lines)
 
@@ -322,18 +350,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
         return str(error)
     return f"{type(error).__name__}: {error}"  # a library's own kind of error: its text alone may say little
-
-
-def _measure(model: Embedder, texts: list[str]) -> Mapping[str, str]:
-    if not texts:
-        return {}
-    started = time.perf_counter()
-    model.encode_document(texts)
-    documents = time.perf_counter() - started
-    started = time.perf_counter()
-    model.encode_query(["how fast is one query?"])
-    query = time.perf_counter() - started
-    speed = f"{len(texts) / documents:.0f} passages/s"
-    if isinstance(model, Causal2Vec):
-        speed += f", {sum(model.count_tokens(texts)) / documents:,.0f} tokens/s"
-    return {"measured now": f"{speed}; one query {render.milliseconds(query)}"}

@@ -1,4 +1,4 @@
-"""Results, map and messages as HTML; every text that comes from outside is escaped here."""
+"""Results, map and messages as HTML. Every text is escaped here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from c2v_rag.app.adding import FILE_NAME, UPLOAD
 from c2v_rag.index import Chunk, Hit
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, and grey for the rest.
@@ -85,7 +86,7 @@ def results(
 
 
 def _moved(rank: int, id: str, others: Mapping[str, int] | None) -> str:
-    """A badge that says where the other column has this passage."""
+    """A badge with this passage's rank in the other column, compared with its rank here."""
     if others is None:
         return ""
     if id not in others:
@@ -98,15 +99,16 @@ def _moved(rank: int, id: str, others: Mapping[str, int] | None) -> str:
 
 
 def _hit(rank: int, hit: Hit, span: tuple[int, int], badge: str) -> str:
+    source, name = escape(str(hit.metadata["source"])), escape(source_name(hit.metadata))
     return (
         f'<article class="c2v-hit"><div class="c2v-head"><span class="c2v-rank">{rank}</span>'
-        f'<span class="c2v-source">{escape(str(hit.metadata["source"]))}</span>{badge}'
+        f'<span class="c2v-source" title="{source}">{name}</span>{badge}'
         f'<span class="c2v-score">{hit.score:.3f}</span></div>{passage(hit.text, span)}</article>'
     )
 
 
 def passage(text: str, span: tuple[int, int] = (0, 0)) -> str:
-    """A text with the sentence at `span` marked; of a long one the part around it, and all of it behind a click."""
+    """A text with the sentence at `span` marked. Of a long text the part around it, and the whole after a click."""
     if len(text) <= PASSAGE_SHOWN:
         return f'<div class="c2v-text">{_marked(text, span, 0, len(text))}</div>'
     first = max(0, min(span[0] - PASSAGE_SHOWN // 3, len(text) - PASSAGE_SHOWN))
@@ -129,13 +131,19 @@ def _marked(text: str, span: tuple[int, int], first: int, last: int) -> str:
 def chunk(one: Chunk) -> str:
     """A passage of the map, with its source."""
     return (
-        f'<article class="c2v-hit"><div class="c2v-head"><span class="c2v-source">{escape(str(one.metadata["source"]))}'
+        f'<article class="c2v-hit"><div class="c2v-head"><span class="c2v-source">{escape(source_name(one.metadata))}'
         f"</span></div>{passage(one.text)}</article>"
     )
 
 
+def source_name(metadata: Mapping[str, Any]) -> str:
+    """A passage's source for people: an upload's file name, else the source as it is."""
+    source = str(metadata["source"])
+    return str(metadata.get(FILE_NAME, source)) if source.startswith(UPLOAD) else source
+
+
 def source_group(source: str) -> str:
-    """What sources are coloured by: a file's folder, else the first part of a dotted name."""
+    """The group that shares a colour on the map: a file's folder, else the first part of a dotted name."""
     if "/" in source or "\\" in source:
         return PurePath(source).parent.name or source
     return source.partition(".")[0]
@@ -143,9 +151,9 @@ def source_group(source: str) -> str:
 
 def map_svg(chunks: Sequence[Chunk], points: np.ndarray) -> str:
     """A scatter plot of `points` (n, 2), coloured by the most frequent groups of sources; data-id names the chunk."""
-    groups = [source_group(str(chunk.metadata["source"])) for chunk in chunks]
+    groups = [source_group(source_name(chunk.metadata)) for chunk in chunks]
     if len(set(groups)) == 1:  # one folder: its files
-        groups = [PurePath(str(chunk.metadata["source"])).name for chunk in chunks]
+        groups = [PurePath(source_name(chunk.metadata)).name for chunk in chunks]
     named = [group for group, _ in Counter(groups).most_common(len(COLOURS))]
     colour = dict(zip(named, COLOURS, strict=False))
     low, high = points.min(axis=0), points.max(axis=0)
@@ -156,7 +164,7 @@ def map_svg(chunks: Sequence[Chunk], points: np.ndarray) -> str:
     radius = 5 if len(chunks) < 500 else 3.5
     circles = "".join(
         f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="{radius}" fill="{colour.get(groups[i], OTHER_COLOUR)}" '
-        f'data-id="{escape(chunk.id)}"><title>{escape(str(chunk.metadata["source"]))}</title></circle>'
+        f'data-id="{escape(chunk.id)}"><title>{escape(source_name(chunk.metadata))}</title></circle>'
         for i, chunk in enumerate(chunks)
     )
     legend = [(colour[name], name) for name in named]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
-from c2v_rag.index import Chunk, Hit, VectorIndex
+from c2v_rag.index import Chunk, Hit, StoreAddress, VectorIndex
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import Document
@@ -29,18 +28,30 @@ ENCODER_SUFFIX = ".encoder"
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
 
 
-def _unheard(message: str, done: float | None) -> None:
+def check_collection_name(name: str) -> None:
+    """ValueError for a name that is reserved for the encoder's vectors of another collection."""
+    if name.endswith(ENCODER_SUFFIX):
+        raise ValueError(
+            f"{name!r} cannot be the name of a collection here: names that end in {ENCODER_SUFFIX!r} are for the "
+            "vectors of the encoder alone. Choose another."
+        )
+
+
+def _ignore_progress(message: str, done: float | None) -> None:
     pass
 
 
 class Searcher:
     """Searches a `VectorIndex` by any of `METHODS`.
 
-    `prepare` builds what a method needs beside the index (the encoder's vectors, in a collection of their own in the
-    same store; BM25's counts, in memory), and brings it up to date when documents were added or removed.
+    `prepare` builds what a method needs besides the index: the encoder's vectors, in a second collection of the same
+    store; BM25's word counts, in memory. It also updates them after documents were added or removed.
+
+    Raises ValueError for a collection name that ends in ".encoder".
     """
 
-    def __init__(self, store: str | Path, model: Embedder, collection: str) -> None:
+    def __init__(self, store: StoreAddress, model: Embedder, collection: str) -> None:
+        check_collection_name(collection)
         self.index = VectorIndex(store, model, collection)
         self.model = model
         self.collection = collection
@@ -54,8 +65,8 @@ class Searcher:
         """Whether `search` by this method can answer at once."""
         return method == CAUSAL2VEC or self._prepared.get(_needs(method)) == self.index.version
 
-    def prepare(self, method: str, report: Report = _unheard) -> None:
-        """Build what `method` needs, unless it is there; `report` is told how far it is and may raise to stop it."""
+    def prepare(self, method: str, report: Report = _ignore_progress) -> None:
+        """Build what `method` needs, unless it is up to date; `report` gets the progress and may raise to stop it."""
         with self._preparing:
             if self.is_prepared(method):
                 return
@@ -75,8 +86,8 @@ class Searcher:
             self._encoder_index = VectorIndex(
                 self._store, EncoderEmbedder(self.model), self.collection + ENCODER_SUFFIX
             )
-        for gone in self._encoder_index.sources() - {str(chunk.metadata["source"]) for chunk in chunks}:
-            self._encoder_index.delete(gone)
+        for vanished in self._encoder_index.sources() - {str(chunk.metadata["source"]) for chunk in chunks}:
+            self._encoder_index.delete(vanished)
         self._encoder_index.add(
             [
                 Document(
@@ -111,25 +122,25 @@ class Searcher:
     def best_sentences(self, query: str, texts: Sequence[str]) -> list[tuple[int, int]]:
         """For each text the span (start, end) of the sentence that is most similar to the query.
 
-        Judged by the encoder alone where there is one, which is quick, whatever method found the text.
+        The encoder alone compares them where there is one, because it is fast.
         """
         spans = [sentences(text) for text in texts]
-        cut = [text[start:end] for text, found in zip(texts, spans, strict=True) for start, end in found]
-        if not cut:
+        pieces = [text[start:end] for text, of_text in zip(texts, spans, strict=True) for start, end in of_text]
+        if not pieces:
             return [(0, 0) for _ in texts]
-        judge: Any = EncoderEmbedder(self.model) if isinstance(self.model, Causal2Vec) else self.model
+        embedder: Any = EncoderEmbedder(self.model) if isinstance(self.model, Causal2Vec) else self.model
         options = {"on_truncate": "ignore"} if isinstance(self.model, Causal2Vec) else {}
-        similarities = judge.encode_document(cut, **options) @ judge.encode_query([query], **options)[0]
-        best, at = [], 0
-        for found in spans:
-            here = similarities[at : at + len(found)]
-            best.append(found[int(np.argmax(here))] if found else (0, 0))
-            at += len(found)
+        similarities = embedder.encode_document(pieces, **options) @ embedder.encode_query([query], **options)[0]
+        best, first = [], 0
+        for of_text in spans:
+            scores = similarities[first : first + len(of_text)]
+            best.append(of_text[int(np.argmax(scores))] if of_text else (0, 0))
+            first += len(of_text)
         return best
 
 
 def _needs(method: str) -> str:
-    """The method whose preparations `method` uses."""
+    """The method under which the preparation of `method` is noted: hybrid search needs BM25's."""
     return BM25 if method == HYBRID else method
 
 

@@ -1,4 +1,4 @@
-"""Work in a thread that a page watches and can stop."""
+"""Work in a thread of its own, with progress and a way to stop it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ _POLL_S = 0.2
 
 
 class Stopped(Exception):
-    """Raised inside the work when it was asked to stop."""
+    """Raised inside the work after `stop` was called."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
+    """`done` is a share from 0 to 1; None when it is unknown."""
+
     message: str
     done: float | None
 
 
 class Task(Generic[T]):
-    """Runs `work(task)` in a thread of its own; the work calls `report`, which raises `Stopped` once it shall stop."""
+    """Runs `work(task)` in a thread. The work calls `report`, which raises `Stopped` after `stop` was called."""
 
     def __init__(self, work: Callable[[Task[T]], T]) -> None:
         self._work = work
         self._progress = Progress("", None)
-        self._shall_stop = threading.Event()
+        self._stop_requested = threading.Event()
         self._result: T | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -40,21 +42,22 @@ class Task(Generic[T]):
             self._error = error
 
     def report(self, message: str, done: float | None = None) -> None:
-        """Say how far it is; `done` is the share from 0 to 1, where it is known. Raises Stopped where it shall stop."""
+        """Publish the work's progress. Raises Stopped after `stop` was called."""
         self._progress = Progress(message, done)
-        if self._shall_stop.is_set():
+        if self._stop_requested.is_set():
             raise Stopped
 
     def wait(self, seconds: float) -> None:
-        """Sleep, unless it shall stop."""
-        if self._shall_stop.wait(seconds):
+        """Sleep. Raises Stopped as soon as `stop` is called."""
+        if self._stop_requested.wait(seconds):
             raise Stopped
 
     def stop(self) -> None:
-        self._shall_stop.set()
+        """Ask the work to stop; it does so at its next `report` or `wait`."""
+        self._stop_requested.set()
 
     def watch(self) -> Iterator[Progress]:
-        """The latest report, again and again until the work has ended. Closing the iterator stops the work."""
+        """The latest progress, several times a second until the work has ended. Closing the iterator stops the work."""
         try:
             while self._thread.is_alive():
                 self._thread.join(_POLL_S)
@@ -63,7 +66,7 @@ class Task(Generic[T]):
             self.stop()
 
     def result(self) -> T:
-        """What the work returned, once it has ended; raises what it raised."""
+        """The work's result, after waiting for its end; raises its exception."""
         self._thread.join()
         if self._error is not None:
             raise self._error

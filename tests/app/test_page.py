@@ -12,17 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from filelock import FileLock
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.app import render
+from c2v_rag.app.access import read_logins
 from c2v_rag.app.page import NO_COMPARISON, SearchApp
-from c2v_rag.app.search import BM25, CAUSAL2VEC
+from c2v_rag.app.search import BM25, CAUSAL2VEC, ENCODER, Searcher
 from c2v_rag.app.task import Stopped, Task
-from c2v_rag.index import Chunk, Hit
+from c2v_rag.index import Chunk, Hit, stored_stamps
 from c2v_rag.model import Causal2Vec
+from c2v_rag.remote import ApiKeyError
 from tests.tiny import tiny_model
 
 
@@ -45,9 +48,17 @@ def search(app: SearchApp, query: str, method: str = CAUSAL2VEC, other: str = NO
     return last(app.search(query, "documents", method, other, 3))
 
 
-def add(app: SearchApp, files: list[Path], folder: str = "", session: str = "s") -> str:
+def add(
+    app: SearchApp,
+    files: list[Path],
+    folder: str = "",
+    *,
+    session: str = "s",
+    into: str = "documents",
+    replace: bool = False,
+) -> str:
     request: Any = SimpleNamespace(session_hash=session)
-    return last(app.add([str(file) for file in files], folder, False, "documents", request))
+    return last(app.add([str(file) for file in files], folder, False, into, replace, request))
 
 
 def test_an_empty_query_an_empty_store_and_an_empty_collection_say_what_to_do(app: SearchApp) -> None:
@@ -56,6 +67,7 @@ def test_an_empty_query_an_empty_store_and_an_empty_collection_say_what_to_do(ap
     assert "Nothing is indexed yet" in last(app.search("a", None, CAUSAL2VEC, NO_COMPARISON, 3))
     assert "Nothing is indexed yet" in app.map(None)
     assert "store" in app.about(None)
+    VectorIndex(app._store, app._model).add([])
     assert "collection is empty" in search(app, "a")
     assert "Choose files" in add(app, [])
 
@@ -96,13 +108,92 @@ def test_a_folder_of_this_computer_only_where_the_page_is_local(app: SearchApp, 
     assert "Choose files" in add(open_to_all, [], folder=str(tmp_path / "notes"))
 
 
+def test_uploads_of_one_name_stand_side_by_side_unless_the_earlier_ones_are_to_go(
+    app: SearchApp, tmp_path: Path
+) -> None:
+    files = []
+    for folder, text in (("a", "Bread needs yeast."), ("b", "The moon is far."), ("c", "Copper conducts.")):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "notes.txt")
+        files[-1].write_text(text)
+    assert "2 passages added" in add(app, files[:2]), "two in one run"
+    assert "0 passages added, 2 were there, 0 outdated" in add(app, files[:2])
+    report = add(app, files[2:])
+    assert "1 passages added, 0 were there, 0 outdated" in report
+    assert "Earlier uploads named notes.txt stay" in report
+    index = VectorIndex(app._store, app._model)
+    assert {chunk.text for chunk in index.chunks()} == {file.read_text() for file in files}
+    assert {chunk.metadata["file_name"] for chunk in index.chunks()} == {"notes.txt"}
+    assert ">notes.txt</span>" in search(app, "moon", BM25), "people see the name"
+    report = add(app, files[:1], replace=True)
+    assert "0 passages added, 1 were there, 2 outdated ones deleted" in report
+    assert "Earlier uploads" not in report
+    assert [chunk.text for chunk in index.chunks()] == ["Bread needs yeast."]
+    (tmp_path / "notes.txt").write_bytes("größer".encode("latin-1"))
+    assert "Left out" in add(app, [tmp_path / "notes.txt"], replace=True)
+    assert len(index) == 1, "a file that could not be read replaces nothing"
+
+
+def test_looking_creates_no_collection(app: SearchApp) -> None:
+    event: Any = SimpleNamespace(_data={"id": "x"})
+    for shown in (
+        last(app.search("a", "documents", CAUSAL2VEC, NO_COMPARISON, 3)),
+        app.map("documents"),
+        app.about("documents"),
+        app.chosen("documents", event),
+    ):
+        assert "no collection &#x27;documents&#x27;" in shown
+    app.choices("documents")
+    assert stored_stamps(app._store) == {}
+
+
+def test_the_encoders_collection_names_are_reserved(app: SearchApp, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Bread needs yeast.")
+    assert "names that end in &#x27;.encoder&#x27;" in add(app, [tmp_path / "a.txt"], into="documents.encoder")
+    with pytest.raises(ValueError, match="Choose another"):
+        SearchApp(app._store, app._model, collection="documents.encoder")
+    with pytest.raises(ValueError, match="Choose another"):
+        Searcher(app._store, app._model, "documents.encoder")
+    assert stored_stamps(app._store) == {}
+    assert "1 passages added" in add(app, [tmp_path / "a.txt"])
+    assert "a.txt" in search(app, "yeast", ENCODER)
+
+
+def test_visitors_name_no_new_collections(app: SearchApp, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Bread needs yeast.")
+    assert "1 passages added" in add(app, [tmp_path / "a.txt"], into="mine")
+    public = SearchApp(app._store, app._model, is_local=False)
+    refused = add(public, [tmp_path / "a.txt"], into="theirs")
+    assert "There is no collection &#x27;theirs&#x27;" in refused
+    assert "choose one of documents, mine" in refused
+    for allowed in ("mine", "documents"):
+        assert "Done in" in add(public, [tmp_path / "a.txt"], into=allowed)
+    assert sorted(stored_stamps(app._store)) == ["documents", "mine"]
+
+
+@pytest.mark.parametrize(
+    "error", [ApiKeyError("answered 401"), PermissionError(13, "Permission denied"), ConnectionError("nobody there")]
+)
+def test_only_a_held_lock_is_waited_for(app: SearchApp, tmp_path: Path, error: Exception) -> None:
+    (tmp_path / "a.txt").write_text("Bread needs yeast.")
+
+    def failing(texts: list[str], **options: Any) -> np.ndarray:
+        raise error
+
+    app._model.encode_document = failing  # type: ignore[method-assign, assignment]
+    try:
+        assert str(error) in add(app, [tmp_path / "a.txt"])
+    finally:
+        del app._model.encode_document
+
+
 def test_a_second_run_waits_for_the_first_and_loses_nothing(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Bread needs yeast.")
     store = tmp_path / "store"
     store.mkdir()
     request: Any = SimpleNamespace(session_hash="first")
     with FileLock(store / "c2v_writer.lock"):
-        run = app.add([str(tmp_path / "a.txt")], "", False, "documents", request)
+        run = app.add([str(tmp_path / "a.txt")], "", False, "documents", False, request)
         shown = next(message for message in run if "Waiting" in message)
         assert "is being written by" in shown
         assert "adding documents already" in add(app, [tmp_path / "a.txt"], session="first")
@@ -124,21 +215,21 @@ def test_cancelled_half_way_and_started_again_it_ends_with_everything(
         return encode(texts, **options)
 
     monkeypatch.setattr(app._model, "encode_document", held)
-    run = app.add([str(file) for file in files], "", False, "documents", request)
+    run = app.add([str(file) for file in files], "", False, "documents", False, request)
     shown = next(message for message in run if "documents read" in message)
     app.cancel(request)
     cancelled.set()
     assert "Cancelled" in last(run)
     assert "of 120 documents read" in shown
     assert "<progress value=" in shown
-    kept = len(app._searcher("documents").index)
+    kept = len(VectorIndex(app._store, app._model))
     assert 0 < kept < 120
     report = add(app, files)
     assert f"{120 - kept} passages added, {kept} were there, 0 outdated" in report
 
 
 def test_an_error_inside_a_method_is_a_message(app: SearchApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    app._searcher("documents").index.add([Document("Bread.", "a.txt")])
+    VectorIndex(app._store, app._model).add([Document("Bread.", "a.txt")])
 
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no <words>")
@@ -149,7 +240,7 @@ def test_an_error_inside_a_method_is_a_message(app: SearchApp, monkeypatch: pyte
 
 
 def test_map_and_about(app: SearchApp) -> None:
-    index = app._searcher("documents").index
+    index = VectorIndex(app._store, app._model)
     index.add([Document("Bread.", "a.txt")])
     assert "at least three" in app.map("documents")
     index.add([Document(f"Passage {i}.", f"/notes/{i}.txt") for i in range(30)])
@@ -164,6 +255,58 @@ def test_map_and_about(app: SearchApp) -> None:
     about = app.about("documents")
     assert "tokens/s" in about
     assert "30" in about
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    answer = httpx.get(url, headers=headers, timeout=30)
+    return answer.status_code, answer.text
+
+
+def test_a_public_page_asks_for_a_login_or_is_refused(app: SearchApp, tmp_path: Path) -> None:
+    for refused in ({"host": "0.0.0.0"}, {"host": "192.168.1.2", "auth": []}, {"allowed_hosts": ["search.example"]}):
+        with pytest.raises(ValueError, match="--auth-file"):
+            app.launch(port=None, wait=False, **refused)  # type: ignore[arg-type]
+    page, address = app.launch(host="0.0.0.0", port=None, wait=False, auth=[("ann", "secret"), ("bob", "word")])
+    try:
+        url = f"http://127.0.0.1:{address.rstrip('/').rpartition(':')[2]}"
+        assert not app._is_local, "no folders of this computer, no new collections"
+        for path in ("/config", "/gradio_api/info"):
+            assert get(url + path)[0] == 401
+        join = {"data": [], "fn_index": 0, "session_hash": "x"}
+        assert httpx.post(f"{url}/gradio_api/queue/join", json=join).status_code == 401
+        assert httpx.post(f"{url}/gradio_api/upload", files={"files": b"x"}).status_code == 401
+        with httpx.Client(base_url=url) as client:
+            assert client.post("/login", data={"username": "ann", "password": "word"}).status_code == 400
+            assert client.post("/login", data={"username": "ann", "password": "secret"}).status_code == 200
+            assert client.get("/config").status_code == 200
+    finally:
+        page.close()
+
+
+def test_other_hosts_and_other_sites_are_refused(app: SearchApp) -> None:
+    logins = [("ann", "secret")]
+    page, address = app.launch(port=None, wait=False, auth=logins, allowed_hosts=["search.example"])
+    port = address.rstrip("/").rpartition(":")[2]
+    try:
+        assert get(address, Host="evil.example") == (400, get(address, Host="evil.example")[1])
+        assert "--allowed-host evil.example" in get(address, Host=f"evil.example:{port}")[1]
+        for host in ("localhost:1", "127.0.0.1", "search.example"):
+            assert get(address, Host=host)[0] == 200
+        own, proxied = f"http://127.0.0.1:{port}", "https://search.example"
+        for origin, status in ((own, 200), (proxied, 200), ("http://evil.example", 403), ("null", 403)):
+            assert get(address, Origin=origin)[0] == status, origin
+    finally:
+        page.close()
+
+
+def test_logins_are_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "logins"
+    file.write_text("# ours\n\nann:a:b\n bob:word \n")
+    assert read_logins(file) == [("ann", "a:b"), ("bob", "word")]
+    for text, message in (("", "holds no login"), ("ann\n", "logins:1: expected USER:PASSWORD"), (":x", "expected")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_logins(file)
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""Who may open the page: logins from a file, and which addresses need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from c2v_rag.hosts import is_loopback
+
+Logins = Sequence[tuple[str, str]]  # user and password
+
+
+def read_logins(path: Path) -> list[tuple[str, str]]:
+    """The logins in a file, USER:PASSWORD a line, without empty lines and those that start with #.
+
+    Raises ValueError when there is none, and for a line without a user or a password.
+    """
+    logins = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        user, _, password = line.strip().partition(":")
+        if not user or not password:
+            raise ValueError(f"{path}:{number}: expected USER:PASSWORD.")  # the line may hold a password
+        logins.append((user, password))
+    if not logins:
+        raise ValueError(f"{path} holds no login. Write USER:PASSWORD, one a line.")
+    return logins
+
+
+def is_only_local(host: str, allowed_hosts: Sequence[str] = ()) -> bool:
+    """Whether only this machine reaches a page bound to `host`; a name in `allowed_hosts` is that of a proxy."""
+    return is_loopback(host) and not allowed_hosts
+
+
+def check_access(host: str, allowed_hosts: Sequence[str], logins: Logins) -> None:
+    """ValueError for a page that others reach without a login: it adds documents to the store."""
+    if not is_only_local(host, allowed_hosts) and not logins:
+        raise ValueError(
+            f"Others than this computer could open the page at {', '.join([host, *allowed_hosts])} and write to the "
+            "store. Give --auth-file with USER:PASSWORD, one a line (from Python: launch(auth=[(user, password)]))."
+        )
