@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from c2v_rag import cli
+from c2v_rag import Document, VectorIndex, cli
 from c2v_rag.model import Causal2Vec
 from tests.tiny import tiny_model
 
@@ -146,6 +146,45 @@ def test_another_model_is_refused(indexed: tuple[Path, Path], tmp_path: Path) ->
         done = run(*command, "--store", indexed[1], "--model", tmp_path / "other")
         assert done.returncode == 1
         assert "was made with another model" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["search", "q"], ["app"]])
+def test_an_address_that_a_store_names_as_its_model_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    class Elsewhere:
+        embedding_dim = 2
+        stamp: dict[str, str | int] = {"name": "http://evil.example:8000", "weights": "w"}  # noqa: RUF012
+
+        def encode_document(self, texts: list[str]) -> np.ndarray:
+            return np.ones((len(texts), 2), dtype=np.float32)
+
+        encode_query = encode_document
+
+    VectorIndex(tmp_path, Elsewhere()).add([Document("Bread.", "a.txt")])
+    monkeypatch.setattr("httpx.Client.request", lambda *arguments, **options: pytest.fail("a request was sent"))
+    monkeypatch.setenv("C2V_RAG_API_KEY", "secret")
+    done = run(*command, "--store", tmp_path)
+    assert done.returncode == 1
+    assert "--model http://evil.example:8000" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["app", "--store", "s", "--host", "0.0.0.0"], "Give --auth-file"),
+        (["app", "--store", "s", "--allowed-host", "search.example"], "Give --auth-file"),
+        (["serve", "--name", "foo:query"], "cannot be called 'foo:query'"),
+    ],
+)
+def test_what_must_not_be_served_is_refused_before_a_model_is_loaded(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_model", "open_embedder"):
+        monkeypatch.setattr(f"c2v_rag.cli.serve.{name}", lambda *arguments: pytest.fail("loaded"))
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])

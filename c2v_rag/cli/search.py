@@ -121,7 +121,7 @@ def search(
         raise ValueError(
             "The model that made this index was never saved under a name. Save it and give it with --model."
         )
-    vectors = VectorIndex(store, open_embedder(name, device, dtype), collection)
+    vectors = VectorIndex(store, open_embedder(name, device, dtype, is_stored=not model), collection)
     started = time.perf_counter()
     hits = vectors.search(query, k)
     milliseconds = 1000 * (time.perf_counter() - started)

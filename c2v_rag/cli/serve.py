@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from c2v_rag.cli.options import Collection, Device, DType, ModelName, Store
-from c2v_rag.cli.shared import err, is_loopback, load_model, open_embedder, requires_extra
+from c2v_rag.cli.shared import load_model, open_embedder, requires_extra
+from c2v_rag.hosts import is_loopback
+
+AllowedHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        metavar="NAME",
+        help="Repeatable: a name under which clients reach it, such as a proxy's. localhost, IP addresses and the name "
+        'given as --host are always allowed; other names are refused. "*" allows all.',
+    ),
+]
 
 
 def serve(
@@ -19,7 +30,8 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="File with a key a line; clients must send one.")] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Let everyone who reaches the address use it.")] = False,
-    name: Annotated[str, typer.Option(help="What clients call the model, its own name unless given.")] = "",
+    allowed_host: AllowedHosts = None,
+    name: Annotated[str, typer.Option(help="The model's name for clients, its own unless given.")] = "",
     max_body: Annotated[int, typer.Option(min=1, help="MiB a request.")] = 16,
     max_inputs: Annotated[int, typer.Option(min=1, help="Texts a request.")] = 2048,
     max_tokens: Annotated[
@@ -34,16 +46,21 @@ def serve(
     with requires_extra("server"):
         from c2v_rag.server import run
         from c2v_rag.server.api import Limits
+        from c2v_rag.server.schema import check_model_name
 
     if not (is_loopback(host) or api_key_file or no_key):
         raise ValueError(
             f"Whoever reaches {host} could use this server. Give --api-key-file, or say --no-key if that is meant."
         )
+    check_model_name(name)  # before the model is loaded
     keys = run.read_keys(api_key_file) if api_key_file else []
     limits = Limits(
         body_bytes=max_body * 2**20, inputs=max_inputs, tokens=max_tokens, waiting=max_waiting, seconds=max_seconds
     )
-    run.serve(load_model(model, device, dtype), host=host, port=port, name=name, api_keys=keys, limits=limits)
+    run.serve(
+        load_model(model, device, dtype), host=host, port=port, name=name, api_keys=keys, limits=limits,
+        allowed_hosts=allowed_host or [],
+    )  # fmt: skip
 
 
 def search_app(
@@ -52,25 +69,27 @@ def search_app(
     model: Annotated[
         str | None, typer.Option(help="The collection's own model unless given, the default for a new one.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; with another one than this, others can see it.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs --auth-file.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    auth_file: Annotated[
+        Path | None, typer.Option(help="File with USER:PASSWORD a line; the page then asks for a login.")
+    ] = None,
+    allowed_host: AllowedHosts = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
     """Search in the browser, side by side with other methods; add documents, look at a map."""
     with requires_extra("demo"):
+        from c2v_rag.app.access import check_access, read_logins
         from c2v_rag.app.page import SearchApp
 
     from c2v_rag.index import stored_stamps
 
+    logins = read_logins(auth_file) if auth_file else []
+    check_access(host, allowed_host or [], logins)  # before the model is loaded
     stamp = stored_stamps(store).get(collection, {})
     name = model or str(stamp.get("name") or "default")
-    is_local = is_loopback(host)
-    if not is_local:
-        err.print(
-            f"Whoever reaches {host} can search this store and add files to it; there is no password.", style="yellow"
-        )
-    page = SearchApp(store, open_embedder(name, device, dtype), collection=collection, is_local=is_local)
-    page.launch(host=host, port=port or None)
+    page = SearchApp(store, open_embedder(name, device, dtype, is_stored=not model), collection=collection)
+    page.launch(host=host, port=port or None, auth=logins, allowed_hosts=allowed_host or [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,20 +27,15 @@ def requires_extra(extra: str) -> Iterator[None]:
         raise ImportError(f'This command needs {error.name}: pip install "c2v-rag[{extra}]"') from error
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server bound to `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def open_embedder(name: str, device: str | None, dtype: str | None, *, is_stored: bool = False) -> Embedder:
+    """A model to embed with, here or behind a server's URL.
 
-
-def open_embedder(name: str, device: str | None, dtype: str | None) -> Embedder:
-    """A model to embed with, here or behind a server's URL."""
+    `is_stored`: the name comes out of a store, not from the person. ValueError if it is then a URL.
+    """
     with err.status("Loading the model"):
-        from c2v_rag.embedders import load_embedder
+        from c2v_rag.embedders import EmbedderSpec
 
-        return load_embedder(name, device=device, dtype=dtype)
+        return EmbedderSpec(name_or_path=name, device=device, dtype=dtype, is_stored=is_stored).open()
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> Causal2Vec:
