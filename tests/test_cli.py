@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from c2v_rag import Document, VectorIndex, cli
 from c2v_rag.model import Causal2Vec
@@ -185,6 +187,30 @@ def test_what_must_not_be_served_is_refused_before_a_model_is_loaded(
     done = run(*arguments)
     assert done.returncode == 1
     assert message in done.stderr.replace("\n", " ")
+
+
+def test_logins_keys_and_hosts_reach_what_is_served(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: dict[str, object] = {}
+    monkeypatch.setattr("c2v_rag.app.page.SearchApp.launch", lambda self, **options: launched.update(options))
+    (tmp_path / "logins").write_text("ann:secret\n")
+    options = ("--host", "0.0.0.0", "--allowed-host", "a.example", "--allowed-host", "b.example", "--port", "0")
+    store = ("--store", tmp_path / "s", "--model", model)
+    done = run("app", *store, *options, "--auth-file", tmp_path / "logins")
+    assert done.returncode == 0, done.stderr
+    hosts = ["a.example", "b.example"]
+    assert launched == {"host": "0.0.0.0", "port": None, "auth": [("ann", "secret")], "allowed_hosts": hosts}
+
+    served: list[FastAPI] = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: served.append(app))
+    (tmp_path / "keys").write_text("sesame\n")
+    options = ("--host", "c.example", "--allowed-host", "a.example", "--api-key-file", tmp_path / "keys")
+    done = run("serve", "--model", model, *options)
+    assert done.returncode == 0, done.stderr
+    for host, status in (("a.example", 200), ("c.example", 200), ("evil.example", 400)):
+        assert TestClient(served[0], f"http://{host}").get("/health").status_code == status
+    assert TestClient(served[0], "http://a.example").get("/v1/models").status_code == 401
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
