@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from c2v_rag import __version__
 from c2v_rag.app import render
-from c2v_rag.index import VectorIndex
+from c2v_rag.index import StoreAddress, VectorIndex, store_name
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 
 SPEED_TEXTS = 64
 
 
-def facts(model: Embedder, store: str | Path, index: VectorIndex | None) -> dict[str, Any]:
+def facts(model: Embedder, store: StoreAddress, index: VectorIndex | None) -> dict[str, Any]:
     """Model, device, dimensions, and a speed measured now on the collection's own passages."""
-    rows: dict[str, Any] = {"c2v-rag": __version__, "store": store}
+    rows: dict[str, Any] = {"c2v-rag": __version__, "store": store_name(store)}
     rows |= {name: value for name, value in model.stamp.items() if value != ""}
     if isinstance(model, Causal2Vec):
         rows |= {

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 from c2v_rag.app.search import ENCODER_SUFFIX, Searcher, check_collection_name
-from c2v_rag.index import stored_stamps
+from c2v_rag.index import StoreAddress, stored_stamps
 from c2v_rag.protocols import Embedder, same_weights
 
 
@@ -18,7 +17,7 @@ class Collections:
     Raises ValueError for a name that ends in ".encoder".
     """
 
-    def __init__(self, store: str | Path, model: Embedder, first: str) -> None:
+    def __init__(self, store: StoreAddress, model: Embedder, first: str) -> None:
         check_collection_name(first)
         self.first = first
         self._store = store

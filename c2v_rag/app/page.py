@@ -22,7 +22,7 @@ from c2v_rag.app.collections import Collections
 from c2v_rag.app.search import CAUSAL2VEC, ENCODER, METHODS, Searcher
 from c2v_rag.app.task import Stopped, Task
 from c2v_rag.hosts import HostCheck
-from c2v_rag.index import DEFAULT_COLLECTION
+from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import PYTHON_DOCS
@@ -54,7 +54,7 @@ class SearchApp:
 
     def __init__(
         self,
-        store: str | Path,
+        store: StoreAddress,
         model: Embedder,
         *,
         collection: str = DEFAULT_COLLECTION,

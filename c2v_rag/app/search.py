@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
-from c2v_rag.index import Chunk, Hit, VectorIndex
+from c2v_rag.index import Chunk, Hit, StoreAddress, VectorIndex
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import Document
@@ -51,7 +50,7 @@ class Searcher:
     Raises ValueError for a collection name that ends in ".encoder".
     """
 
-    def __init__(self, store: str | Path, model: Embedder, collection: str) -> None:
+    def __init__(self, store: StoreAddress, model: Embedder, collection: str) -> None:
         check_collection_name(collection)
         self.index = VectorIndex(store, model, collection)
         self.model = model

@@ -67,7 +67,7 @@ def test_an_empty_query_an_empty_store_and_an_empty_collection_say_what_to_do(ap
     assert "Nothing is indexed yet" in last(app.search("a", None, CAUSAL2VEC, NO_COMPARISON, 3))
     assert "Nothing is indexed yet" in app.map(None)
     assert "store" in app.about(None)
-    VectorIndex(app._store, app._model)
+    VectorIndex(app._store, app._model).add([])
     assert "collection is empty" in search(app, "a")
     assert "Choose files" in add(app, [])
 
