@@ -109,10 +109,26 @@ def test_index_again_follows_changes_and_says_so(tmp_path: Path, model: Path) ->
     assert "latin.txt is not UTF-8" in done.stderr
 
 
+def test_a_folder_that_is_not_mounted_keeps_its_chunks_unless_pruned(tmp_path: Path, model: Path) -> None:
+    folder, store = tmp_path / "files", tmp_path / "store"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    arguments = ("index", folder, "--store", store, "--model", model, "--json")
+    assert json.loads(run(*arguments).stdout)["chunks"] == 3
+    folder.rename(tmp_path / "unmounted")
+    folder.mkdir()
+    report = json.loads(run(*arguments).stdout)
+    assert (report["removed"], report["chunks"]) == (0, 3)
+    report = json.loads(run(*arguments, "--prune").stdout)
+    assert (report["removed"], report["chunks"]) == (3, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["search", "q", "--store", "missing"], "There is no index in missing"),
+        (["search", "q", "--store", "missing", "--model", "not/loaded"], "There is no index in missing"),
         (["index", "missing.txt", "--store", "s"], "There is no file or folder missing.txt"),
         (["info", "--model", "no/such/../model"], "There is no folder"),
         (["embed", "-", "-o", "out.txt"], "must end in .npy, .parquet or .jsonl"),
@@ -120,6 +136,7 @@ def test_index_again_follows_changes_and_says_so(tmp_path: Path, model: Path) ->
 )
 def test_an_error_is_one_message_and_exit_code_1(arguments: list[str], message: str) -> None:
     done = run(*arguments)
+    assert not Path("missing").exists()
     assert done.returncode == 1
     assert done.stderr.lstrip().startswith("Error: ")
     assert message in done.stderr.replace("\n", " ")

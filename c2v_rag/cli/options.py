@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-Store = Annotated[str, typer.Option(help="Folder of the index, or the http(s) URL of a Chroma server.")]
+Store = Annotated[
+    str,
+    typer.Option(
+        help="Folder of the index, or the URL of a Chroma server, such as http://localhost:8000 or "
+        "https://USER:PASSWORD@HOST:PORT/PATH?tenant=T&database=D; without a port, 80 or 443. For a server the "
+        "environment can give CHROMA_TENANT, CHROMA_DATABASE, C2V_RAG_CHROMA_HEADERS (a JSON object such as "
+        '{"Authorization": "Bearer KEY"}) and, for Chroma Cloud, CHROMA_API_KEY.'
+    ),
+]
 Collection = Annotated[str, typer.Option(help="Name of the Chroma collection.")]
 ModelName = Annotated[str, typer.Option(help='"default", a checkpoint folder, or a Hugging Face Hub id.')]
 EmbedderName = Annotated[

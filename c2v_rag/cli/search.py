@@ -42,6 +42,14 @@ def index(
     collection: Collection = "documents",
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many documents, for a first look.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="Also delete chunks of files whose folder is empty now; otherwise they stay, as the disk may not be "
+            "mounted.",
+        ),
+    ] = False,
     ray: Ray = None,
     workers: RayWorkers = None,
     num_gpus_per_worker: RayGpus = None,
@@ -49,7 +57,11 @@ def index(
     dtype: DType = None,
     json_output: Json = False,
 ) -> None:
-    """Embed documents into a Chroma collection; run again, it embeds only what is new."""
+    """Embed documents into a Chroma collection. Run again, it embeds what is new and deletes what is gone.
+
+    Chunks of a deleted file are deleted too, unless its folder is there but empty (see --prune). A file that cannot be
+    read is reported, and the chunks that the index has of it stay.
+    """
     from c2v_rag.index import VectorIndex, remove_vanished
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
 
@@ -62,7 +74,7 @@ def index(
 
         report, unread = index_on_ray(
             sources, store, model=model, collection=collection, text_column=text_column, address=ray,
-            workers=Workers(count=workers, gpus=num_gpus_per_worker), dtype=dtype,
+            workers=Workers(count=workers, gpus=num_gpus_per_worker), dtype=dtype, prune=prune,
         )  # fmt: skip
         for line in unread:
             err.print(f"Left out: {line}", style="yellow", markup=False)
@@ -79,16 +91,18 @@ def index(
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
     total = min(total, limit) if total and limit else total
     vectors = VectorIndex(store, open_embedder(model, device, dtype), collection)
-    # A first look has not seen everything, so what it has not seen stays.
+    # With a limit not every document was read, so nothing counts as gone.
     report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
     if limit is None:
-        removed = sum(remove_vanished(vectors, Path(source)) for source in sources if Path(source).is_dir())
+        removed = sum(
+            remove_vanished(vectors, Path(source), prune=prune) for source in sources if Path(source).is_dir()
+        )
         report = dataclasses.replace(report, removed=removed)
     _print_report(report, store, collection, left_out, json_output)
 
 
 def _print_report(report: IndexReport, store: str, collection: str, left_out: list[str], json_output: bool) -> None:
-    from c2v_rag.index import count_chunks
+    from c2v_rag.index import count_chunks, store_name
 
     chunks = count_chunks(store, collection)
     if json_output:
@@ -96,7 +110,7 @@ def _print_report(report: IndexReport, store: str, collection: str, left_out: li
         return
     out.print(
         f"{report.added} chunks added, {report.unchanged} unchanged, {report.replaced} replaced, {report.removed} "
-        f"removed in {report.seconds:.1f} s; {chunks} in {store}, collection {collection!r}.",
+        f"removed in {report.seconds:.1f} s; {chunks} in {store_name(store)}, collection {collection!r}.",
         markup=False,
     )
 
@@ -116,7 +130,8 @@ def search(
     """Print the passages that answer a query best."""
     from c2v_rag.index import VectorIndex, stored_stamp
 
-    name = model or str(stored_stamp(store, collection)["name"])
+    stamp = stored_stamp(store, collection)  # first: a mistyped store is an error before a model is loaded
+    name = model or str(stamp["name"])
     if not name:
         raise ValueError(
             "The model that made this index was never saved under a name. Save it and give it with --model."
@@ -223,12 +238,12 @@ def _texts(file: str, text_column: str) -> Iterator[str]:
 
 
 def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
-    """Written aside and renamed, so that a file under this name is complete."""
-    aside = path.with_name(f".{path.stem}.part{path.suffix}")
+    """Write under another name and rename, so that a file with this name is complete."""
+    unfinished = path.with_name(f".{path.stem}.part{path.suffix}")
     if path.suffix == ".npy":
         import numpy as np
 
-        np.save(aside, embeddings)
+        np.save(unfinished, embeddings)
     elif path.suffix == ".parquet":
         try:
             import pyarrow as pa
@@ -238,10 +253,10 @@ def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> N
                 raise
             raise ImportError('Writing parquet needs pyarrow: pip install "c2v-rag[docs]"') from error
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
-        pq.write_table(pa.table({"text": texts, "embedding": vectors}), aside)
+        pq.write_table(pa.table({"text": texts, "embedding": vectors}), unfinished)
     else:
-        with aside.open("w", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             for text, embedding in zip(texts, embeddings, strict=True):
                 row = {"text": text, "embedding": embedding.tolist()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    aside.replace(path)
+    unfinished.replace(path)

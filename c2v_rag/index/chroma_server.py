@@ -17,7 +17,7 @@ _CLOUD_DOMAIN = "trychroma.com"
 
 
 class ChromaServer:
-    """A Chroma server, with what a request to it needs.
+    """The address of a Chroma server, a tenant and database there, and the headers of every request.
 
     Example:
         >>> ChromaServer("https://me:secret@example.org/chroma?tenant=team&database=notes").url

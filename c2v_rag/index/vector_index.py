@@ -78,7 +78,7 @@ class VectorIndex:
 
     `store`: a folder (no server is needed), the http(s) URL of a Chroma server, or a `ChromaServer`, which also takes
     headers. `model`: any `Embedder`. Distances are cosines. One process at a time may write to a folder; any number may
-    search it, and they see what was written since.
+    search it, and they see every write.
 
     Only writing creates a folder or a collection. An index that does not exist yet has length 0, no sources and no
     chunks; searching it raises FileNotFoundError, so that a mistyped path does not pass for an index without answers.
@@ -326,7 +326,7 @@ class VectorIndex:
 
 
 def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:
-    """The chunks of what Chroma's `get` returned; texts and embeddings where they were asked for."""
+    """The chunks in an answer of Chroma's `get`, with texts and embeddings where they were included."""
     empty = [None] * len(page["ids"])
     texts = page["documents"] if page["documents"] is not None else empty
     embeddings = page["embeddings"] if page["embeddings"] is not None else empty

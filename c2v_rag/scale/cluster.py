@@ -1,4 +1,4 @@
-"""Ray, started or found, and what its workers need."""
+"""The connection to Ray, the number of its workers, and the embedder that each of them loads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ AUTO, LOCAL = "auto", "local"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How many processes embed, and what each is given.
+    """How many processes embed, and the GPUs and CPUs of each.
 
-    `count`: how many; None takes one for each GPU of the cluster, or one where there is none. `gpus`: of each; None
-    takes 1 where the cluster has any. `cpus`: of each; None takes an equal share.
+    `count`: number of processes; None takes one for each GPU of the cluster, or one where there is no GPU. `gpus`: for
+    each process; None takes 1 where the cluster has any. `cpus`: for each process; None takes an equal share.
     """
 
     count: int | None = None
@@ -34,28 +34,30 @@ class Workers:
     cpus: float | None = None
 
     def of(self, resources: dict[str, float]) -> Workers:
-        """With every number chosen, for a cluster of these resources."""
+        """The same with every number chosen, for a cluster with these resources ("CPU", "GPU")."""
         has_gpu = resources.get("GPU", 0) > 0
         gpus = self.gpus if self.gpus is not None else float(has_gpu)
         count = self.count or (max(1, int(resources["GPU"] / gpus)) if gpus and has_gpu else 1)
-        # A share is left for reading and cutting, which run beside the workers.
+        # A share is left for reading and splitting, which run at the same time.
         cpus = self.cpus or max(0.5, (resources.get("CPU", 1) - 0.5) / count)
         return Workers(count=count, gpus=gpus, cpus=float(int(cpus)) if cpus > 1 else cpus)
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `map_batches`."""
+        """Keyword arguments for `map_batches`."""
         return {"compute": ActorPoolStrategy(size=self.count), "num_gpus": self.gpus, "num_cpus": self.cpus}
 
 
 @contextmanager
 def connected(address: str = AUTO) -> Iterator[dict[str, float]]:
-    """The resources of the cluster at `address`; "local" starts one here, and "auto" where none runs yet.
+    """Connect to the cluster at `address` and give its resources.
+
+    "local" starts a cluster on this machine; "auto" takes a running one, or starts one where there is none.
 
     Raises ConnectionError when there is no cluster at another address.
     """
     here = not ray.is_initialized()
-    with redirect_stdout(sys.stderr):  # Ray has things to say, and standard output is for results
+    with redirect_stdout(sys.stderr):  # Ray prints messages, and standard output is for results
         if here:
             _connect(address)
         DataContext.get_current().enable_progress_bars = False
@@ -79,24 +81,25 @@ def _connect(address: str) -> None:
     ray.init(address=LOCAL, include_dashboard=False, **options)
 
 
-# What is wrong with the input or the settings: no second try helps. Workers report it in a row of their results, since
-# an error that leaves a worker comes out of Ray as one of Ray's.
+# Errors of the input or the settings, which a second try does not mend. Workers report them in a row of their results,
+# since Ray wraps an exception that leaves a worker in one of its own.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 _BY_NAME = {kind.__name__: kind for kind in (*EXPECTED, ConnectionError, FileNotFoundError, PermissionError)}
 
 
 def in_words(error: Exception) -> str:
+    """Kind and message of an error, as JSON."""
     return json.dumps([type(error).__name__, str(error)])
 
 
 def raise_reported(words: str) -> None:
-    """In the driver: the error that a worker put `in_words`."""
+    """Raise, in the driver, the error that a worker reported by `in_words`."""
     kind, message = json.loads(words)
     raise _BY_NAME.get(kind, ValueError)(message)
 
 
 class Loaded:
-    """An embedder that is loaded where it is first used: in a worker, not where the pipeline is described."""
+    """An embedder that is loaded when it is first called: in a worker, not in the driver."""
 
     def __init__(self, name: str, dtype: str | None, threads: float | None) -> None:
         self._name = name

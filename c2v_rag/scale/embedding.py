@@ -1,7 +1,7 @@
-"""Embed a table to partitioned parquet on many processes, for people whose vector store is another one.
+"""Embed a table to partitioned parquet on many processes, for people whose vector store is not Chroma.
 
-A partition is a slice of one input file; it appears complete or not at all. Stopped and started again, a run makes the
-partitions that are missing.
+A partition holds the embeddings of one slice of an input file; it appears complete or not at all. A run that is started
+again makes the partitions that are missing, unless its input has changed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from ray.data import ActorPoolStrategy
 
 from c2v_rag.index import STAMP_KEY, check_stamp
 from c2v_rag.scale.cluster import AUTO, EXPECTED, Loaded, Workers, connected, in_words, raise_reported
@@ -24,20 +26,27 @@ from c2v_rag.scale.cluster import AUTO, EXPECTED, Loaded, Workers, connected, in
 Precision = Literal["float32", "float16"]
 
 PARTITION_ROWS = 8192
-_RUN_FILE = "_run.json"  # readers of parquet folders leave out what begins so
+_RUN_FILE = "_run.json"  # readers of parquet folders ignore names that begin with an underscore
 _KINDS = (".parquet", ".jsonl", ".txt")
+_ROWS_READ_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Rows of one input file: of a parquet's row group from `start`, or of a text file from that byte on."""
+    """Consecutive rows of one input file, which become partition `number`.
 
+    `group`, `start`: a parquet file's row group and the first row in it; for a text file 0 and the byte offset.
+    `first`: number of the first row, counted over all files; ids are made of it where the input has none. `content`:
+    changes when the rows do: SHA-256 of a text slice, a parquet file's size and time of modification.
+    """
+
+    number: int
     file: str
     group: int
     start: int
     rows: int
     first: int
-    """Number of the first row, counted over all files: what ids are made of where the input has none."""
+    content: str
 
 
 def embed_on_ray(
@@ -57,14 +66,15 @@ def embed_on_ray(
     """Write `output`/part-NNNNNN.parquet; returns how many rows were embedded now, and how many there are.
 
     Columns: `id` (the input's, or the row's number over all files), `text_sha256`, and `embedding`, a list of fixed
-    size of float32 or float16. `files`: .parquet or .jsonl with a column `text_column`, .txt with a text a line, or
-    folders of such; every machine must see them, and `output`, under the same paths. `_run.json` beside the partitions
-    says what they are of.
+    size of float32 or float16. `files`: .parquet or .jsonl with a column `text_column`, .txt with one text per line, or
+    folders of such files; every machine must see them, and `output`, under the same paths. `_run.json` in `output`
+    stores the settings and the state of the input files.
 
-    Raises FileNotFoundError for a file that is not there, ValueError for one of another kind, a missing column, a text
-    that is none, or an `output` that holds partitions of another run or another model.
+    Raises FileNotFoundError for a file that does not exist, ValueError for one of another kind, a missing column, a row
+    without a string, an input file that has changed since the run began, or an `output` that holds partitions of other
+    settings, other files or another model.
     """
-    slices = list(_slices([found for file in files for found in _files(Path(file).resolve())], text_column))
+    slices = plan_slices(files, text_column)
     settings = {
         "model": model,
         "query": query,
@@ -75,20 +85,24 @@ def embed_on_ray(
     }
     run = {**settings, "slices": [dataclasses.asdict(one) for one in slices]}
     _claim(output, run)
-    waiting = [
-        {"slice": dataclasses.asdict(one), "target": str(target)}
-        for number, one in enumerate(slices)
-        if not (target := output.resolve() / f"part-{number:06d}.parquet").is_file()
-    ]
-    if not waiting:
-        return 0, sum(one.rows for one in slices)
+    rows = sum(part.rows for part in slices)
+    output = output.resolve()
+    missing = [part for part in slices if not _partition_path(output, part.number).is_file()]
+    if not missing:
+        return 0, rows
+    reads = [json.dumps([dataclasses.asdict(part) for part in together]) for together in plan_reads(missing)]
     embedded = 0
-    with connected(address) as resources:
+    with connected(address) as resources, _one_row_per_block():
         chosen = (workers or Workers()).of(resources)
-        items = ray.data.from_items(waiting, override_num_blocks=len(waiting))
-        done = items.map_batches(
+        texts = ray.data.from_items([{"read": read} for read in reads], override_num_blocks=len(reads))
+        done = texts.flat_map(
+            _Reader,
+            fn_constructor_args=(text_column,),
+            num_cpus=0.25,
+            compute=ActorPoolStrategy(min_size=1, max_size=max(1, chosen.count or 1)),
+        ).map_batches(
             _Partition,
-            fn_constructor_args=(settings, Loaded(model, dtype, chosen.cpus)),
+            fn_constructor_args=(output, settings, Loaded(model, dtype, chosen.cpus)),
             batch_size=1,
             **chosen.options,
         )
@@ -96,27 +110,63 @@ def embed_on_ray(
             if row["error"]:
                 raise_reported(row["error"])
             embedded += int(row["rows"])
-    return embedded, sum(one.rows for one in slices)
+    return embedded, rows
+
+
+@contextmanager
+def _one_row_per_block() -> Iterator[None]:
+    """Let Ray pass on every partition's texts as soon as they are read, each to any worker."""
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    context.target_max_block_size = 1
+    try:
+        yield
+    finally:
+        context.target_max_block_size = before
+
+
+def _partition_path(output: Path, number: int) -> Path:
+    return output / f"part-{number:06d}.parquet"
+
+
+class _Reader:
+    """Reads slices: a row for each, with ids and texts as JSON, which holds whatever Unicode the input does."""
+
+    def __init__(self, text_column: str) -> None:
+        self._text_column = text_column
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        slices = [Slice(**part) for part in json.loads(row["read"])]
+        try:
+            for part, found in zip(slices, read_slices(slices, self._text_column), strict=True):
+                yield {"number": part.number, "ids_and_texts": json.dumps(found), "error": ""}
+        except EXPECTED as error:
+            yield {"number": -1, "ids_and_texts": "", "error": in_words(error)}
 
 
 class _Partition:
-    """Embeds one slice and writes it."""
+    """Embeds the texts of one slice and writes its partition."""
 
-    def __init__(self, settings: dict[str, Any], loaded: Loaded) -> None:
+    def __init__(self, output: Path, settings: dict[str, Any], loaded: Loaded) -> None:
+        self._output = output
         self._settings = settings
         self._loaded = loaded
         self._checked = False
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        (one,), (target,) = batch["slice"], batch["target"]
+        (number,), (ids_and_texts,), (reported,) = batch["number"], batch["ids_and_texts"], batch["error"]
+        if reported:
+            return {"rows": [0], "error": [str(reported)]}
+        ids, texts = json.loads(ids_and_texts)
         try:
-            return {"rows": [self._embed(Slice(**one), Path(str(target)))], "error": [""]}
+            self.write(ids, texts, _partition_path(self._output, int(number)))
+            return {"rows": [len(texts)], "error": [""]}
         except EXPECTED as error:
             return {"rows": [0], "error": [in_words(error)]}
 
-    def _embed(self, part: Slice, path: Path) -> int:
+    def write(self, ids: Sequence[str], texts: Sequence[str], path: Path) -> None:
+        """Embed and write under another name first, so that a partition is complete."""
         settings = self._settings
-        ids, texts = _read(part, settings["text_column"])
         embedder: Any = self._loaded()
         self._check_model(path.parent, embedder.stamp)
         encode = embedder.encode_query if settings["query"] else embedder.encode_document
@@ -127,13 +177,12 @@ class _Partition:
             "text_sha256": pa.array([hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
         }
-        aside = path.with_name(f".{path.name}.part")
-        pq.write_table(pa.table(columns, metadata={STAMP_KEY: json.dumps(embedder.stamp)}), aside)
-        aside.replace(path)
-        return len(texts)
+        unfinished = path.with_name(f".{path.name}.part")
+        pq.write_table(pa.table(columns, metadata={STAMP_KEY: json.dumps(embedder.stamp)}), unfinished)
+        unfinished.replace(path)
 
     def _check_model(self, folder: Path, stamp: dict[str, str | int]) -> None:
-        """A run that goes on must go on with the same weights."""
+        """A run that is continued must be continued with the same weights."""
         if self._checked:
             return
         for earlier in islice(folder.glob("part-*.parquet"), 1):
@@ -142,79 +191,145 @@ class _Partition:
         self._checked = True
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(one for one in path.rglob("*") if one.suffix in _KINDS and one.is_file())
-    return [path]
+def plan_slices(files: Sequence[Path], text_column: str) -> list[Slice]:
+    """The slices of these files and of the files in these folders, of at most PARTITION_ROWS rows.
 
-
-def _slices(files: Sequence[Path], text_column: str) -> Iterator[Slice]:
+    Raises as `embed_on_ray` does for files that are missing or of another kind.
+    """
+    slices: list[Slice] = []
     first = 0
-    for file in files:
+    for file in (found for given in files for found in _files(Path(given).resolve())):
         if not file.is_file():
             raise FileNotFoundError(f"There is no file {file}.")
         if file.suffix == ".parquet":
-            about = pq.ParquetFile(file)
-            if text_column not in about.schema_arrow.names:
-                raise ValueError(f"{file} has no column {text_column!r}; it has {about.schema_arrow.names}.")
-            sizes = [about.metadata.row_group(group).num_rows for group in range(about.num_row_groups)]
-            parts = [
-                (group, start, min(PARTITION_ROWS, size - start))
-                for group, size in enumerate(sizes)
-                for start in range(0, size, PARTITION_ROWS)
-            ]
+            parts = _parquet_slices(file, text_column)
         elif file.suffix in _KINDS:
-            parts = [(0, offset, lines) for offset, lines in _line_slices(file)]
+            parts = _line_slices(file)
         else:
-            raise ValueError(f"{file}: on Ray, texts come from .parquet, .jsonl or .txt (a text a line).")
-        for group, start, rows in parts:
-            yield Slice(str(file), group, start, rows, first)
+            raise ValueError(f"{file}: on Ray, texts come from .parquet, .jsonl or .txt (one text per line).")
+        for group, start, rows, content in parts:
+            slices.append(Slice(len(slices), str(file), group, start, rows, first, content))
             first += rows
+    return slices
 
 
-def _line_slices(file: Path) -> Iterator[tuple[int, int]]:
-    """(byte offset, number of lines) of each slice."""
+def plan_reads(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """The slices in groups that are read in one pass: those of a parquet row group, else one by one."""
+    return [
+        list(together)
+        for _, together in groupby(
+            slices, key=lambda part: (part.file, part.group, 0 if part.file.endswith(".parquet") else part.start)
+        )
+    ]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(found for found in path.rglob("*") if found.suffix in _KINDS and found.is_file())
+    return [path]
+
+
+def _parquet_slices(file: Path, text_column: str) -> Iterator[tuple[int, int, int, str]]:
+    """(row group, first row in it, number of rows, content) of each slice."""
+    content = _file_state(file)
+    parquet = pq.ParquetFile(file)
+    if text_column not in parquet.schema_arrow.names:
+        raise ValueError(f"{file} has no column {text_column!r}; it has {parquet.schema_arrow.names}.")
+    for group in range(parquet.num_row_groups):
+        size = parquet.metadata.row_group(group).num_rows
+        for start in range(0, size, PARTITION_ROWS):
+            yield group, start, min(PARTITION_ROWS, size - start), content
+
+
+def _line_slices(file: Path) -> Iterator[tuple[int, int, int, str]]:
+    """(0, byte offset, number of lines, content) of each slice."""
     with file.open("rb") as lines:
         while True:
-            offset = lines.tell()
-            if not (rows := sum(1 for _ in islice(iter(lines.readline, b""), PARTITION_ROWS))):
+            offset, rows, digest = lines.tell(), 0, hashlib.sha256()
+            for line in islice(iter(lines.readline, b""), PARTITION_ROWS):
+                rows += 1
+                digest.update(line)
+            if not rows:
                 return
-            yield offset, rows
+            yield 0, offset, rows, digest.hexdigest()
 
 
-def _read(part: Slice, text_column: str) -> tuple[list[str], list[str]]:
-    """Ids and texts of a slice."""
-    if part.file.endswith(".parquet"):
-        file = pq.ParquetFile(part.file)
-        columns = [name for name in ("id", text_column) if name in file.schema_arrow.names]
-        rows = file.read_row_group(part.group, columns=columns).slice(part.start, part.rows).to_pylist()
-    else:
+def _file_state(file: Path) -> str:
+    state = file.stat()
+    return f"{state.st_size} bytes, modified {state.st_mtime_ns}"
+
+
+def read_slices(slices: Sequence[Slice], text_column: str) -> Iterator[tuple[list[str], list[str]]]:
+    """(ids, texts) of each of the slices that `plan_reads` put together; a parquet row group is read once.
+
+    Raises ValueError for a row without a string and for a file that has changed since the slices were planned.
+    """
+    if slices[0].file.endswith(".parquet"):
+        file = slices[0].file
+        if _file_state(Path(file)) != slices[0].content:
+            raise _changed(file)
+        parquet = pq.ParquetFile(file)
+        columns = [name for name in ("id", text_column) if name in parquet.schema_arrow.names]
+        batches = parquet.iter_batches(_ROWS_READ_AT_ONCE, row_groups=[slices[0].group], columns=columns)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        position = 0
+        for part in slices:
+            found = list(islice(rows, part.start - position, part.start - position + part.rows))
+            position = part.start + part.rows
+            yield _ids_and_texts(found, part, text_column)
+        return
+    for part in slices:
         with Path(part.file).open("rb") as lines:
             lines.seek(part.start)
-            found = [line.decode("utf-8").rstrip("\r\n") for line in islice(lines, part.rows)]
-        rows = (
-            [{text_column: line} for line in found]
-            if part.file.endswith(".txt")
-            else [json.loads(line) for line in found]
-        )
+            raw = list(islice(lines, part.rows))
+        if hashlib.sha256(b"".join(raw)).hexdigest() != part.content:
+            raise _changed(part.file)
+        texts = [line.decode("utf-8").rstrip("\r\n") for line in raw]
+        is_plain = part.file.endswith(".txt")
+        found = [{text_column: text} if is_plain else json.loads(text) for text in texts]
+        yield _ids_and_texts(found, part, text_column)
+
+
+def _ids_and_texts(rows: Sequence[dict[str, Any]], part: Slice, text_column: str) -> tuple[list[str], list[str]]:
     for number, row in enumerate(rows):
         if not isinstance(row.get(text_column), str):
-            where = f"{part.file}, row {part.first + number}"
-            raise ValueError(f"{where}: {text_column!r} must be a text, got {row.get(text_column)!r}.")
+            raise ValueError(
+                f"{part.file}, row {part.first + number}: {text_column!r} must be a text, got {row.get(text_column)!r}."
+            )
     ids = [str(row.get("id", part.first + number)) for number, row in enumerate(rows)]
     return ids, [row[text_column] for row in rows]
 
 
+def _changed(file: str) -> ValueError:
+    return ValueError(f"{file} has changed since this run began. Embed it into another folder.")
+
+
 def _claim(output: Path, run: dict[str, Any]) -> None:
-    """Note what the partitions are of, or check that those that are there are of the same."""
+    """Write settings and input of this run to `output`, or check that the partitions there are of the same."""
     path = output / _RUN_FILE
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != run:
-            raise ValueError(f"{output} holds embeddings of other texts or settings ({path}). Give another folder.")
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier != run:
+            differing = sorted(key for key in run if key != "slices" and earlier.get(key) != run[key])
+            if earlier.get("slices") != run["slices"]:
+                now, then = _contents(run), _contents(earlier)
+                differing += sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
+            raise ValueError(
+                f"{output} holds embeddings of other texts or settings, or of an earlier version ({path}). What "
+                f"differs: {', '.join(differing)}. Give another folder."
+            )
         return
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} holds files already. Give a new or an empty folder.")
     output.mkdir(parents=True, exist_ok=True)
-    aside = output / f"{_RUN_FILE}.part"
-    aside.write_text(json.dumps(run, indent=1), encoding="utf-8")
-    aside.replace(path)
+    unfinished = output / f"{_RUN_FILE}.part"
+    unfinished.write_text(json.dumps(run, indent=1), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _contents(run: dict[str, Any]) -> dict[str, list[Any]]:
+    """What the slices of each file are."""
+    contents: dict[str, list[Any]] = {}
+    for part in run["slices"]:
+        contents.setdefault(part["file"], []).append(part)
+    return contents

@@ -1,7 +1,7 @@
-"""Read, cut, embed and write a corpus on many processes, into a Chroma server.
+"""Read, split, embed and write a corpus on many processes, into a Chroma server.
 
-A chunk's id is the hash of its source and text, and writing is an upsert: a worker that dies is replaced and its batch
-done again, a driver that dies is started again, and both end with the ids of an undisturbed run.
+A chunk's id is the hash of its source and text, and writing is an upsert. Therefore a worker that dies is replaced and
+its batch done again, a driver that dies is started again, and both end with the ids of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import ray.data
 
 from c2v_rag.index import (
     CHUNKS_WRITTEN_AT_ONCE,
+    ChromaServer,
     Chunk,
     IndexReport,
     VectorIndex,
+    find_collection,
     new_chunks,
     open_store,
     present_ids,
@@ -33,12 +35,12 @@ from c2v_rag.scale.cluster import AUTO, EXPECTED, Loaded, Workers, connected, in
 from c2v_rag.sources import PYTHON_DOCS, files_below, read_sources
 
 _DOCUMENTS_AT_ONCE = 512
-_MOST_BLOCKS = 1000  # units of work in Ray's plan; each holds a few files where there are more
+_MAX_BLOCKS = 1000  # units of work in Ray's plan; each holds a few files where there are more
 
 
 def index_on_ray(
     sources: Sequence[str | Path],
-    store: str,
+    store: str | ChromaServer,
     *,
     model: str = "default",
     collection: str,
@@ -46,32 +48,36 @@ def index_on_ray(
     address: str = AUTO,
     workers: Workers | None = None,
     dtype: str | None = None,
+    prune: bool = False,
 ) -> tuple[IndexReport, list[str]]:
     """Bring a Chroma server's collection up to date with files, folders and "python-docs".
 
-    Returns the report and, in words, the files that could not be read and were left out.
+    Returns the report, and a message for each file that could not be read.
 
     Ends with the ids and, up to rounding, the vectors of `VectorIndex.add`. Files are read by the workers, so every
-    machine must see them under the same paths. `model` is loaded once in each worker. `unchanged` and `added` count
-    what this run found and wrote; a worker that had to be replaced may have written a chunk twice.
+    machine must see them under the same paths. Tenant, database and headers for the server are taken from the driver's
+    environment. `model` is loaded once in each worker. `unchanged` and `added` count what this run found and wrote; a
+    worker that had to be replaced may have written a chunk twice. `prune`: as in `remove_vanished`.
 
     Raises ValueError for a store that is a folder, and what reading, loading and writing raise.
     """
-    if not is_url(store):
-        raise ValueError(
-            f"{store} is a folder, and a folder takes one writer. Start a server (chroma run --path {store}) and give "
-            "its address, such as http://localhost:8000."
-        )
+    if isinstance(store, str):
+        if not is_url(store):
+            raise ValueError(
+                f"{store} is a folder, and a folder takes one writer. Start a server (chroma run --path {store}) and "
+                "give its address, such as http://localhost:8000."
+            )
+        store = ChromaServer(store)
     started = time.perf_counter()
-    read_sources(sources)  # complains of what is missing
+    read_sources(sources)  # raises for what is missing
     units = [str(file) for source in sources for file in _units(source)]
     counts: Counter[str] = Counter()
     outdated: list[str] = []
     left_out: list[str] = []
     with connected(address) as resources:
         chosen = (workers or Workers()).of(resources)
-        chunks = ray.data.from_items(units, override_num_blocks=max(1, min(len(units), _MOST_BLOCKS))).flat_map(
-            _Cutter,
+        chunks = ray.data.from_items(units, override_num_blocks=max(1, min(len(units), _MAX_BLOCKS))).flat_map(
+            _Splitter,
             fn_constructor_args=(store, model, collection, text_column),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, chosen.count or 1)),
             num_cpus=0.25,
@@ -91,9 +97,9 @@ def index_on_ray(
             counts.update(found)
     removed = 0
     if stamp := stored_stamps(store).get(collection):
-        index = VectorIndex(store, _Nobody(stamp), collection)
+        index = VectorIndex(store, _StampOnly(stamp), collection)
         index.delete_ids(outdated)
-        removed = sum(remove_vanished(index, Path(source)) for source in sources if Path(source).is_dir())
+        removed = sum(remove_vanished(index, Path(source), prune=prune) for source in sources if Path(source).is_dir())
     report = IndexReport(
         added=counts["added"],
         unchanged=counts["unchanged"],
@@ -106,15 +112,15 @@ def index_on_ray(
 
 
 def _units(source: str | Path) -> Iterator[str | Path]:
-    """What one worker reads at a time: a file is its own source, and a source must be cut in one place."""
+    """The parts of a source that one worker reads whole: all chunks of a file must be numbered in one place."""
     if str(source) == PYTHON_DOCS:
         yield PYTHON_DOCS
     else:
         yield from files_below(Path(source))
 
 
-class _Nobody:
-    """Stands for the model of a collection where nothing is embedded."""
+class _StampOnly:
+    """An embedder that cannot embed: opens the collection of a model that is not loaded, to delete chunks."""
 
     def __init__(self, stamp: dict[str, str | int]) -> None:
         self.stamp = stamp
@@ -126,30 +132,28 @@ class _Nobody:
     encode_document = encode_query
 
 
-class _Cutter:
-    """Reads a unit and cuts it: a row for each chunk that is not in the collection yet, and one of what it found."""
+class _Splitter:
+    """Reads and splits a unit: a row for each chunk that is not in the collection, and a last row for the report."""
 
-    def __init__(self, store: str, model: str, collection: str, text_column: str) -> None:
+    def __init__(self, store: ChromaServer, model: str, collection: str, text_column: str) -> None:
         self._store = store
         self._model = model
         self._collection = collection
         self._text_column = text_column
+        self._opened: Any = None  # the store, once there was something to read
         self._counter: Any = None
-        self._client: Any = None
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, str]]:
         try:
-            yield from self._cut(row["item"])
+            yield from self._split(row["item"])
         except EXPECTED as error:
             yield _report_row({"error": in_words(error)})
 
-    def _cut(self, unit: str) -> Iterator[dict[str, str]]:
+    def _split(self, unit: str) -> Iterator[dict[str, str]]:
         if self._counter is None:
             self._counter = _token_counter(self._model)
-            self._client = open_store(self._store).client()
-        client, held = self._client, None
-        if self._collection in [one.name for one in client.list_collections()]:
-            held = client.get_collection(self._collection, embedding_function=None)
+            self._opened = open_store(self._store)
+        collection = find_collection(self._opened, self._collection)
         counts: Counter[str] = Counter(truncated=0, unchanged=0)
         repeated: Counter[str] = Counter()
         present: dict[str, set[str]] = {}
@@ -157,10 +161,9 @@ class _Cutter:
         documents = read_sources(
             [unit], text_column=self._text_column, on_error=lambda path, error: left_out.append(str(error))
         )
-        while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-            new = {document.source for document in some} - present.keys()
-            present.update(present_ids(held, new) if held is not None else {source: set() for source in new})
-            for chunks in new_chunks(some, self._counter, present, repeated, counts):
+        while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+            present.update(present_ids(collection, {document.source for document in batch} - present.keys()))
+            for chunks in new_chunks(batch, self._counter, present, repeated, counts):
                 for chunk in chunks:
                     metadata = json.dumps(chunk.metadata)
                     yield {"id": chunk.id, "text": chunk.text, "metadata": metadata, "report": ""}
@@ -169,9 +172,11 @@ class _Cutter:
 
 
 class _Writer:
-    """Embeds chunks and writes them; passes on what the cutters report."""
+    """Embeds chunks and writes them; passes on the reports of the splitters."""
 
-    def __init__(self, store: str, model: str, collection: str, dtype: str | None, threads: float | None) -> None:
+    def __init__(
+        self, store: ChromaServer, model: str, collection: str, dtype: str | None, threads: float | None
+    ) -> None:
         self._store = store
         self._collection = collection
         self._loaded = Loaded(model, dtype, threads)
@@ -202,7 +207,7 @@ def _report_row(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _token_counter(model: str) -> object:
-    """What counts a model's tokens without its weights."""
+    """An object that counts a model's tokens (`count_tokens`, `max_tokens`) without loading its weights."""
     if is_url(model):
         from c2v_rag.remote import RemoteModel
 

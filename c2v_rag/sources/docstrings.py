@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 PYTHON_DOCS = "python-docs"
 
-# Importing these opens a browser, prints, or starts a program; the rest are tests, or names nobody imports.
-_LEFT_OUT = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "lib2to3", "distutils", "__main__"}
-# Where a public module takes its functions from: os.getpid is the name people know, posix.getpid is not.
-_BEHIND = {
+# Importing these opens a browser, prints, or starts a program; the others are tests, or modules that nobody imports.
+_NOT_IMPORTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "lib2to3", "distutils", "__main__"}
+# Modules that implement public ones: people know the name os.getpid, not posix.getpid.
+_IMPLEMENTATIONS = {
     "posix",
     "nt",
     "posixpath",
@@ -38,13 +38,13 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 @functools.cache
 def python_docs() -> tuple[Document, ...]:
-    """Docstrings of this Python's standard library: modules, classes, functions and methods, a document each.
+    """Docstrings of this Python's standard library: one document for each module, class, function and method.
 
-    The source is the dotted name. An object that several modules re-export is named once, by the shortest name that a
+    The source is the dotted name. An object that several modules export appears once, under the shortest name that a
     module lists in `__all__` (asyncio.gather, not asyncio.tasks.gather).
 
-    They are collected in a process of its own: importing the whole library has effects, and packages imported here
-    may have changed it (some add methods to logging.Logger).
+    A separate process collects them: importing the whole library has side effects, and packages imported in this
+    process may have changed it (some add methods to logging.Logger).
     """
     from c2v_rag.sources.document import Document  # the process that collects them cannot import this package
 
@@ -54,7 +54,7 @@ def python_docs() -> tuple[Document, ...]:
 
 
 def _collect_docs() -> list[tuple[str, str, str]]:
-    """(dotted name, kind, passage) of every documented public object, by name."""
+    """(dotted name, kind, passage) of every documented public object, sorted by name."""
     found: dict[int, tuple[tuple[bool, bool, bool, int, int, str], str, Any]] = {}
     for module in _standard_modules():
         for name, value, listed in _public_objects(module):
@@ -75,8 +75,8 @@ def _collect_docs() -> list[tuple[str, str, str]]:
 
 
 def _standard_modules() -> Iterator[ModuleType]:
-    for name in sorted(sys.stdlib_module_names - _BEHIND):
-        if name.startswith("_") or name in _LEFT_OUT:
+    for name in sorted(sys.stdlib_module_names - _IMPLEMENTATIONS):
+        if name.startswith("_") or name in _NOT_IMPORTED:
             continue
         yield from _module_and_below(name)
 
@@ -88,22 +88,22 @@ def _module_and_below(name: str) -> Iterator[ModuleType]:
         return
     yield module
     for below in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        if not below.name.startswith("_") and below.name not in _LEFT_OUT:
+        if not below.name.startswith("_") and below.name not in _NOT_IMPORTED:
             yield from _module_and_below(f"{name}.{below.name}")
 
 
 def _public_objects(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
-    """(dotted name, object, whether the module lists it) of what has a docstring of its own."""
+    """(dotted name, object, whether `__all__` lists it) of every public object with a docstring."""
     if module.__doc__:
         yield module.__name__, module, True
     listed = set(getattr(module, "__all__", ()))
-    # Some listed names are loaded on first use and stand in no module's vars.
+    # Some listed names are loaded on first use and are not in vars(module).
     lazy = {name: getattr(module, name, None) for name in listed - vars(module).keys()}
     for name, value in [*vars(module).items(), *lazy.items()]:
         if name.startswith("_") or not _is_described(value):
             continue
         home = getattr(value, "__module__", None) or ""
-        if name not in listed and home.lstrip("_") != module.__name__.lstrip("_") and home not in _BEHIND:
+        if name not in listed and home.lstrip("_") != module.__name__.lstrip("_") and home not in _IMPLEMENTATIONS:
             continue  # imported for the module's own use
         yield f"{module.__name__}.{name}", value, name in listed
         if inspect.isclass(value):
@@ -132,7 +132,7 @@ def _signature(value: Any) -> str:
         signature = inspect.signature(value)
     except (ValueError, TypeError):  # some built-ins have none
         return ""
-    # A default may be anything, the whole process environment for one: shown is only what one would type.
+    # A default may be any object, such as the whole process environment: only short ones are shown.
     shown = [
         parameter
         if len(repr(parameter.default)) <= 30 and " at 0x" not in repr(parameter.default)

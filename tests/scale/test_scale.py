@@ -137,7 +137,7 @@ def test_what_cannot_be_done_is_said(
         index_on_ray([corpus], str(tmp_path / "store"), model=tiny_checkpoint, collection="corpus")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         index_on_ray([corpus / "nowhere"], server, model=tiny_checkpoint, collection="corpus")
-    VectorIndex(server, tiny_model(seed=1), "others")
+    VectorIndex(server, tiny_model(seed=1), "others").add([])
     with pytest.raises(ValueError, match="made with another model"):
         index_on_ray([corpus], server, model=tiny_checkpoint, collection="others", dtype="float32")
     with pytest.raises(FileNotFoundError, match="no-such-model"):
@@ -190,14 +190,19 @@ def test_embeddings_in_files(
         run(model=tiny_checkpoint + "-new")
 
 
-def test_a_slice_in_half_precision_and_one_that_cannot_be_read(tiny_checkpoint: str, tmp_path: Path) -> None:
+def test_a_partition_in_half_precision_and_a_slice_that_cannot_be_read(tiny_checkpoint: str, tmp_path: Path) -> None:
     settings = {"query": True, "instruction": None, "truncate_dim": 8, "text_column": "t", "precision": "float16"}
     table = pa.table({"t": [f"text {number}" for number in range(10)], "id": range(100, 110)})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=4)
-    slices = list(embedding._slices([tmp_path / "in.parquet"], "t"))
-    assert [(one.group, one.rows, one.first) for one in slices] == [(0, 4, 0), (1, 4, 4), (2, 2, 8)]
-    worker = embedding._Partition(settings, Loaded(tiny_checkpoint, "float32", None))
-    assert worker._embed(slices[1], tmp_path / "part-000001.parquet") == 4
+    slices = embedding.plan_slices([tmp_path / "in.parquet"], "t")
+    assert [(one.number, one.group, one.rows, one.first) for one in slices] == [
+        (0, 0, 4, 0),
+        (1, 1, 4, 4),
+        (2, 2, 2, 8),
+    ]
+    worker = embedding._Partition(tmp_path, settings, Loaded(tiny_checkpoint, "float32", None))
+    ((ids, texts),) = embedding.read_slices(slices[1:2], "t")
+    worker.write(ids, texts, tmp_path / "part-000001.parquet")
     found = pq.read_table(tmp_path / "part-000001.parquet")
     assert found["id"].to_pylist() == ["104", "105", "106", "107"]
     kind = found.schema.field("embedding").type
@@ -207,15 +212,69 @@ def test_a_slice_in_half_precision_and_one_that_cannot_be_read(tiny_checkpoint: 
     np.testing.assert_allclose(found["embedding"].to_pylist(), expected, atol=2e-3)
 
     (tmp_path / "bad.jsonl").write_text('{"t": "good"}\n{"t": 1}\n')
-    (bad,) = embedding._slices([tmp_path / "bad.jsonl"], "t")
-    said = worker({"slice": [vars(bad)], "target": [str(tmp_path / "part-000009.parquet")]})
-    assert said["rows"] == [0]
+    bad = embedding.plan_slices([tmp_path / "bad.jsonl"], "t")
+    (row,) = embedding._Reader("t")({"read": json.dumps([vars(one) for one in bad])})
+    reported = worker({key: [value] for key, value in row.items()})
+    assert reported["rows"] == [0]
     with pytest.raises(ValueError, match="row 1: 't' must be a text, got 1"):
-        raise_reported(said["error"][0])
+        raise_reported(reported["error"][0])
     with pytest.raises(ValueError, match=r"no column 'text'; it has \['t', 'id'\]"):
-        list(embedding._slices([tmp_path / "in.parquet"], "text"))
+        embedding.plan_slices([tmp_path / "in.parquet"], "text")
     with pytest.raises(ValueError, match="texts come from"):
-        list(embedding._slices([Path(__file__)], "text"))
+        embedding.plan_slices([Path(__file__)], "text")
+
+
+def test_a_large_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "PARTITION_ROWS", 8)
+    monkeypatch.setattr(embedding, "_ROWS_READ_AT_ONCE", 3)
+    texts = [f"text {number}" for number in range(110)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet", row_group_size=100)
+    opened: list[str] = []
+    real = pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda path: opened.append(str(path)) or real(path))
+    slices = embedding.plan_slices([tmp_path / "in.parquet"], "text")
+    assert len(slices) == 15
+    opened.clear()
+    found = [one for read in embedding.plan_reads(slices) for one in embedding.read_slices(read, "text")]
+    assert len(opened) == 2, "one pass for each row group"
+    assert [text for _, texts in found for text in texts] == texts
+    assert [id for ids, _ in found for id in ids] == [str(number) for number in range(110)]
+    missing = [slices[1], slices[4], slices[5], slices[13]]
+    resumed = [one for read in embedding.plan_reads(missing) for one in embedding.read_slices(read, "text")]
+    assert resumed == [found[number] for number in (1, 4, 5, 13)]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_an_edited_input_does_not_pass_as_the_same_run(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"in{suffix}"
+
+    def write(text: str) -> None:
+        if suffix == ".parquet":
+            pq.write_table(pa.table({"text": ["first", text]}), path)
+        else:
+            rows = ["first", text] if suffix == ".txt" else [json.dumps({"text": one}) for one in ("first", text)]
+            path.write_text("\n".join(rows) + "\n")
+
+    write("later")
+    before = embedding.plan_slices([path], "text")
+    stale = tmp_path / "out"
+    stale.mkdir()
+    settings = {
+        "model": "none", "query": False, "instruction": None, "truncate_dim": None, "text_column": "text",
+        "precision": "float32",
+    }  # fmt: skip
+    (stale / "_run.json").write_text(json.dumps({**settings, "slices": [vars(one) for one in before]}))
+    (stale / "part-000000.parquet").touch()
+    assert embed_on_ray([path], stale, model="none") == (0, 2)
+    write("other")  # of the same length
+    if suffix == ".parquet":
+        os.utime(path, ns=(1, 1))  # of another moment, however coarse the clock of the disk
+    with pytest.raises(ValueError, match=rf"What differs: {path.resolve()}\. Give another folder"):
+        embed_on_ray([path], stale, model="none")
+    with pytest.raises(ValueError, match=rf"{path.name} has changed since this run began"):
+        list(embedding.read_slices(before, "text"))
+    with pytest.raises(ValueError, match="What differs: query"):
+        embed_on_ray([path], stale, model="none", query=True)
 
 
 def _title(process: psutil.Process) -> str:
