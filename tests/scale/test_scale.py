@@ -32,7 +32,8 @@ from c2v_rag.server.api import create_app
 from tests.server.serving import serving
 from tests.tiny import WORDS, tiny_model
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster is started, in one of the workers
+# One cluster is started, in one of the workers; beside other work on few cores Ray takes minutes.
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,6 @@ class Budgeted:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     on_ray: str, chroma_server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
