@@ -13,7 +13,7 @@ demo-app: .venv/demo-app
 	$(BIN)/python demos/search_app.py --store $(STORE)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: test lint wheel audit
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from c2v_rag import Document
@@ -12,7 +11,7 @@ from c2v_rag.app.search import BM25, CAUSAL2VEC, ENCODER, HYBRID, METHODS, Searc
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.fusion import reciprocal_rank_fusion
 from c2v_rag.model import Causal2Vec
-from tests.tiny import tiny_model
+from tests.tiny import assert_ranked, tiny_model
 
 DOCUMENTS = [Document(f"Passage {word} is about topic {i % 7}.", f"{word}.txt") for i, word in enumerate(
     "heap bread yeast museum moon tide glass harbour violin copper lantern orchard".split()
@@ -39,7 +38,7 @@ def test_every_method_ranks_as_it_says(searcher: Searcher, model: Causal2Vec) ->
     found = {method: [hit.text for hit in searcher.search(method, query, 4)] for method in METHODS}
     for method, embedder in ((CAUSAL2VEC, model), (ENCODER, EncoderEmbedder(model))):
         scores = embedder.encode_document(texts) @ embedder.encode_query([query])[0]
-        assert found[method] == [texts[i] for i in np.argsort(-scores)[:4]]
+        assert_ranked([texts.index(text) for text in found[method]], scores)
     assert {*found[BM25]} == {"Passage violin is about topic 1.", "Passage harbour is about topic 0."}
     dense, sparse = ([hit.id for hit in searcher.search(method, query, 100)] for method in (CAUSAL2VEC, BM25))
     fused = reciprocal_rank_fusion([dense, sparse])

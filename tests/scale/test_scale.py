@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-import chromadb
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -29,7 +28,12 @@ from c2v_rag.scale import embedding
 from c2v_rag.scale.cluster import Loaded, Workers, raise_reported
 from c2v_rag.scale.embedding import embed_on_ray
 from c2v_rag.scale.indexing import index_on_ray
+from c2v_rag.server.api import create_app
+from tests.server.serving import serving
 from tests.tiny import WORDS, tiny_model
+
+# One cluster is started, in one of the workers; beside other work on few cores Ray takes minutes.
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +42,17 @@ def model(tiny_checkpoint: str) -> Causal2Vec:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    chroma = Path(sys.executable).with_name("chroma")
-    command = [str(chroma), "run", "--path", str(tmp_path_factory.mktemp("server")), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(200):
-                assert process.poll() is None, "chroma run ended"
-                try:
-                    chromadb.HttpClient(port=port).heartbeat()
-                    break
-                except ValueError:
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
+def model_url(model: Causal2Vec) -> Iterator[str]:
+    """A server of the model: workers that ask it need not import torch, which takes each of them seconds."""
+    with serving(create_app(model, name="tiny")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
-def on_ray() -> Iterator[None]:
-    """One local Ray for the tests that run in this process."""
+def on_ray() -> Iterator[str]:
+    """The address of one local Ray, for the tests that run in this process."""
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
@@ -91,22 +81,22 @@ def assert_same(found: VectorIndex, expected: VectorIndex) -> None:
 
 @pytest.mark.usefixtures("on_ray")
 def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
-    tiny_checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
+    tiny_checkpoint: str, model: Causal2Vec, model_url: str, chroma_server: str, corpus: Path, tmp_path: Path
 ) -> None:
-    def run() -> tuple[dict[str, int | float], list[str]]:
+    def run(model: str, dtype: str | None) -> tuple[dict[str, int | float], list[str]]:
         report, left_out = index_on_ray(
             [corpus],
-            server,
-            model=tiny_checkpoint,
+            chroma_server,
+            model=model,
             collection="corpus",
             workers=Workers(count=2, cpus=0.5),
-            dtype="float32",
+            dtype=dtype,
         )
         return vars(report), left_out
 
-    alone, together = VectorIndex(tmp_path / "alone", model, "corpus"), VectorIndex(server, model, "corpus")
+    alone, together = VectorIndex(tmp_path / "alone", model, "corpus"), VectorIndex(chroma_server, model, "corpus")
     expected = alone.add(read_sources([corpus]))
-    report, left_out = run()
+    report, left_out = run(tiny_checkpoint, "float32")
     assert (report["added"], report["unchanged"], report["removed"]) == (expected.added, 0, 0)
     assert expected.added > 220
     assert left_out == []
@@ -119,7 +109,7 @@ def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
     (corpus / "4.txt").unlink()
     (corpus / "5.txt").write_bytes(b"\xff\xfe\x00 not text")
     (corpus / "bad.jsonl").write_text('{"text": "one"}\n{"no": 1}\n')
-    report, left_out = run()
+    report, left_out = run(model_url, None)
     assert report["added"] == 1
     assert report["replaced"] > 1
     assert report["removed"] > 1
@@ -131,17 +121,17 @@ def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
 
 @pytest.mark.usefixtures("on_ray")
 def test_what_cannot_be_done_is_said(
-    tiny_checkpoint: str, model: Causal2Vec, server: str, corpus: Path, tmp_path: Path
+    tiny_checkpoint: str, model_url: str, chroma_server: str, corpus: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="chroma run"):
         index_on_ray([corpus], str(tmp_path / "store"), model=tiny_checkpoint, collection="corpus")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        index_on_ray([corpus / "nowhere"], server, model=tiny_checkpoint, collection="corpus")
-    VectorIndex(server, tiny_model(seed=1), "others").add([])
+        index_on_ray([corpus / "nowhere"], chroma_server, model=tiny_checkpoint, collection="corpus")
+    VectorIndex(chroma_server, tiny_model(seed=1), "others").add([])
     with pytest.raises(ValueError, match="made with another model"):
-        index_on_ray([corpus], server, model=tiny_checkpoint, collection="others", dtype="float32")
+        index_on_ray([corpus], chroma_server, model=model_url, collection="others")
     with pytest.raises(FileNotFoundError, match="no-such-model"):
-        index_on_ray([corpus], server, model="no-such-model", collection="third")
+        index_on_ray([corpus], chroma_server, model="no-such-model", collection="third")
 
 
 def test_workers_take_what_there_is() -> None:
@@ -153,7 +143,7 @@ def test_workers_take_what_there_is() -> None:
 
 @pytest.mark.usefixtures("on_ray")
 def test_embeddings_in_files(
-    tiny_checkpoint: str, model: Causal2Vec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_url: str, model: Causal2Vec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "PARTITION_ROWS", 16)
     texts = [f"{' '.join(WORDS[: number % 15])} {number}" for number in range(50)]
@@ -165,7 +155,7 @@ def test_embeddings_in_files(
     output = tmp_path / "out"
 
     def run(**changes: object) -> tuple[int, int]:
-        settings = {"model": tiny_checkpoint, "dtype": "float32", "workers": Workers(count=2, cpus=0.5)} | changes
+        settings = {"model": model_url, "workers": Workers(count=2, cpus=0.5)} | changes
         return embed_on_ray([tmp_path / "in"], output, **settings)  # type: ignore[arg-type]
 
     assert run() == (50, 50)
@@ -183,11 +173,11 @@ def test_embeddings_in_files(
     with pytest.raises(ValueError, match="other texts or settings"):
         run(query=True)
     (output / "part-000003.parquet").unlink()
-    tiny_model(seed=1).save_pretrained(tiny_checkpoint + "-new")
     run_file = output / "_run.json"
-    run_file.write_text(run_file.read_text().replace(json.dumps(tiny_checkpoint), json.dumps(tiny_checkpoint + "-new")))
-    with pytest.raises(ValueError, match="another model"):
-        run(model=tiny_checkpoint + "-new")
+    with serving(create_app(tiny_model(seed=1), name="tiny")) as other:
+        run_file.write_text(run_file.read_text().replace(json.dumps(model_url), json.dumps(other)))
+        with pytest.raises(ValueError, match="another model"):
+            run(model=other)
 
 
 def test_a_partition_in_half_precision_and_a_slice_that_cannot_be_read(tiny_checkpoint: str, tmp_path: Path) -> None:
@@ -291,58 +281,88 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
+class Budgeted:
+    """Lets a model embed only so many texts, and holds it in the call after that."""
+
+    def __init__(self, model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._left, self._changed, self.holds = 0, threading.Condition(), False
+        encode = model.encode_document
+
+        def held(texts: Iterable[str], **options: Any) -> np.ndarray:
+            texts = list(texts)
+            with self._changed:
+                self.holds = self._left <= 0
+                self._changed.wait_for(lambda: self._left > 0)
+                self._left -= len(texts)
+            return encode(texts, **options)
+
+        monkeypatch.setattr(model, "encode_document", held)
+
+    def allow(self, texts: int) -> None:
+        with self._changed:
+            self._left, self.holds = texts, False
+            self._changed.notify_all()
+
+
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(
-    tiny_checkpoint: str, model: Causal2Vec, server: str, tmp_path: Path, request: pytest.FixtureRequest
+    on_ray: str, chroma_server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The workers' model is on a server in this process, which holds them half-way for as long as it takes."""
+    model = tiny_model()
     table = tmp_path / "table.jsonl"
     with table.open("w") as file:
-        for number in range(8000):
+        for number in range(4000):
             file.write(json.dumps({"text": f"{WORDS[number % 15]} {WORDS[number % 14]} {number}"}) + "\n")
     alone = VectorIndex(tmp_path / "alone", model)
     expected = alone.add(read_sources([table])).added
 
-    command = [sys.executable, "-m", "c2v_rag.cli", "index", str(table), "--store", server, "--collection", "killed"]
-    command += ["--model", tiny_checkpoint, "--dtype", "float32", "--ray", "local", "--workers", "2", "--json"]
     mark = uuid4().hex  # what Ray starts inherits the environment, and is found by it
     environment = os.environ | {"C2V_TEST_RUN": mark}
 
-    def ours() -> list[psutil.Process]:
+    def started() -> list[psutil.Process]:
         return [one for one in psutil.process_iter() if _environment(one).get("C2V_TEST_RUN") == mark]
 
-    def writers() -> list[psutil.Process]:
-        return [one for one in ours() if "_Writer" in _title(one)]
+    def writers(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+        return [one for one in processes if "_Writer" in _title(one)]
 
     def clean() -> None:
-        for one in ours():
+        for one in started():
             with suppress(psutil.Error):
                 one.kill()
 
     request.addfinalizer(clean)
-    held = VectorIndex(server, model, "killed")
+    held = VectorIndex(chroma_server, model, "killed")
+    budget = Budgeted(model, monkeypatch)
 
-    def start() -> subprocess.Popen[str]:
+    def start(url: str, ray_address: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "c2v_rag.cli", "index", str(table), "--model", url, "--json"]
+        command += ["--store", chroma_server, "--collection", "killed", "--ray", ray_address, "--workers", "2"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
-    def until(chunks: int, process: subprocess.Popen[str]) -> None:
-        while len(held) < chunks:
+    def until_it_holds(chunks: int, process: subprocess.Popen[str]) -> None:
+        while not budget.holds or len(held) <= chunks:
             assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
+            time.sleep(0.05)
 
-    driver = start()
-    until(300, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
-    while writers():  # they notice after a while that their driver is gone
-        time.sleep(0.1)
-    so_far = len(held)
-    assert so_far < expected
+    with serving(create_app(model, name="tiny")) as url:
+        driver = start(url, "local")
+        budget.allow(600)
+        until_it_holds(0, driver)
+        driver.kill()
+        driver.communicate()
+        while writers(started()):  # they notice after a while that their driver is gone
+            time.sleep(0.1)
+        so_far = len(held)
+        assert 0 < so_far < expected
 
-    driver = start()
-    until(so_far + 300, driver)
-    writers()[0].kill()
-    assert len(held) < expected, "it was over before the worker was killed"
-    output, errors = driver.communicate(timeout=200)
+        driver = start(url, on_ray)
+        budget.allow(1500)
+        until_it_holds(so_far, driver)
+        writers(psutil.Process().children(recursive=True))[0].kill()
+        assert len(held) < expected
+        budget.allow(10**9)
+        output, errors = driver.communicate()
     assert driver.returncode == 0, errors
     assert json.loads(output)["chunks"] == expected, output
     assert_same(held, alone)
