@@ -433,7 +433,7 @@ def _needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("c2v_rag", "sentence_transformers_c2v"):
+        if (error.name or "").split(".")[0] == "c2v_rag":
             raise
         raise ImportError(f'This command needs {error.name}: pip install "c2v-rag[{extra}]"') from error
 
@@ -486,7 +486,7 @@ def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> N
         except ModuleNotFoundError as error:
             if error.name != "pyarrow":
                 raise
-            raise ImportError('Writing parquet needs pyarrow: pip install "c2v-rag[docs]"') from error
+            raise ImportError('Writing parquet needs pyarrow: pip install "c2v-rag[files]"') from error
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
         pq.write_table(pa.table({"text": texts, "embedding": vectors}), aside)
     else:

@@ -72,20 +72,22 @@ class Causal2VecEmbedding(BaseEmbedding):
             model_name = str(model.stamp["name"])
         elif model_name == "":
             raise ValueError("A model that exists in memory only cannot be loaded by name: give it as model=.")
-        super().__init__(
-            model_name="default" if model_name is None else model_name,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            query_instruction=query_instruction,
-            text_instruction=text_instruction,
-            truncate_dim=truncate_dim,
-            embed_batch_size=embed_batch_size,
-            num_workers=num_workers,
-            callback_manager=callback_manager or CallbackManager([]),
-            rate_limiter=rate_limiter,
-            weights_stamp=weights_stamp,
-        )
+        # By dict: for type checkers LlamaIndex's own __init__ hides the fields that are added here.
+        fields: dict[str, Any] = {
+            "model_name": "default" if model_name is None else model_name,
+            "revision": revision,
+            "device": device,
+            "dtype": dtype,
+            "query_instruction": query_instruction,
+            "text_instruction": text_instruction,
+            "truncate_dim": truncate_dim,
+            "embed_batch_size": embed_batch_size,
+            "num_workers": num_workers,
+            "callback_manager": callback_manager or CallbackManager([]),
+            "rate_limiter": rate_limiter,
+            "weights_stamp": weights_stamp,
+        }
+        super().__init__(**fields)
         self._model = None if model is None else self._checked(model)
         self.weights_stamp = str(self._embedder().stamp["weights"])
 
@@ -108,8 +110,8 @@ class Causal2VecEmbedding(BaseEmbedding):
         loaded = str(embedder.stamp["weights"])
         if self.weights_stamp and loaded != self.weights_stamp:
             raise ValueError(
-                f"{self.model_name!r} was saved with the weights {self.weights_stamp}, and now has {loaded}: vectors of "
-                "both must not be mixed. Load the weights that it was saved with, or leave weights_stamp out."
+                f"{self.model_name!r} was saved with the weights {self.weights_stamp}, and now has {loaded}: vectors "
+                "of both must not be mixed. Load the weights that it was saved with, or leave weights_stamp out."
             )
         return embedder
 
