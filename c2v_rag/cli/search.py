@@ -251,7 +251,7 @@ def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> N
         except ModuleNotFoundError as error:
             if error.name != "pyarrow":
                 raise
-            raise ImportError('Writing parquet needs pyarrow: pip install "c2v-rag[docs]"') from error
+            raise ImportError('Writing parquet needs pyarrow: pip install "c2v-rag[files]"') from error
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
         pq.write_table(pa.table({"text": texts, "embedding": vectors}), unfinished)
     else:

@@ -22,7 +22,7 @@ def requires_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("c2v_rag", "sentence_transformers_c2v"):
+        if (error.name or "").split(".")[0] == "c2v_rag":
             raise
         raise ImportError(f'This command needs {error.name}: pip install "c2v-rag[{extra}]"') from error
 

@@ -26,7 +26,7 @@ def _read_html(path: Path) -> str:
     except ModuleNotFoundError as error:
         if error.name != "trafilatura":
             raise
-        raise ImportError('Reading HTML needs trafilatura: pip install "c2v-rag[docs]"') from error
+        raise ImportError('Reading HTML needs trafilatura: pip install "c2v-rag[files]"') from error
     return trafilatura.extract(path.read_bytes(), include_comments=False) or ""
 
 
@@ -37,7 +37,7 @@ def _read_pdf(path: Path) -> str:
     except ModuleNotFoundError as error:
         if error.name != "pypdf":
             raise
-        raise ImportError('Reading PDF needs pypdf: pip install "c2v-rag[docs]"') from error
+        raise ImportError('Reading PDF needs pypdf: pip install "c2v-rag[files]"') from error
     try:
         return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)
     except PyPdfError as error:
@@ -76,7 +76,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     except ModuleNotFoundError as error:
         if error.name != "pyarrow":
             raise
-        raise ImportError('Reading parquet needs pyarrow: pip install "c2v-rag[docs]"') from error
+        raise ImportError('Reading parquet needs pyarrow: pip install "c2v-rag[files]"') from error
     for batch in pq.ParquetFile(path).iter_batches(1024):
         yield from batch.to_pylist()
 

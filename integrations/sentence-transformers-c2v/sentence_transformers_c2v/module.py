@@ -35,7 +35,7 @@ class Causal2VecModule(InputModule):
     """
 
     def __init__(self, model: Causal2Vec) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class Causal2VecModule(InputModule):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """For the trainer: trade computing for memory in the decoder."""
-        self.model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs)  # type: ignore[no-untyped-call]
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write the checkpoint into `output_path`; always safetensors."""
@@ -92,13 +92,14 @@ class Causal2VecModule(InputModule):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Causal2VecModule:
         """Called by `SentenceTransformer(folder, trust_remote_code=True)`.
 
-        `model_kwargs`: `dtype`, and what else the decoder's `from_pretrained` takes. Errors as in
-        `Causal2Vec.from_pretrained`; pickled weights are never read.
+        `model_kwargs`: `dtype`, and what else the decoder's `from_pretrained` takes. `init_defaults` is not used: the
+        checkpoint holds every setting. Errors as in `Causal2Vec.from_pretrained`; pickled weights are never read.
         """
         folder = cls.load_dir_path(
             model_name_or_path,

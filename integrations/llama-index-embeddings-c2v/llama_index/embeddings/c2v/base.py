@@ -82,21 +82,23 @@ class Causal2VecEmbedding(BaseEmbedding):
             weights=weights_stamp,
         )
         spec = lazy.spec
-        super().__init__(
-            model_name=spec.name_or_path,
-            revision=spec.revision,
-            device=spec.device,
-            dtype=spec.dtype,
-            llm_kwargs=dict(spec.llm_kwargs),
-            query_instruction=query_instruction,
-            text_instruction=text_instruction,
-            truncate_dim=truncate_dim,
-            embed_batch_size=embed_batch_size,
-            num_workers=num_workers,
-            callback_manager=callback_manager or CallbackManager([]),
-            rate_limiter=rate_limiter,
-            weights_stamp=str(lazy().stamp["weights"]),
-        )
+        # By dict: for type checkers LlamaIndex's own __init__ hides the fields that are added here.
+        fields: dict[str, Any] = {
+            "model_name": spec.name_or_path,
+            "revision": spec.revision,
+            "device": spec.device,
+            "dtype": spec.dtype,
+            "llm_kwargs": dict(spec.llm_kwargs),
+            "query_instruction": query_instruction,
+            "text_instruction": text_instruction,
+            "truncate_dim": truncate_dim,
+            "embed_batch_size": embed_batch_size,
+            "num_workers": num_workers,
+            "callback_manager": callback_manager or CallbackManager([]),
+            "rate_limiter": rate_limiter,
+            "weights_stamp": str(lazy().stamp["weights"]),
+        }
+        super().__init__(**fields)
         self._lazy = lazy
 
     @classmethod
