@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
+import itertools
 import os
 import re
 import time
@@ -72,7 +73,7 @@ class RemoteModel:
         self._api_key = api_key
         self._timeout = timeout
         self._weights = ""  # the served model's hash, after the first answer
-        _opened[self.base_url] = self
+        _opened[next(_numbers)] = self
 
     def __repr__(self) -> str:
         return f"RemoteModel({self.base_url!r})"
@@ -309,9 +310,11 @@ def _split(texts: Iterable[str], max_texts: int) -> Iterator[list[str]]:
         yield part
 
 
-_opened: WeakValueDictionary[str, RemoteModel] = WeakValueDictionary()
+_opened: WeakValueDictionary[int, RemoteModel] = WeakValueDictionary()  # by the order in which they were made
+_numbers = itertools.count()
 
 
 def opened_model(address: str) -> RemoteModel | None:
     """The latest `RemoteModel` that this process made for this address and still uses; None where there is none."""
-    return _opened.get(address)
+    made = sorted(_opened.items(), key=lambda item: item[0])
+    return next((model for _, model in reversed(made) if model.base_url == address), None)

@@ -24,7 +24,7 @@ from openai import NotFoundError, OpenAI
 from c2v_rag import Document, RemoteModel, VectorIndex, load_embedder
 from c2v_rag.app.page import SearchApp
 from c2v_rag.model import Causal2Vec
-from c2v_rag.remote import API_KEY_VARIABLE, MAX_PARALLEL_REQUESTS, ApiKeyError
+from c2v_rag.remote import API_KEY_VARIABLE, MAX_PARALLEL_REQUESTS, ApiKeyError, opened_model
 from c2v_rag.server.api import Limits, create_app
 from chroma_c2v import Causal2VecEmbeddingFunction
 from langchain_c2v import Causal2VecEmbeddings
@@ -311,3 +311,15 @@ def test_async_methods_give_the_same_vectors_and_leave_the_event_loop_free(
     np.testing.assert_allclose(queries, model.encode_query(WHOLE, instruction="Find it"), atol=1e-5)
     np.testing.assert_allclose(documents, model.encode_document(WHOLE), atol=1e-5)
     assert len(pickle.loads(pickle.dumps(remote)).encode(["x"])) == 1
+
+
+def test_a_model_that_was_opened_for_an_address_is_found_while_it_is_used() -> None:
+    address = "http://once.test"
+    assert opened_model(address) is None
+    first = RemoteModel(address, KEY)
+    later = RemoteModel(address)
+    assert opened_model(address) is later
+    del later
+    assert opened_model(address) is first
+    del first
+    assert opened_model(address) is None
