@@ -39,8 +39,10 @@ from c2v_rag.finetune.loss import (
     words_loss,
 )
 from c2v_rag.finetune.mining import mine
+from c2v_rag.finetune.module import StageVectors, TrainingModule
 from c2v_rag.finetune.recipe import Recipe, Stage
-from c2v_rag.finetune.train import StageVectors, TrainingModule, new_model, part_of, train
+from c2v_rag.finetune.run import new_model, train
+from c2v_rag.finetune.trainer import part_of
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
 from c2v_rag.sources import python_docs
 from tests.tiny import TEXTS, WORDS, tiny_model, tiny_tokenizer
