@@ -85,7 +85,7 @@ class TrainingModule(Causal2VecModule):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         tokenized = self._stage_tokenizer(inputs, prompt or "")
-        if self._stage.sequences != "full":
+        if self._stage.sequences == "context":
             # The decoder gets no text. The encoder still reads it, unless its vectors are cached.
             empty = self._stage_tokenizer([""], prompt or "").text_ids
             tokenized = dataclasses.replace(tokenized, text_ids=empty * len(inputs))

@@ -72,17 +72,17 @@ class Lora(_Strict):
 
 
 class Stage(_Strict):
-    """One stage: what is trained, on sequences of which kind, for how long.
+    """One stage: the parts it trains, its sequences, and its number of steps.
 
-    `sequences`: "context" ends every sequence at the Contextual token, one token per text through the decoder;
-    "no_text" puts EOS right behind it, two tokens per text, so that EOS learns to read it; "full" runs whole texts.
-    `learning_rate`: per trained part, the peak of a cosine with a 5 % warm-up. `batch_size`: pairs, all of one set;
-    `mini_batch_size`: texts whose activations are in memory at a time, the whole batch unless given. `max_length`:
-    tokens at which a text is cut, in both tokenizers. `num_negatives`: hard negatives taken a pair.
+    `sequences`: "context" ends every sequence at the Contextual token, so the decoder reads one token per text;
+    "full" gives the decoder whole texts. `learning_rate`: per trained part, the peak of a cosine schedule with 5 %
+    warm-up. `batch_size`: pairs per step, all of one set. `mini_batch_size`: texts whose activations are in memory at
+    the same time; the whole batch if None. `max_length`: longest text in tokens, for both tokenizers.
+    `num_negatives`: hard negatives per pair.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
-    sequences: Literal["context", "no_text", "full"]
+    sequences: Literal["context", "full"]
     train: Annotated[list[TrainedPart], Field(min_length=1)]
     steps: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
