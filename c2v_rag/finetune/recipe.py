@@ -18,9 +18,12 @@ class _Strict(BaseModel):
 
 
 class BaseModels(_Strict):
-    """What is trained: a new model of `encoder` and `llm` (what `Causal2Vec.from_parts` takes), or `checkpoint`, one
-    that `Causal2Vec.from_pretrained` reads. The `*_also` lists name further sources of the same weights (entries of
-    base.json) that the finished checkpoint accepts. `config` holds further settings of `Causal2VecConfig`."""
+    """The model to train: a new one of `encoder` and `llm` (names for `Causal2Vec.from_parts`), or `checkpoint` (a
+    name for `Causal2Vec.from_pretrained`).
+
+    The `*_also` lists name further sources of the same weights (entries of base.json), which the finished checkpoint
+    accepts too. `config` holds further settings of `Causal2VecConfig`.
+    """
 
     checkpoint: str | None = None
     encoder: str | None = None
@@ -40,7 +43,7 @@ class BaseModels(_Strict):
 
 
 class SetOptions(_Strict):
-    """`instruction` stands before the set's queries; the one in NAME.json unless given here."""
+    """`instruction` goes before the set's queries; None takes the one in NAME.json."""
 
     weight: PositiveFloat = 1.0
     instruction: str | None = None
@@ -64,7 +67,7 @@ class Data(_Strict):
 
 
 class Lora(_Strict):
-    """Of a fresh adapter, on every linear layer; a checkpoint's own is trained further as it is."""
+    """Settings of a new adapter on every linear layer. A checkpoint's own adapter keeps its settings."""
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
@@ -100,8 +103,11 @@ class Stage(_Strict):
 
 
 class Recipe(_Strict):
-    """`teachers`: whose similarities are distilled, their mean where there are several: "encoder", the one inside the
-    model; "lexical", which words a text holds (`LexicalEmbedder`); or sentence-transformers models."""
+    """A whole training run.
+
+    `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "lexical"
+    (`LexicalEmbedder`), or the name of a sentence-transformers model.
+    """
 
     base: BaseModels
     data: Data
