@@ -34,9 +34,10 @@ from c2v_rag import Causal2Vec, inference
 from c2v_rag.evaluate.run import evaluate
 from c2v_rag.evaluate.tasks import Task, read_task
 from c2v_rag.finetune.data import PairSet, draw_stage, read_pair_set
+from c2v_rag.finetune.module import stage_vectors
 from c2v_rag.finetune.recipe import Recipe
-from c2v_rag.finetune.train import new_model, run_stage, stage_vectors
-from c2v_rag.model import adapted_layers
+from c2v_rag.finetune.run import new_model, run_stage, texts_of
+from c2v_rag.parts import adapted_layers
 
 SETS = {
     "python_package_docs": 1.0,
@@ -60,7 +61,7 @@ class Variant:
     group: str
     config: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_llm_layers: int = 10
-    kind: type[Causal2Vec] = Causal2Vec
+    model_class: type[Causal2Vec] = Causal2Vec
 
 
 NO_TOKEN = {"contextual_token": "none"}
@@ -71,8 +72,8 @@ VARIANTS = {
     "mean": Variant("pooling", {"pooling": "mean"}),
     "token before the instruction": Variant("place", {"contextual_token": "before_instruction"}),
     "no token, EOS": Variant("no token", {**NO_TOKEN, "pooling": "eos"}),
-    "no token, bidirectional, mean": Variant("no token", {**NO_TOKEN, "pooling": "mean"}, kind=Bidirectional),
-    "no token, Echo, EOS": Variant("no token", {**NO_TOKEN, "pooling": "eos"}, kind=Echo),
+    "no token, bidirectional, mean": Variant("no token", {**NO_TOKEN, "pooling": "mean"}, model_class=Bidirectional),
+    "no token, Echo, EOS": Variant("no token", {**NO_TOKEN, "pooling": "eos"}, model_class=Echo),
     "6 layers": Variant("depth", num_llm_layers=6),
     "20 layers": Variant("depth", num_llm_layers=20),
     "30 layers": Variant("depth", num_llm_layers=30),
@@ -110,9 +111,8 @@ def train(
     plan = recipe(variant, steps)
     (stage,) = plan.stages
     drawn = draw_stage(sets, SETS, batch_size=stage.batch_size, steps=steps, num_negatives=0, seed=SEED)
-    every = [text for one in drawn.values() for column in one.column_names for text in one[column]]
-    model = new_model(plan, device=device, kind=variant.kind)
-    vectors = stage_vectors(model, plan, stage, work, every)
+    model = new_model(plan, device=device, model_class=variant.model_class)
+    vectors = stage_vectors(model, plan, stage, work, texts_of(drawn))
     instructions = {one.name: one.instruction for one in sets}
     rows = run_stage(model, stage, drawn, instructions, vectors, work / "steps", seed=SEED, save_steps=steps)
     for layer in adapted_layers(model.llm):

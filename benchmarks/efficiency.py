@@ -94,9 +94,8 @@ def ways(model: Causal2Vec, texts: Sequence[str]) -> list[Way]:
     twice = dataclasses.replace(without, text_ids=[ids[:-1] + ids for ids in without.text_ids])
     in_context = plain.tokenize(texts, examples)
 
-    def whole(owner: Causal2Vec, batch: TokenBatch) -> Tensor:
-        pooled = owner.pooled_by_length(batch) if owner is model else None
-        return owner._embed(batch, None, pooled=pooled, pooling=owner.config.pooling)
+    def without_reuse(owner: Causal2Vec, batch: TokenBatch) -> Tensor:
+        return owner.embed(batch, reuse_prefix=False)
 
     def way(name: str, tokenized: TokenizedTexts, forward: Callable[[TokenBatch], Tensor], *, reused: bool) -> Way:
         token = int(name.startswith(OURS))
@@ -106,13 +105,13 @@ def ways(model: Causal2Vec, texts: Sequence[str]) -> list[Way]:
         return Way(name, lengths, [tokenized.collate(rows).to(model.device) for rows in batches], forward)
 
     return [
-        way("EOS", without, partial(whole, plain), reused=False),
-        way("Echo", twice, partial(whole, plain), reused=False),
-        way("bidirectional", without, partial(whole, full_attention), reused=False),
-        way(IN_CONTEXT, in_context, partial(whole, plain), reused=False),
+        way("EOS", without, partial(without_reuse, plain), reused=False),
+        way("Echo", twice, partial(without_reuse, plain), reused=False),
+        way("bidirectional", without, partial(without_reuse, full_attention), reused=False),
+        way(IN_CONTEXT, in_context, partial(without_reuse, plain), reused=False),
         way(f"{IN_CONTEXT}, reused", in_context, plain.embed, reused=True),
         way(OURS, with_token, model.embed, reused=True),
-        way(f"{OURS}, not reused", with_token, partial(whole, model), reused=False),
+        way(f"{OURS}, not reused", with_token, partial(without_reuse, model), reused=False),
     ]
 
 

@@ -51,7 +51,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from c2v_rag import Causal2Vec, inference
 from c2v_rag.model import ENCODER_SLICES
@@ -113,7 +113,7 @@ def padding_shares(model: Causal2Vec, texts: Sequence[str]) -> dict[str, float]:
     """Share of padding in what `encode` puts through the decoder and, in slices of a batch, through the encoder."""
     budget = inference.default_batch_tokens(model.device)
     real, padded = {"decoder": 0, "encoder": 0}, {"decoder": 0, "encoder": 0}
-    for window in inference._windows(texts, inference.window_texts(budget)):
+    for window in inference.text_windows(texts, inference.window_texts(budget)):
         decoder, encoder = lengths_of(model, window)
         for batch in inference.token_budget_batches(decoder, budget):
             slices = np.array_split(sorted(encoder[i] for i in batch), min(ENCODER_SLICES, len(batch)))
@@ -224,9 +224,7 @@ def query_rows(model: Causal2Vec, num_questions: int) -> list[tuple[Row, Row]]:
     short = model.config.instruction
     long = f"{short}\n{cut_texts(model, decoder_tokens(model), [400])[0]}"
 
-    def whole(batch: TokenBatch) -> Tensor:
-        return model._embed(batch, None, pooled=None, pooling=model.config.pooling)
-
+    without_reuse = partial(model.embed, reuse_prefix=False)
     pairs = []
     for instruction in (short, long):
         tokenized = model.tokenize(questions, instruction)
@@ -235,7 +233,9 @@ def query_rows(model: Causal2Vec, num_questions: int) -> list[tuple[Row, Row]]:
         for how, batches in (("one at a time", singles), (f"{len(questions)} at once", together)):
             name = f"prefix of {len(tokenized.prefix_ids)} tokens, {how}"
             with_reuse = Row(name, partial(run_each, model.embed, batches), len(questions))
-            pairs.append((with_reuse, Row(f"{name}, no reuse", partial(run_each, whole, batches), len(questions))))
+            pairs.append(
+                (with_reuse, Row(f"{name}, no reuse", partial(run_each, without_reuse, batches), len(questions)))
+            )
     return pairs
 
 

@@ -26,7 +26,7 @@ def train(
 ) -> None:
     """Fine-tune on pairs: query, positive, optional negatives."""
     with requires_extra("train"):
-        from c2v_rag.finetune import train as training
+        from c2v_rag.finetune import run
         from c2v_rag.finetune.recipe import Recipe
 
     read = Recipe.load(recipe)
@@ -35,7 +35,7 @@ def train(
         raise ValueError(
             f"Say where the data is and where to: --data and --output, or data.folder and output in {recipe}."
         )
-    training.train(read, folder, target, device=device, max_steps=max_steps, resume=resume)
+    run.train(read, folder, target, device=device, max_steps=max_steps, resume=resume)
     out.print(
         f"{target} holds the model; {target}.training the loss of every step and its plot.",
         markup=False,

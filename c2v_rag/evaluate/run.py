@@ -29,11 +29,11 @@ _DRAWS = 2000
 def evaluate(
     model: Causal2Vec, tasks: Sequence[Task], baselines: Sequence[str] = (), *, command: str = ""
 ) -> dict[str, Any]:
-    """JSON-ready: what was run on what, scores of every system on every task, and the model's lead over each.
+    """A JSON-ready report: the model, the machine, every system's scores on every task, and the model's lead over each.
 
     Scores are fractions, as mteb gives them. A lead is the model minus the baseline in the main metric, with the
     95 % interval of a paired bootstrap over queries (or sentence pairs). BM25 and the hybrid have no scores on
-    sentence pairs. `command` is kept as it is given: what was typed to get here.
+    sentence pairs. `command` goes into the report unchanged: the command line that was typed.
     """
     scored = systems(model, baselines)
     result: dict[str, Any] = {
@@ -62,7 +62,7 @@ def evaluate(
         }
         for system in scored:
             if isinstance(system, DenseSystem):
-                system.forget()
+                system.clear_cache()
     result["systems"] = {
         system.name: {
             "weights": system.weights,
@@ -100,7 +100,7 @@ def _score(system: Any, task: Task) -> tuple[dict[str, float], np.ndarray]:
     found = predicted["default"]["test"]
     if task.qrels is None:
         return scores, np.array(found["cosine_scores"])
-    # trec_eval, which mteb asks, puts the later id first where scores are equal.
+    # mteb uses trec_eval, which sorts ids in descending order where scores are equal.
     ranked = {query: sorted(hits, key=lambda id: (hits[id], id), reverse=True) for query, hits in found.items()}
     return scores, np.array([ndcg_at_k(ranked.get(query, []), gains, 10) for query, gains in task.qrels.items()])
 
@@ -124,7 +124,7 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
-    """The result as a table: a header, then a row a task and metric; scores x 100, leads with their interval."""
+    """The result as a table: a header, then one row per task and metric; scores x 100, leads with their interval."""
     names = list(dict.fromkeys(name for task in result["tasks"].values() for name in task["scores"]))
     rows = [["task", "metric", *names, *(f"lead over {name}" for name in names[1:])]]
     for task_name, task in result["tasks"].items():

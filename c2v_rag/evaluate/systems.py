@@ -1,4 +1,4 @@
-"""What is scored: embedders as mteb sees them, and the baselines by name."""
+"""The systems that are scored: embedders behind mteb's protocols, and the baselines by name."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from c2v_rag.model import Causal2Vec
 
 BM25, HYBRID = "bm25", "hybrid"
 _MTEB_BM25 = "mteb/baseline-bm25s"
-SEARCH_ONLY = (BM25, HYBRID)  # these rank documents and have no similarity for a pair of sentences
+SEARCH_ONLY = (BM25, HYBRID)  # these rank documents and cannot score a pair of sentences
 
 
 class DenseSystem:
-    """An embedder (of encode, encode_query, encode_document) behind mteb's `EncoderProtocol`.
+    """An embedder (with encode, encode_query, encode_document) behind mteb's `EncoderProtocol`.
 
-    It remembers vectors, and what computing them took. `options` go along with every call.
-
-    `columns` keeps some columns of another system's vectors (one of the halves), which are then not computed again.
+    It caches vectors until `clear_cache` and counts the tokens and seconds that computing them took. `options` are
+    passed to every call. With `source`, the vectors are `columns` of that system's vectors (one half of the
+    embedding) and nothing is computed again.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DenseSystem:
         *,
         options: Mapping[str, Any] = MappingProxyType({}),
         count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
-        part_of: DenseSystem | None = None,
+        source: DenseSystem | None = None,
         columns: slice = slice(None),
     ) -> None:
         self.name = name
@@ -51,9 +51,9 @@ class DenseSystem:
         self._embedder = embedder
         self._options = options
         self._count_tokens = count_tokens
-        self._part_of = part_of
+        self._source = source
         self._columns = columns
-        self._known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+        self._cache: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
         """float32 (n, dimension), rows of length 1; `inputs` is mteb's iterable of batches with "text"."""
@@ -62,24 +62,24 @@ class DenseSystem:
         self.dimension = vectors.shape[1]
         return vectors
 
-    def _vectors(self, kind: str, texts: list[str]) -> np.ndarray:
-        if self._part_of is not None:
-            cut = self._part_of._vectors(kind, texts)[:, self._columns]
-            return np.asarray(cut / np.linalg.norm(cut, axis=1, keepdims=True))
-        key = kind, tuple(texts)
-        if key not in self._known:
-            encode = {"": "encode", "query": "encode_query", "document": "encode_document"}[kind]
+    def _vectors(self, prompt_type: str, texts: list[str]) -> np.ndarray:
+        if self._source is not None:
+            selected = self._source._vectors(prompt_type, texts)[:, self._columns]
+            return np.asarray(selected / np.linalg.norm(selected, axis=1, keepdims=True))
+        key = prompt_type, tuple(texts)
+        if key not in self._cache:
+            encode = {"": "encode", "query": "encode_query", "document": "encode_document"}[prompt_type]
             started = time.perf_counter()
             vectors = np.asarray(getattr(self._embedder, encode)(texts, **self._options), dtype=np.float32)
             self.seconds += time.perf_counter() - started
             if self._count_tokens is not None:
                 self.tokens += sum(self._count_tokens(texts))
-            self._known[key] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return self._known[key]
+            self._cache[key] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return self._cache[key]
 
-    def forget(self) -> None:
-        """Let go of the vectors; called after each task."""
-        self._known.clear()
+    def clear_cache(self) -> None:
+        """Free the cached vectors; called after each task."""
+        self._cache.clear()
 
     def similarity(self, left: Any, right: Any) -> Any:
         """(n, m) cosine similarities."""
@@ -120,7 +120,7 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     All run in the model's dtype, and tokens are the model's own for all of them, so that tokens/s compare.
     """
     weights = str(model.stamp["weights"])
-    quiet = {"on_truncate": "ignore"}  # every system cuts texts, and the others do not say so
+    quiet = {"on_truncate": "ignore"}  # every system cuts long texts, and the others do not warn either
     ours = DenseSystem("model", weights, model, options=quiet, count_tokens=model.count_tokens)
     found: list[Any] = [ours]
     for name in baselines:
@@ -134,7 +134,7 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
                     f"The baseline {name!r} is half of a context_eos embedding; this is {model.config.pooling}."
                 )
             half = slice(0 if name == "contextual" else 1, None, 2)
-            found.append(DenseSystem(name, f"{name}-{weights}", None, part_of=ours, columns=half))
+            found.append(DenseSystem(name, f"{name}-{weights}", None, source=ours, columns=half))
         elif name == BM25:
             found.append(mteb.get_model(_MTEB_BM25))
         elif name == HYBRID:

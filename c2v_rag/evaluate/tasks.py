@@ -21,7 +21,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of mteb's and what a bootstrap needs beside its scores.
+    """An mteb task, with the relevance judgements or gold scores that the bootstrap needs.
 
     `data`: SHA-256 over its files (mteb's revision for its own tasks). `qrels`: query id to document id to gain, for
     retrieval; `gold`: the pairs' scores, for similarity.
@@ -35,7 +35,7 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """The main one."""
+        """The name of the main metric."""
         return "ndcg_at_10" if self.qrels is not None else "cosine_spearman"
 
 
@@ -70,11 +70,11 @@ def mteb_task(name: str) -> Task:
     if not isinstance(task, AbsTaskRetrieval | AbsTaskSTS) or task.metadata.eval_splits != ["test"]:
         raise ValueError(f"{name} is no retrieval or similarity task with a test split alone.")
     task.load_data()
-    held: Any = task.dataset
+    dataset: Any = task.dataset
     revision = str(task.metadata.dataset["revision"])
     if isinstance(task, AbsTaskSTS):
-        return Task(name, task, revision, gold=list(held["test"]["score"]))
-    return Task(name, task, revision, qrels=held["default"]["test"]["relevant_docs"])
+        return Task(name, task, revision, gold=list(dataset["test"]["score"]))
+    return Task(name, task, revision, qrels=dataset["default"]["test"]["relevant_docs"])
 
 
 def _retrieval_task(name: str, corpus: Path, queries: Path, qrels: Path) -> Task:
@@ -86,14 +86,14 @@ def _retrieval_task(name: str, corpus: Path, queries: Path, qrels: Path) -> Task
         {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
         for row in _rows(corpus, ("_id", "text"))
     ]
-    asked = [
+    judged = [
         {"id": str(row["_id"]), "text": row["text"]}
         for row in _rows(queries, ("_id", "text"))
         if str(row["_id"]) in gains
     ]
-    known = {row["id"] for row in asked}
-    if strangers := sorted(gains.keys() - known):
-        raise ValueError(f"{qrels} judges queries that {queries} does not hold: {strangers[:4]}.")
+    known = {row["id"] for row in judged}
+    if missing := sorted(gains.keys() - known):
+        raise ValueError(f"{qrels} judges queries that {queries} does not hold: {missing[:4]}.")
 
     revision = _hash(corpus, queries, qrels)
 
@@ -105,7 +105,7 @@ def _retrieval_task(name: str, corpus: Path, queries: Path, qrels: Path) -> Task
                 "default": {
                     "test": {
                         "corpus": Dataset.from_list(documents),
-                        "queries": Dataset.from_list(asked),
+                        "queries": Dataset.from_list(judged),
                         "relevant_docs": gains,
                         "top_ranked": None,
                     }
@@ -141,11 +141,11 @@ def _hash(*files: Path) -> str:
     return digest.hexdigest()
 
 
-def _metadata(name: str, kind: Any, main_score: str, revision: str) -> TaskMetadata:
+def _metadata(name: str, task_type: Any, main_score: str, revision: str) -> TaskMetadata:
     return TaskMetadata(
         name=name,
         description="read from files",
-        type=kind,
+        type=task_type,
         dataset={"path": f"local/{name}", "revision": revision},
         eval_splits=["test"],
         eval_langs=["eng-Latn"],

@@ -1,4 +1,4 @@
-"""Training pairs: files of one set each -> checked rows -> the datasets of a stage."""
+"""Training pairs: reads and checks the file of each set, and draws the datasets of a stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = (".parquet", ".jsonl", ".csv")
 _LINES_SHOWN = 5
-WITH_NEGATIVES = " with negatives"  # behind a set's name: the dataset of its rows that have enough of them
+WITH_NEGATIVES = " with negatives"  # suffix of a dataset's name: the rows of a set that have enough negatives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class PairSet:
-    """Pairs of one task; `instruction` stands before its queries. `left_out` maps what was wrong to line numbers."""
+    """Pairs of one task. `instruction` goes before its queries; `left_out`: the lines that were skipped, by reason."""
 
     name: str
     instruction: str

@@ -19,13 +19,14 @@ _MASKED = -1e4  # a finite logit whose probability is 0: a row of -inf alone wou
 
 
 class LossWeights(BaseModel):
-    """`distill` and `info_nce` are added; `halves` adds the same sum on the Contextual and the EOS half alone.
+    """Weights of the loss terms; the loss is their sum.
 
-    `matryoshka_dims` adds it on the first so many columns too, for embeddings that are to be cut.
+    `distill` and `info_nce` act on the whole embedding. `halves` is the weight of the same two terms on the
+    Contextual half and on the EOS half alone. For each number in `matryoshka_dims` the two terms are added on that
+    many first columns, for embeddings that will be truncated.
 
-    `words` adds 1 - cosine between the EOS half and its target: a direction that all texts share, and, with
-    `words_share` of the squared length, which words the text holds. The share is how much those words count in a
-    similarity beside what the Contextual half says.
+    `words` is the weight of 1 - cosine between the EOS half and its target. The target is the sum of the mean EOS
+    direction of all texts and, with the share `words_share` of the squared length, the text's lexical vector.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,7 +87,7 @@ def combined_loss(
     is no distillation.
     """
 
-    def on(columns: slice) -> Tensor:
+    def loss_on(columns: slice) -> Tensor:
         q, d = (normalize(side[:, columns], dim=1) for side in (queries, documents))
         loss = weights.info_nce * info_nce(q, d, weights.temperature)
         if teacher_queries is not None and teacher_documents is not None:
@@ -94,11 +95,11 @@ def combined_loss(
             loss = loss + weights.distill * distilled
         return loss
 
-    loss = on(slice(None))
+    loss = loss_on(slice(None))
     if weights.halves:
-        loss = loss + weights.halves * sum(on(slice(half, None, 2)) for half in (0, 1))
+        loss = loss + weights.halves * sum(loss_on(slice(half, None, 2)) for half in (0, 1))
     for dim in weights.matryoshka_dims:
-        loss = loss + on(slice(0, dim))
+        loss = loss + loss_on(slice(0, dim))
     return loss
 
 
@@ -126,11 +127,11 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """The loss of one batch; there are no labels."""
         features = list(sentence_features)
-        taught: Any = [{name: column[name] for name in ("teacher", "target") if name in column} for column in features]
+        targets: Any = [{name: column[name] for name in ("teacher", "target") if name in column} for column in features]
         if self.uses_gradient_cache:
-            loss: Tensor = self.forward_cached(features, taught)
+            loss: Tensor = self.forward_cached(features, targets)
             return loss
-        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], taught)
+        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], targets)
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
         """From the embeddings of each column, in slices; `labels` are the columns' teacher vectors and targets.
@@ -140,7 +141,7 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
         embeddings = [torch.cat(column).float() for column in reps]
         teachers = [column["teacher"] for column in labels if "teacher" in column]
         teacher_queries, teacher_documents = (teachers[0], torch.cat(teachers[1:])) if teachers else (None, None)
-        # Half-precision similarities tie candidates.
+        # In half precision different candidates get equal similarities.
         with torch.autocast(embeddings[0].device.type, enabled=False):
             loss = combined_loss(
                 embeddings[0], torch.cat(embeddings[1:]), teacher_queries, teacher_documents, self.weights

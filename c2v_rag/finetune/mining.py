@@ -1,4 +1,4 @@
-"""Hard negatives: passages that a model ranks high for a query and that are not its answer."""
+"""Mining of hard negatives: passages that a model ranks high for a query although they do not answer it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def mine(
     if output.suffix != ".jsonl":
         raise ValueError(f"{output}: the output must end in .jsonl.")
     pairs = read_pair_set(data.parent, data.stem, instruction=instruction)
-    lead = model.config.lead(pairs.instruction or model.config.instruction)
+    prompt = model.config.lead(pairs.instruction or model.config.instruction)
     columns = {"query": [pair.query for pair in pairs.pairs], "positive": [pair.positive for pair in pairs.pairs]}
     mined = mine_hard_negatives(
         Dataset.from_dict(columns),
         SentenceTransformer(modules=[Causal2VecModule(model)], device=str(model.device)),
         anchor_column_name="query",
         positive_column_name="positive",
-        query_prompt=lead,
+        query_prompt=prompt,
         range_min=range_min,
         range_max=min(range_max, len(set(columns["positive"])) - 1),
         relative_margin=relative_margin,

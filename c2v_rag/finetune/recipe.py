@@ -18,9 +18,12 @@ class _Strict(BaseModel):
 
 
 class BaseModels(_Strict):
-    """What is trained: a new model of `encoder` and `llm` (what `Causal2Vec.from_parts` takes), or `checkpoint`, one
-    that `Causal2Vec.from_pretrained` reads. The `*_also` lists name further sources of the same weights (entries of
-    base.json) that the finished checkpoint accepts. `config` holds further settings of `Causal2VecConfig`."""
+    """The model to train: a new one of `encoder` and `llm` (names for `Causal2Vec.from_parts`), or `checkpoint` (a
+    name for `Causal2Vec.from_pretrained`).
+
+    The `*_also` lists name further sources of the same weights (entries of base.json), which the finished checkpoint
+    accepts too. `config` holds further settings of `Causal2VecConfig`.
+    """
 
     checkpoint: str | None = None
     encoder: str | None = None
@@ -40,7 +43,7 @@ class BaseModels(_Strict):
 
 
 class SetOptions(_Strict):
-    """`instruction` stands before the set's queries; the one in NAME.json unless given here."""
+    """`instruction` goes before the set's queries; None takes the one in NAME.json."""
 
     weight: PositiveFloat = 1.0
     instruction: str | None = None
@@ -64,7 +67,7 @@ class Data(_Strict):
 
 
 class Lora(_Strict):
-    """Of a fresh adapter, on every linear layer; a checkpoint's own is trained further as it is."""
+    """Settings of a new adapter on every linear layer. A checkpoint's own adapter keeps its settings."""
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
@@ -72,17 +75,17 @@ class Lora(_Strict):
 
 
 class Stage(_Strict):
-    """One stage: what is trained, on sequences of which kind, for how long.
+    """One stage: the parts it trains, its sequences, and its number of steps.
 
-    `sequences`: "context" ends every sequence at the Contextual token, one token per text through the decoder;
-    "no_text" puts EOS right behind it, two tokens per text, so that EOS learns to read it; "full" runs whole texts.
-    `learning_rate`: per trained part, the peak of a cosine with a 5 % warm-up. `batch_size`: pairs, all of one set;
-    `mini_batch_size`: texts whose activations are in memory at a time, the whole batch unless given. `max_length`:
-    tokens at which a text is cut, in both tokenizers. `num_negatives`: hard negatives taken a pair.
+    `sequences`: "context" ends every sequence at the Contextual token, so the decoder reads one token per text;
+    "full" gives the decoder whole texts. `learning_rate`: per trained part, the peak of a cosine schedule with 5 %
+    warm-up. `batch_size`: pairs per step, all of one set. `mini_batch_size`: texts whose activations are in memory at
+    the same time; the whole batch if None. `max_length`: longest text in tokens, for both tokenizers.
+    `num_negatives`: hard negatives per pair.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
-    sequences: Literal["context", "no_text", "full"]
+    sequences: Literal["context", "full"]
     train: Annotated[list[TrainedPart], Field(min_length=1)]
     steps: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
@@ -100,8 +103,11 @@ class Stage(_Strict):
 
 
 class Recipe(_Strict):
-    """`teachers`: whose similarities are distilled, their mean where there are several: "encoder", the one inside the
-    model; "lexical", which words a text holds (`LexicalEmbedder`); or sentence-transformers models."""
+    """A whole training run.
+
+    `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "lexical"
+    (`LexicalEmbedder`), or the name of a sentence-transformers model.
+    """
 
     base: BaseModels
     data: Data

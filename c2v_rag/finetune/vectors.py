@@ -1,4 +1,4 @@
-"""Vectors of the training texts, computed once: the frozen encoder's, a teacher's, and lexical ones."""
+"""Cached vectors of the training texts: those of the frozen encoder, of a teacher, and lexical ones."""
 
 from __future__ import annotations
 
@@ -11,61 +11,61 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-_PART = 20_000  # texts whose vectors are written at a time, so that an interrupted run keeps most of them
+_TEXTS_PER_FILE = 20_000  # an interrupted run keeps the files that it finished
 
 
 class TextVectors:
-    """Texts to rows of unit length, and back.
+    """A table of vectors, one row per text, each of length 1.
 
-    `folder` keeps them between runs, in files of a few thousand; `embed` computes what is not there. A folder belongs
-    to one model and one way of cutting texts. None keeps nothing, for vectors that are as fast to compute.
+    `embed` computes the vectors that are missing in `folder`, where they are kept between runs. A folder belongs to
+    one model and one maximum length. With None nothing is kept, for vectors that are fast to compute.
     """
 
     def __init__(self, folder: Path | None, embed: Callable[[Sequence[str]], np.ndarray]) -> None:
         self._folder = folder
         self._embed = embed
-        self._known: dict[bytes, np.ndarray] = {}
+        self._vectors: dict[bytes, np.ndarray] = {}
         for path in sorted(folder.glob("*.npz")) if folder else []:
             with np.load(path) as kept:
-                self._known.update(zip((bytes(key) for key in kept["keys"]), kept["vectors"], strict=True))
+                self._vectors.update(zip((bytes(key) for key in kept["keys"]), kept["vectors"], strict=True))
         self.texts: list[str] = []
         self._rows: dict[str, int] = {}
         self._table = torch.empty(0, 0)
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Make `rows` and `__call__` work for these texts, computing what is not known."""
+        """Build the table for these texts; `rows` and `__call__` work afterwards. Computes missing vectors."""
         self.texts = list(dict.fromkeys(texts))
         self._rows = {text: row for row, text in enumerate(self.texts)}
-        missing = [text for text in self.texts if _key(text) not in self._known]
-        for start in range(0, len(missing), _PART):
-            part = missing[start : start + _PART]
+        missing = [text for text in self.texts if _key(text) not in self._vectors]
+        for start in range(0, len(missing), _TEXTS_PER_FILE):
+            part = missing[start : start + _TEXTS_PER_FILE]
             vectors = self._embed(part)
             keys = [_key(text) for text in part]
-            self._known.update(zip(keys, vectors, strict=True))
+            self._vectors.update(zip(keys, vectors, strict=True))
             if self._folder is None:
                 continue
             self._folder.mkdir(parents=True, exist_ok=True)
             aside = self._folder / ".part.npz"
             np.savez(aside, keys=np.array([np.frombuffer(key, np.uint8) for key in keys]), vectors=vectors)
             aside.rename(self._folder / f"{len(list(self._folder.glob('*.npz'))):05d}-{keys[0].hex()[:8]}.npz")
-        table = np.stack([self._known[_key(text)] for text in self.texts])
+        table = np.stack([self._vectors[_key(text)] for text in self.texts])
         self._table = torch.from_numpy(table.astype(np.float32))
 
     def rows(self, texts: Sequence[str]) -> Tensor:
-        """(n,): the place of each text among `texts`."""
+        """(n,): the row of each text, its index in `self.texts`."""
         return torch.tensor([self._rows[text] for text in texts])
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(n,) -> (n, K)."""
+        """The vectors (n, K) of these rows (n,)."""
         return self._table[rows]
 
 
 class LexicalEmbedder:
-    """Which words a text holds, as a vector: what a teacher of the EOS half knows and a sentence encoder blurs.
+    """Embeds a text by the words in it: a weighted sum of the decoder's whitened token embeddings.
 
-    The sum of the llm's own token embeddings, whitened, each weighted as BM25 weights a term (Robertson and Zaragoza,
-    2009): by its inverse document frequency in `corpus` and by a count that saturates. Sums of weighted word vectors
-    with the common directions taken out: SIF, Arora et al., 2017. Texts are lower-cased and cut at `max_length` tokens.
+    A token's weight is BM25's (Robertson and Zaragoza, 2009): its inverse document frequency in `corpus` times a count
+    that saturates. Weighted sums of word vectors without their common directions: SIF, Arora et al., 2017. Texts are
+    lower-cased and cut at `max_length` tokens. `table` (V, D) holds the token embeddings.
     """
 
     _SATURATION = 1.2  # BM25's k1
@@ -97,7 +97,7 @@ class LexicalEmbedder:
 
     def _counts(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for text in texts:
-            # A blank in front: otherwise a text's first word is another token than the same word elsewhere.
+            # With a space in front, a text's first word has the same token as the same word elsewhere.
             ids = self._tokenizer(" " + text.lower(), add_special_tokens=False)["input_ids"]
             yield np.unique(np.array(ids[: self._max_length], dtype=np.int64), return_counts=True)
 

@@ -1,0 +1,275 @@
+"""Training in stages: each stage is one run of sentence-transformers' trainer.
+
+A stage can train the Contextual half alone, on sequences that end at the Contextual token. Under the causal mask its
+state does not depend on the text behind it, so the decoder reads one token per text. Later stages use whole texts.
+
+Run as `c2v-rag train RECIPE.yaml --data FOLDER --output FOLDER`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
+from transformers.trainer_callback import PrinterCallback
+
+from c2v_rag import inference, weights
+from c2v_rag.config import Causal2VecConfig
+from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
+from c2v_rag.finetune.loss import Causal2VecLoss
+from c2v_rag.finetune.module import StageVectors, TrainingModule, stage_vectors
+from c2v_rag.finetune.recipe import Recipe, Stage
+from c2v_rag.finetune.trainer import (
+    ProgressCallback,
+    StageTrainer,
+    last_complete_checkpoint,
+    load_trained,
+    name_pattern,
+    part_of,
+    trained_tensors,
+)
+from c2v_rag.model import Causal2Vec
+from c2v_rag.parts import adapted_layers
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 0.05  # share of a stage's steps
+
+
+def train(
+    recipe: Recipe,
+    data: Path,
+    output: Path,
+    *,
+    device: str | None = None,
+    max_steps: int | None = None,
+    resume: bool = False,
+) -> Causal2Vec:
+    """Run every stage, save the checkpoint to `output`, and return the model.
+
+    Under `torchrun` or `accelerate launch` each process takes `batch_size` pairs a step (DDP); the negatives of a
+    process are those of its own batch. The folder `OUTPUT.training` beside `output` keeps what `resume` needs, the
+    loss of every step (log.json, loss.png) and the cached vectors. `max_steps` shortens each stage, for a dry run.
+
+    Raises ValueError for data or a recipe that cannot be used, FileExistsError when there is a run already and
+    `resume` is false, FloatingPointError when the loss is not finite.
+    """
+    if max_steps is not None:
+        stages = [stage.model_copy(update={"steps": min(stage.steps, max_steps)}) for stage in recipe.stages]
+        recipe = recipe.model_copy(update={"stages": stages})
+    options = {name: recipe.data.options(name) for name in recipe.data.sets}
+    sets = [
+        read_pair_set(data, name, instruction=option.instruction, max_bad_rows=recipe.data.max_bad_rows)
+        for name, option in options.items()
+    ]
+    work = output.with_name(f"{output.name}.training")
+    processes = PartialState(cpu=device == "cpu")
+    if processes.is_main_process:
+        _claim_folder(work, recipe, sets, resume)
+    processes.wait_for_everyone()
+    model = new_model(recipe, device=device or str(processes.device))
+    log: dict[str, list[dict[str, float]]] = {}
+    for number, stage in enumerate(recipe.stages, start=1):
+        finished = work / f"{number}-{stage.name}.safetensors"
+        rows_file = finished.with_suffix(".json")
+        if rows_file.is_file():
+            load_trained(model, finished)
+            log[stage.name] = json.loads(rows_file.read_text(encoding="utf-8"))
+            continue
+        seed = recipe.seed + number
+        datasets = draw_stage(
+            sets,
+            {name: option.weight for name, option in options.items()},
+            batch_size=stage.batch_size,
+            steps=stage.steps * processes.num_processes,
+            num_negatives=stage.num_negatives,
+            seed=seed,
+        )
+        with processes.main_process_first():  # the other processes read its vectors from the files
+            vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets))
+        log[stage.name] = run_stage(
+            model, stage, datasets, {pairs.name: pairs.instruction for pairs in sets}, vectors,
+            work / f"{number}-{stage.name}", seed=seed, save_steps=recipe.save_steps, resume=resume,
+        )  # fmt: skip
+        if processes.is_main_process:
+            unfinished = finished.with_suffix(".part")
+            save_file(trained_tensors(model), unfinished)
+            unfinished.rename(finished)
+            rows_file.write_text(json.dumps(log[stage.name]), encoding="utf-8")
+            shutil.rmtree(work / f"{number}-{stage.name}")
+        processes.wait_for_everyone()
+    if processes.is_main_process:
+        (work / "log.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "steps": log}, indent=1))
+        plot_losses(log, work / "loss.png")
+        write_checkpoint(model, recipe, output)
+    return model
+
+
+def new_model(recipe: Recipe, *, device: str | None = None, model_class: type[Causal2Vec] = Causal2Vec) -> Causal2Vec:
+    """The recipe's model before training, in float32, with a new LoRA adapter for each part that needs one.
+
+    A checkpoint's own adapter is trained further. Raises what `from_parts` and `from_pretrained` raise.
+    """
+    base = recipe.base
+    if base.checkpoint is not None:
+        model = model_class.from_pretrained(base.checkpoint, device=device, dtype=torch.float32)
+    else:
+        config = Causal2VecConfig(
+            num_llm_layers=base.num_llm_layers, encoder_max_length=base.encoder_max_length, **base.config
+        )
+        model = model_class.from_parts(
+            str(base.encoder), str(base.llm), config=config, device=device, dtype=torch.float32, seed=recipe.seed
+        )
+    trained = {part for stage in recipe.stages for part in stage.train}
+    for part, module in (("llm", model.llm), ("encoder", model.encoder)):
+        if f"{part}_adapter" not in trained:
+            continue
+        if adapted_layers(module):
+            model.unmerge_adapter(part)  # type: ignore[arg-type]
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            lora = LoraConfig(
+                r=recipe.lora.rank,
+                lora_alpha=recipe.lora.alpha,
+                lora_dropout=recipe.lora.dropout,
+                target_modules="all-linear",
+            )
+            inject_adapter_in_model(lora, module)
+    return model
+
+
+def texts_of(datasets: Mapping[str, Dataset]) -> list[str]:
+    """All texts of a stage's datasets, with repetitions."""
+    return [text for dataset in datasets.values() for column in dataset.column_names for text in dataset[column]]
+
+
+def run_stage(
+    model: Causal2Vec,
+    stage: Stage,
+    datasets: Mapping[str, Dataset],
+    instructions: Mapping[str, str],
+    vectors: StageVectors,
+    folder: Path,
+    *,
+    seed: int = 0,
+    save_steps: int = 50,
+    resume: bool = False,
+) -> list[dict[str, float]]:
+    """Train one stage in place; returns one row per step: step, loss, grad_norm, learning_rate.
+
+    `instructions`: by the name of a data set. With `resume`, training goes on from the last complete checkpoint in
+    `folder`. Raises FloatingPointError when the loss is not finite; the batch is then in a file in `folder`.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in stage.train)
+    module = TrainingModule(model, stage, vectors)
+    on_cpu = model.device.type == "cpu"
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=max(stage.learning_rate.values()),
+        learning_rate_mapping={name_pattern(part): rate for part, rate in stage.learning_rate.items()},
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(stage.steps * WARM_UP)),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=inference.default_dtype(model.device) == torch.bfloat16,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and PartialState().num_processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
+        prompts={
+            name: {"query": model.config.lead(instructions[name.removesuffix(WITH_NEGATIVES)])} for name in datasets
+        },
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=not on_cpu,
+    )
+    loaded = SentenceTransformer(modules=[module], device=str(model.device))
+    loss_weights = stage.loss if module.pooling == "context_eos" else stage.loss.model_copy(update={"halves": 0.0})
+    loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size)
+    progress = ProgressCallback(stage.name)
+    trainer = StageTrainer(model=loaded, args=arguments, train_dataset=dict(datasets), loss=loss, callbacks=[progress])
+    trainer.remove_callback(PrinterCallback)
+    progress.trainer = trainer
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    model.eval()
+    return [
+        {"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"], "learning_rate": row["learning_rate"]}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+
+
+def write_checkpoint(model: Causal2Vec, recipe: Recipe, output: Path) -> None:
+    """Save the trained model: projector and adapters in float16, with the recipe's further sources of its bases."""
+    weights.save(
+        model,
+        output,
+        trained_dtype=torch.float16,
+        further_bases={"encoder": recipe.base.encoder_also, "llm": recipe.base.llm_also},
+    )
+
+
+def _claim_folder(work: Path, recipe: Recipe, sets: list[PairSet], resume: bool) -> None:
+    """Create the run's folder, or check that the run in it has the same recipe and data."""
+    digest = hashlib.sha256()
+    for pairs in sets:
+        rows = [dataclasses.astuple(pair) for pair in pairs.pairs]
+        digest.update(json.dumps([pairs.name, pairs.instruction, rows]).encode())
+    run = {"recipe": recipe.model_dump(mode="json", exclude={"output"}), "data": digest.hexdigest()}
+    path = work / "run.json"
+    if path.is_file():
+        if not resume:
+            raise FileExistsError(f"{work} holds a run already. Go on with it (--resume), or delete the folder.")
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [key for key in run if run[key] != earlier[key]]:
+            raise ValueError(f"{work} holds a run of another {' and other '.join(changed)}: it cannot be resumed.")
+        return
+    if resume:
+        logger.warning("There is no run in %s yet: starting one.", work)
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=1), encoding="utf-8")
+
+
+def plot_losses(log: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Write an image of the loss at every step, one panel per stage, with its running mean."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(log), figsize=(5 * len(log), 3.5), squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], log.items(), strict=True):
+        losses = np.array([row["loss"] for row in rows])
+        window = max(1, len(losses) // 20)
+        axis.plot(losses, linewidth=0.6, alpha=0.5, color="tab:blue", label="each step")
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axis.plot(np.arange(window - 1, len(losses)), smooth, color="tab:blue", label=f"mean of {window}")
+        axis.set(title=f"stage {name}", xlabel="step", ylabel="loss")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

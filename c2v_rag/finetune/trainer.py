@@ -1,0 +1,155 @@
+"""Sentence-transformers' trainer for one stage: it saves only trained parameters and stops when the loss is not finite.
+
+A part is a named group of parameters that a recipe can train: projector, llm_adapter, encoder_adapter, encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from c2v_rag.finetune.module import TrainingModule
+from c2v_rag.finetune.recipe import TrainedPart
+from c2v_rag.model import Causal2Vec
+
+_COMPLETE = "complete"  # an empty file: the checkpoint was written to its end
+_TRAINED_FILE = "trained.safetensors"
+# Of each part: the prefix of its parameters' names, and whether they are LoRA's.
+_PART_NAMES: dict[TrainedPart, tuple[str, bool]] = {
+    "projector": ("projector.", False),
+    "llm_adapter": ("llm.", True),
+    "encoder_adapter": ("encoder.", True),
+    "encoder": ("encoder.", False),
+}
+
+
+def part_of(name: str) -> TrainedPart | None:
+    """The part that the parameter `name` belongs to; None for the decoder's own weights, which are never trained."""
+    for part, (prefix, is_lora) in _PART_NAMES.items():
+        if name.startswith(prefix) and (".lora_" in name) == is_lora:
+            return part
+    return None
+
+
+def name_pattern(part: TrainedPart) -> str:
+    """Regular expression of a part's parameter names inside the trainer's loss module: model.0.model.NAME."""
+    prefix, is_lora = _PART_NAMES[part]
+    return rf"^model\.0\.model\.{prefix[:-1]}\." + (r".*\.lora_" if is_lora else r"(?!.*\.lora_)")
+
+
+def trained_tensors(model: Causal2Vec) -> dict[str, Tensor]:
+    """Name to tensor (CPU) of every parameter that a recipe can train; without the encoder's while it is frozen."""
+    tensors = {name: parameter for name, parameter in model.named_parameters() if part_of(name) is not None}
+    if not any(parameter.requires_grad for name, parameter in tensors.items() if part_of(name) == "encoder"):
+        tensors = {name: parameter for name, parameter in tensors.items() if part_of(name) != "encoder"}
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in tensors.items()}
+
+
+@torch.no_grad()
+def load_trained(model: Causal2Vec, path: Path) -> None:
+    """Copy the tensors of a file written from `trained_tensors` into the model."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_file(path).items():
+        parameters[name].copy_(tensor)
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end, None where there is none; unfinished ones are deleted."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _COMPLETE).is_file():
+            complete.append(path)
+        elif PartialState().is_main_process:
+            shutil.rmtree(path)
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+class StageTrainer(SentenceTransformerTrainer):
+    """Counts tokens, saves the trained parameters only, and raises FloatingPointError when the loss is not finite."""
+
+    tokens = 0
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        self.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
+        rows = {name.removesuffix("_rows"): rows for name, rows in inputs.items() if name.endswith("_rows")}
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        if not torch.isfinite(value):
+            texts = self._module.texts.texts
+            path = Path(str(self.args.output_dir)) / f"bad-batch-{self.state.global_step}.json"
+            batch = {column: [texts[row] for row in indices.tolist()] for column, indices in rows.items()}
+            path.write_text(json.dumps(batch, indent=1, ensure_ascii=False), encoding="utf-8")
+            raise FloatingPointError(
+                f"The loss is {value.item()} at step {self.state.global_step}. The batch is in {path}. Lower the "
+                "learning rates; --resume goes on from the last checkpoint before it."
+            )
+        return loss
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Add nothing: the checkpoint gets this package's own model card."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_tensors(self._module.model), folder / _TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self._module.model, Path(resume_from_checkpoint) / _TRAINED_FILE)
+
+    @property
+    def _module(self) -> TrainingModule:
+        return cast(TrainingModule, self.model[0])
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows a progress bar with loss and tokens/s, and marks each checkpoint that was written to its end.
+
+    Set `trainer` before training: the bar reads its token count.
+    """
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self.trainer: StageTrainer | None = None
+        self._bar: tqdm[Any] | None = None
+        self._started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self._description,
+            unit="step",
+            mininterval=5,
+            disable=not state.is_world_process_zero,
+        )
+        self._started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._bar is not None and self.trainer is not None and "loss" in (logs or {}):
+            speed = self.trainer.tokens / (time.perf_counter() - self._started)
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
