@@ -31,7 +31,9 @@ class Bidirectional(Causal2Vec):
         full_mask = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)
         embeds = self.llm.get_input_embeddings()(torch.cat([prompt_ids, batch.text_ids], dim=1))
         hidden = self.llm(inputs_embeds=embeds, attention_mask=full_mask, use_cache=False).last_hidden_state
-        return normalize(pool(hidden[:, prompt_ids.shape[1] :], batch.text_mask, pooling, batch.num_lead), dim=1)
+        return normalize(
+            pool(hidden[:, prompt_ids.shape[1] :], batch.text_mask, pooling, batch.num_prompt_tokens), dim=1
+        )
 
 
 class Echo(Causal2Vec):

@@ -31,8 +31,8 @@ class Causal2VecConfig:
     `encoder_pooling`: how the encoder's states become one vector: attention-masked mean, or the first token.
     `max_length`: tokens of a text in the decoder, EOS included; prefix and Contextual token come on top.
     `encoder_max_length`: tokens of a text in the encoder, its special tokens included.
-    `query_template`: what stands around a text that has an instruction; it must end in "{text}", because the part
-    before it is tokenised apart and its keys and values are reused. With the instruction "" nothing is put before.
+    `query_template`: the prompt and the text, for a text with an instruction. It must end in "{text}", because the
+    prompt is tokenised separately and its keys and values are reused. With the instruction "" there is no prompt.
     `instruction`: the default of `encode_query`.
 
     Raises ValueError for a value outside what is listed here.
@@ -73,13 +73,13 @@ class Causal2VecConfig:
         if not self.query_template.endswith(_TEXT) or self.query_template.count(_TEXT) != 1:
             raise ValueError(
                 f"query_template must end in '{_TEXT}' and hold it once; got {self.query_template!r}. "
-                "What stands before the text is computed once and reused, so nothing may follow it."
+                "The prompt is computed once and reused, so nothing may follow the text."
             )
         if _INSTRUCTION not in self.query_template:
             raise ValueError(f"query_template must hold '{_INSTRUCTION}'; got {self.query_template!r}.")
 
-    def lead(self, instruction: str) -> str:
-        """What stands before a text that is embedded with `instruction`; "" for the instruction ""."""
+    def prompt(self, instruction: str) -> str:
+        """The prompt of a text that is embedded with `instruction`: the template up to the text; "" for ""."""
         if not instruction:
             return ""
         return self.query_template.removesuffix(_TEXT).replace(_INSTRUCTION, instruction)
@@ -88,20 +88,20 @@ class Causal2VecConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str = "config") -> Causal2VecConfig:
-        """Strict: an unknown or a missing setting is a ValueError that names `where`, the file it came from.
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Causal2VecConfig:
+        """Strict: an unknown or a missing setting is a ValueError that names `source`, the file it came from.
 
         A missing setting is an error too, since a default that changes later would silently change old models.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - names):
-            raise ValueError(f"{where} has settings this version does not know: {unknown}. Upgrade c2v-rag.")
+            raise ValueError(f"{source} has settings this version does not know: {unknown}. Upgrade c2v-rag.")
         if missing := sorted(names - values.keys()):
-            raise ValueError(f"{where} lacks the settings {missing}. Save the model again with this version.")
+            raise ValueError(f"{source} lacks the settings {missing}. Save the model again with this version.")
         try:
             return cls(**values)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{source}: {error}") from error
 
     def save(self, folder: Path) -> None:
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -124,4 +124,4 @@ class Causal2VecConfig:
             raise ValueError(f"{path} is not valid JSON ({error}). Fetch or save the checkpoint again.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}.")
-        return cls.from_dict(values, where=str(path))
+        return cls.from_dict(values, source=str(path))

@@ -16,7 +16,7 @@ from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
 
 class EncoderEmbedder:
-    """Embeds with the encoder inside a Causal2Vec model and nothing else; queries and documents alike.
+    """Embeds with the encoder of a Causal2Vec model alone, queries and documents in the same way.
 
     `tokenizer` replaces the model's, to cut texts at other lengths.
     """
@@ -46,7 +46,7 @@ class EncoderEmbedder:
         return self._model.stamp | {"part": "encoder", "embedding_dim": self.embedding_dim}
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """As the whole model counts, so that an index of either holds the same chunks."""
+        """The same counts as the whole model's, so that an index of either holds the same chunks."""
         return self._model.count_tokens(texts)
 
     @property
@@ -64,6 +64,6 @@ class EncoderEmbedder:
         """float32 (n, E), in input order; options as in `Causal2Vec.encode`."""
         return inference.encode(self, texts, **options)
 
-    # The encoder sees no instruction, so that queries and documents are embedded alike.
+    # The encoder reads no instruction: queries and documents are embedded in the same way.
     encode_query = encode
     encode_document = encode

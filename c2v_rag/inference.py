@@ -1,8 +1,7 @@
-"""Texts to a float32 array, for anything that can tokenise texts and embed a token batch.
+"""Texts to a float32 array, for every model that tokenises texts and embeds a token batch.
 
-Batches hold a budget of tokens, not a count of texts: within a window the texts are sorted by length, so that little
-of a batch is padding. Tokenisation of the next window runs in a thread while this one is computed. Results come back
-in input order.
+A batch holds a budget of tokens, not a number of texts. Texts are sorted by length within a window, so that batches
+have little padding. The next window is tokenised in a thread while this one is computed. Results are in input order.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class EncodingState:
 
     def __init__(self) -> None:
         self.compute_lock = threading.Lock()
-        self.batch_tokens: int | None = None  # a budget lowered by running out of memory stays lowered
+        self.batch_tokens: int | None = None  # lowered by running out of memory, and kept so
 
     def __reduce__(self) -> tuple[type[EncodingState], tuple[()]]:
         return EncodingState, ()
@@ -81,9 +80,9 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies in it, else float32.
+    """bfloat16 where the hardware supports it, else float32.
 
-    Emulated bfloat16 is a trap: on a CPU without such units it ran 150 times slower than float32.
+    On a CPU without bfloat16 units, emulated bfloat16 ran 150 times slower than float32.
     """
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
@@ -110,7 +109,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Padded decoder tokens a batch. On a CPU more than a few thousand fall out of the caches."""
+    """Padded tokens per batch. On a CPU, more than a few thousand do not fit into the caches."""
     return 32_768 if device.type == "cuda" else 4_096
 
 
@@ -126,7 +125,7 @@ def encode(
 ) -> np.ndarray:
     """Embeddings of `texts`, in their order: float32 (n, embedding_dim), rows of length 1.
 
-    `texts` may be any iterable; it is read a window at a time, so that memory grows with the results only.
+    `texts` may be any iterable. It is read window by window, so that memory grows with the results only.
     Raises TypeError for a bare string or an item that is not a string, ValueError for a text whose embedding is not
     finite and, with `on_truncate="error"`, for a text that must be cut; each names the item's index.
     """
@@ -172,7 +171,7 @@ def encode(
 
 
 def window_texts(batch_tokens: int) -> int:
-    """Texts in a window for this token budget."""
+    """Number of texts in a window, for this token budget."""
     return max(WINDOW_TEXTS_AT_LEAST, batch_tokens // WINDOW_BUDGET_SHARE)
 
 
@@ -200,8 +199,8 @@ def text_windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Positions, longest texts first, in batches whose padded size stays within `batch_tokens`.
 
-    A text that is longer than the budget makes a batch of its own. A batch that has reached a quarter of the budget
-    takes no text that is much shorter than its longest: short texts are many to a batch, and their lengths spread.
+    A text that is longer than the budget gets a batch of its own. A batch that is filled to a quarter takes no text
+    much shorter than its longest one: many short texts fit into a batch, and their lengths vary.
     """
     batches: list[list[int]] = []
     longest = 0
@@ -226,11 +225,11 @@ def _embed_window(
     state, lengths = embedder.encoding_state, tokenized.lengths
     rows = np.empty((len(lengths), dim), dtype=np.float32)
     budget = min(batch_tokens, state.batch_tokens or batch_tokens)
-    batches = token_budget_batches(lengths, budget)[::-1]  # a stack: the longest batch is popped first
+    batches = token_budget_batches(lengths, budget)[::-1]  # the longest batch is last, and popped first
     while batches:
         positions = batches.pop()
         try:
-            # The lock is taken for a batch, not for the call: threads take turns.
+            # The lock is held for one batch, not for the whole call: threads take turns.
             with state.compute_lock, _inference(embedder):
                 embeddings = embedder.embed(tokenized.collate(positions).to(embedder.device)).float()
                 if dim < embeddings.shape[1]:
@@ -239,7 +238,7 @@ def _embed_window(
         except RuntimeError as error:
             if not _is_out_of_memory(error) or len(positions) == 1:
                 raise
-            # Outside the handler the exception, and with it the tensors of the failed forward, would still be alive.
+            # Memory is freed outside the handler: inside, the exception keeps the tensors of the failed forward alive.
             values = None
         if values is None:
             _free_cached_memory(embedder.device)

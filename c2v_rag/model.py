@@ -48,8 +48,8 @@ class Causal2Vec(nn.Module):
         >>> int((queries @ documents.T).argmax())
         0
 
-    `encoder` and `llm` are models that `transformers.AutoModel` opens; `llm` must be causal and hold
-    `config.num_llm_layers` layers already (`from_parts` keeps the first ones).
+    `encoder` and `llm` are models that `transformers.AutoModel` opens. `llm` must be causal and already have
+    `config.num_llm_layers` layers (`from_parts` keeps the first ones).
 
     Raises ValueError where the parts do not fit each other, or the config's lengths their position embeddings.
     """
@@ -78,10 +78,10 @@ class Causal2Vec(nn.Module):
             raise ValueError(f"truncate_dim is {config.truncate_dim}, but an embedding has {self._full_dim} columns.")
         parts.check_encoder_length(encoder, config.encoder_max_length)
         self._llm_positions = parts.position_limit(llm)
-        tokenized = self.tokenizer([""], config.lead(config.instruction))
-        parts.check_llm_length(self._llm_positions, config, tokenized, tokenized.num_lead + config.max_length)
-        self.name = ""  # what from_pretrained reads it by; a model that exists in memory only has none
-        self.load_arguments: dict[str, Any] = {}  # how, in the words of EmbedderSpec
+        tokenized = self.tokenizer([""], config.prompt(config.instruction))
+        parts.check_llm_length(self._llm_positions, config, tokenized, tokenized.num_prompt_tokens + config.max_length)
+        self.name = ""  # the name it was loaded by; "" for a model that exists in memory only
+        self.load_arguments: dict[str, Any] = {}  # the other fields of EmbedderSpec
         self.encoding_state = inference.EncodingState()
         self.prefix_cache = PrefixCache()
         self.weights_record = weights.WeightsRecord()
@@ -147,9 +147,9 @@ class Causal2Vec(nn.Module):
     def forward(self, batch: TokenBatch, *, pooled: Tensor | None = None, pooling: Pooling | None = None) -> Tensor:
         """Embeddings (B, embedding_dim) of a token batch, differentiable, rows of length 1.
 
-        For training: `pooled` (B, E) stands in for the encoder, whose frozen vectors may be cached; `pooling`
-        overrides the config's, and "context" leaves the text out of the decoder altogether, because the Contextual
-        token's state depends on nothing behind it. The prefix is computed once a batch here too, with its gradient.
+        For training. `pooled` (B, E) replaces the encoder, whose frozen vectors may be cached. `pooling` overrides the
+        config's; with "context" the decoder does not read the text, because the Contextual token's state does not
+        depend on what follows it. The prefix is computed once per batch, with its gradient.
         """
         prefix = self.compute_prefix(batch.prefix_ids)
         return self.embed_behind(prefix, batch, pooled=pooled, pooling=pooling or self.config.pooling)
@@ -158,22 +158,22 @@ class Causal2Vec(nn.Module):
     def embed(self, batch: TokenBatch, *, reuse_prefix: bool = True) -> Tensor:
         """The same embeddings for inference, without gradients.
 
-        The prefix's keys and values are kept from batch to batch; with `reuse_prefix=False` they are computed with
-        every text.
+        The prefix's keys and values are kept from batch to batch. With `reuse_prefix=False` the prefix is computed
+        with every text.
         """
         prefix = self.prefix_cache.get(self.llm, batch.prefix_ids) if reuse_prefix else None
         pooled = None if self.config.contextual_token == "none" else self.pooled_by_length(batch)
         return self.embed_behind(prefix, batch, pooled=pooled, pooling=self.config.pooling)
 
     def pooled_encoder_states(self, batch: TokenBatch) -> Tensor:
-        """(B, E): what the encoder alone makes of the texts, float32, not normalised."""
+        """(B, E): the encoder's pooled states of the texts, float32, not normalised."""
         hidden = self.encoder(input_ids=batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
         return pool_encoder(hidden, batch.encoder_mask, self.config.encoder_pooling)
 
     def pooled_by_length(self, batch: TokenBatch) -> Tensor:
-        """`pooled_encoder_states`, computed in a few slices of texts of like length.
+        """`pooled_encoder_states`, computed in slices of texts of similar length.
 
-        Batches are made by the decoder's lengths; counted in the encoder's tokens, a third of them was padding.
+        Batches are made by the decoder's lengths. Without slices, a third of the encoder's tokens was padding.
         """
         order = torch.argsort(batch.encoder_mask.sum(dim=1))
         pooled = []
@@ -218,25 +218,25 @@ class Causal2Vec(nn.Module):
         ).last_hidden_state
         if prefix is None:
             hidden = hidden[:, num_prefix:]
-        vectors = pool(hidden, mask, pooling, text_start=int(has_token) + batch.num_lead)
+        vectors = pool(hidden, mask, pooling, text_start=int(has_token) + batch.num_prompt_tokens)
         return normalize(vectors[:, : self.config.truncate_dim], dim=1)
 
     # Texts to arrays
 
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
-        """Token ids of the texts, cut at the config's lengths. ValueError for an instruction that leaves no room."""
-        tokenized = self.tokenizer(texts, self.config.lead(instruction))
+        """Token ids of the texts, truncated to the config's lengths. ValueError for an instruction that leaves no room."""
+        tokenized = self.tokenizer(texts, self.config.prompt(instruction))
         longest = max(map(len, tokenized.text_ids), default=0)
         parts.check_llm_length(self._llm_positions, self.config, tokenized, longest)
         return tokenized
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Length of each text in this model's tokens; what is longer than `max_tokens` would be cut."""
+        """Length of each text in this model's tokens. Longer texts than `max_tokens` are truncated."""
         return self.tokenizer.count_tokens(texts)
 
     @property
     def max_tokens(self) -> int:
-        """The longest text, in `count_tokens`, that neither the encoder nor the decoder cuts."""
+        """The longest text, in `count_tokens`, that is not truncated for the encoder or the decoder."""
         return self.tokenizer.max_tokens
 
     def encode(
@@ -251,14 +251,14 @@ class Causal2Vec(nn.Module):
     ) -> np.ndarray:
         """Embeddings of `texts`, in their order: float32 (n, embedding_dim), rows of length 1. No instruction.
 
-        The neutral form, for similarity and clustering; for retrieval use `encode_query` and `encode_document`.
+        For similarity and clustering. For retrieval use `encode_query` and `encode_document`.
 
-        `texts`: a list or any iterable of strings, read a window at a time. `instruction`: put before every text;
-        None and "" mean none here. `batch_tokens`: padded tokens a batch, chosen for the device unless given.
-        `truncate_dim`: a shorter embedding (Matryoshka), cut from the front and brought to length 1 again. The
-        columns of the two halves are interleaved, so a cut keeps both the Contextual token's and EOS's state;
-        concatenated end to end, a cut would throw one of them away. `on_truncate`: a text longer than the config's
-        lengths is cut, EOS kept; "warn" logs their number once, "error" raises, "ignore" does neither.
+        `texts`: a list or any iterable of strings, read window by window. `instruction`: comes before every text;
+        None and "" mean none here. `batch_tokens`: padded tokens per batch, chosen for the device unless given.
+        `truncate_dim`: keep the first columns only (Matryoshka), normalised again. The columns of the two halves are
+        interleaved, so that the first ones hold both the Contextual token's and EOS's state. `on_truncate`: texts
+        longer than the config's lengths are truncated, EOS is kept; "warn" logs their number once, "error" raises,
+        "ignore" does neither.
 
         Raises TypeError for a bare string or an item that is not a string, and ValueError for a text whose
         embedding is not finite, each naming the index. Safe to call from several threads: they take turns.
@@ -276,7 +276,7 @@ class Causal2Vec(nn.Module):
     def encode_query(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]
     ) -> np.ndarray:
-        """Embeddings of what is asked: `encode` with an instruction, the config's unless one is given ("" for none)."""
+        """Embeddings of queries: `encode` with an instruction, the config's unless one is given ("" for none)."""
         return self.encode(
             texts, instruction=self.config.instruction if instruction is None else instruction, **options
         )
@@ -284,7 +284,7 @@ class Causal2Vec(nn.Module):
     def encode_document(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]
     ) -> np.ndarray:
-        """Embeddings of what is searched: `encode`, without an instruction unless one is given."""
+        """Embeddings of documents: `encode`, without an instruction unless one is given."""
         return self.encode(texts, instruction=instruction, **options)
 
     # Building, reading and writing
@@ -305,8 +305,8 @@ class Causal2Vec(nn.Module):
     ) -> Causal2Vec:
         """A new, untrained model from an encoder and a decoder: folders, hub ids or installed packages.
 
-        The projector is a random rotation (`seed`): before any training the Contextual half ranks as the encoder
-        does, and the other states know next to nothing. `llm_kwargs` as in `from_pretrained`. Raises
+        The projector is a random rotation (`seed`). Before any training the Contextual half ranks like the encoder;
+        the other states carry almost no information. `llm_kwargs` as in `from_pretrained`. Raises
         FileNotFoundError, ValueError as there.
         """
         bases: dict[parts.Part, Base] = {
@@ -333,8 +333,8 @@ class Causal2Vec(nn.Module):
         in it, else float32, unless given (a torch.dtype, its name, or "auto" for what the files hold). `llm_kwargs`
         go to the decoder's `AutoModel.from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...
 
-        Raises FileNotFoundError when the weights cannot be had, with what would bring them; ValueError when a file
-        is missing, altered, of another shape, or has settings this version does not know.
+        Raises FileNotFoundError when the weights are not on this machine, with the commands that bring them;
+        ValueError when a file is missing, altered, of another shape, or has settings this version does not know.
         """
         folder = checkpoint.locate(name_or_path, revision)
         config = Causal2VecConfig.load(folder)

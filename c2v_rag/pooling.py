@@ -1,6 +1,6 @@
 """Last hidden states to one vector per text.
 
-B texts, S encoder tokens, N decoder positions behind the prefix, E encoder width, D llm width.
+B texts, S encoder tokens, N decoder positions after the prefix, E encoder width, D llm width.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def pool_encoder(hidden: Tensor, mask: Tensor, pooling: EncoderPooling) -> Tenso
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling, text_start: int) -> Tensor:
-    """Last hidden states behind the prefix -> one vector per text, float32, not yet normalised.
+    """Last hidden states after the prefix -> one vector per text, float32, not normalised.
 
     `hidden` is (B, N, D): the Contextual token first where there is one, the text from `text_start` on, ending in
-    EOS; `mask` (B, N) is 1 on real tokens, padding on the right. Returns (B, 2 D) for `context_eos`, whose columns
-    are interleaved, c0, e0, c1, e1, ...: every prefix of the columns holds both halves alike. Others return (B, D).
+    EOS; `mask` (B, N) is 1 on real tokens, padding on the right. Returns (B, 2 D) for `context_eos`, with interleaved
+    columns c0, e0, c1, e1, ..., so that the first columns hold both halves equally. Others return (B, D).
     """
     hidden = hidden.float()
     if pooling == "context":

@@ -1,4 +1,4 @@
-"""The projector: one pooled encoder vector to one Contextual token; and what a fresh one starts from.
+"""The projector, from a pooled encoder vector to a Contextual token, and the initialisation of a fresh one.
 
 B texts, E encoder width, D llm width.
 """
@@ -25,7 +25,7 @@ _PROBES = 256
 class Projector(nn.Module):
     """Two linear layers from the encoder's width E to the llm's width D: one text, one Contextual token.
 
-    The input is brought to mean square 1 first, so that encoders of any scale start alike. A fresh projector is a
+    The input is scaled to mean square 1 first, so that the encoder's scale does not matter. A fresh projector is a
     random rotation: the hidden layer holds x and -x, and gelu(x) - gelu(-x) = x.
     """
 

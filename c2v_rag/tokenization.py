@@ -26,14 +26,14 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 class TokenBatch:
     """One padded batch. Masks are 1 on real tokens; padding is on the right.
 
-    `prefix_ids` (P,) stands before the Contextual token and is the same for every text; `text_ids` (B, T) stands
-    behind it and opens with `num_lead` tokens of an instruction where the config places that behind the token.
+    `prefix_ids` (P,) comes before the Contextual token and is the same for every text. `text_ids` (B, T) comes after it.
+    Where the config places the instruction after the token, `text_ids` starts with its `num_prompt_tokens` tokens.
     """
 
     prefix_ids: Tensor
     text_ids: Tensor
     text_mask: Tensor
-    num_lead: int
+    num_prompt_tokens: int
     encoder_ids: Tensor
     encoder_mask: Tensor
 
@@ -47,13 +47,13 @@ class TokenBatch:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of some texts that share what stands before them; `collate` makes padded batches of any of them."""
+    """Token ids of texts that share one prefix; `collate` makes padded batches of any of them."""
 
     prefix_ids: list[int]
-    num_lead: int
+    num_prompt_tokens: int
     text_ids: list[list[int]]
     encoder_ids: list[list[int]]
-    truncated: list[int]  # positions of texts that were cut, for the decoder or the encoder
+    truncated: list[int]  # positions of the texts that were truncated, for the decoder or the encoder
     text_pad: int
     encoder_pad: int
 
@@ -75,7 +75,7 @@ class TokenizedTexts:
             prefix_ids=torch.tensor(self.prefix_ids),
             text_ids=text_ids,
             text_mask=text_mask,
-            num_lead=self.num_lead,
+            num_prompt_tokens=self.num_prompt_tokens,
             encoder_ids=encoder_ids,
             encoder_mask=encoder_mask,
         )
@@ -84,7 +84,7 @@ class TokenizedTexts:
 class TextTokenizer:
     """The encoder's and the decoder's tokenizer behind one call.
 
-    Padding is done here and on the right, whatever side the tokenizers were saved with. Text that spells a special
+    Padding is done here, on the right, whatever side the tokenizers were saved with. Text that spells a special
     token ("<|im_end|>") is tokenised as the text it is. Lone surrogates become U+FFFD, the replacement character.
 
     Safe from several threads, and together with other TextTokenizers over the same two tokenizers: each of them has
@@ -116,42 +116,42 @@ class TextTokenizer:
         # activations; the Contextual token would drown in it at position 0.
         self.bos: int = self.eos if llm_tokenizer.bos_token_id is None else llm_tokenizer.bos_token_id
 
-    def __call__(self, texts: Sequence[str], lead: str = "") -> TokenizedTexts:
-        """Token ids of `texts`, cut at the config's lengths with EOS (and the encoder's own ends) kept.
+    def __call__(self, texts: Sequence[str], prompt: str = "") -> TokenizedTexts:
+        """Token ids of `texts`, truncated to the config's lengths. EOS and the encoder's special tokens are kept.
 
-        `lead` (`config.lead(instruction)`) is what the decoder reads before each text, tokenised apart from it.
+        `prompt` (`config.prompt(instruction)`) is read by the decoder before each text, and tokenised separately.
         """
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
-        lead_ids = self._ids([lead])[0] if lead else []
-        behind = self.config.contextual_token == "before_instruction"
+        prompt_ids = self._ids([prompt])[0] if prompt else []
+        after_token = self.config.contextual_token == "before_instruction"
 
-        # Cutting is a slice, so that what was cut can be counted.
+        # Truncation is a slice, so that truncated texts can be counted.
         plain = self._ids(clean)
         room = self.config.max_length - 1
         encoder_ids = self._encoder_ids(clean, truncation=False)
-        encoder_cut = [i for i, ids in enumerate(encoder_ids) if len(ids) > self.config.encoder_max_length]
-        if encoder_cut:
-            # The tokenizer itself knows which of its special tokens must survive a cut.
-            shorter = self._encoder_ids([clean[i] for i in encoder_cut], truncation=True)
-            for i, ids in zip(encoder_cut, shorter, strict=True):
+        too_long = [i for i, ids in enumerate(encoder_ids) if len(ids) > self.config.encoder_max_length]
+        if too_long:
+            # The tokenizer itself knows which of its special tokens must be kept.
+            shorter = self._encoder_ids([clean[i] for i in too_long], truncation=True)
+            for i, ids in zip(too_long, shorter, strict=True):
                 encoder_ids[i] = ids
         return TokenizedTexts(
-            prefix_ids=[self.bos] + ([] if behind else lead_ids),
-            num_lead=len(lead_ids) if behind else 0,
-            text_ids=[(lead_ids if behind else []) + ids[:room] + [self.eos] for ids in plain],
+            prefix_ids=[self.bos] + ([] if after_token else prompt_ids),
+            num_prompt_tokens=len(prompt_ids) if after_token else 0,
+            text_ids=[(prompt_ids if after_token else []) + ids[:room] + [self.eos] for ids in plain],
             encoder_ids=encoder_ids,
-            truncated=sorted({i for i, ids in enumerate(plain) if len(ids) > room}.union(encoder_cut)),
+            truncated=sorted({i for i, ids in enumerate(plain) if len(ids) > room}.union(too_long)),
             text_pad=self.eos,
             encoder_pad=self.encoder.pad_token_id or 0,
         )
 
     @property
     def max_tokens(self) -> int:
-        """The longest text, in `count_tokens`, that neither tokenizer cuts."""
+        """The longest text, in `count_tokens`, that neither tokenizer truncates."""
         return min(self.config.max_length, self.config.encoder_max_length)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Length of each text in tokens, as cutting sees it: the larger of the two tokenizers' counts."""
+        """Length of each text in tokens: the larger of the two tokenizers' counts, special tokens included."""
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
         pairs = zip(self._ids(clean), self._encoder_ids(clean, truncation=False), strict=True)
         return [max(len(ids) + 1, len(encoder_ids)) for ids, encoder_ids in pairs]

@@ -200,7 +200,7 @@ def save(
             if saved is not None:
                 identities[part] = saved
         checkpoint.write_identities(made, identities)
-        checkpoint.write_sentence_transformers(made, {"query": model.config.lead(model.config.instruction)})
+        checkpoint.write_sentence_transformers(made, {"query": model.config.prompt(model.config.instruction)})
         facts = {
             "encoder": model.weights_record.origins["encoder"],
             "decoder": model.weights_record.origins["llm"],

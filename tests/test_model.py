@@ -32,16 +32,16 @@ def by_hand(model: Causal2Vec, text: str, instruction: str = "") -> Tensor:
 
     backend = copy.deepcopy(model.tokenizer.llm.backend_tokenizer)
     backend.encode_special_tokens = True
-    lead = backend.encode(config.lead(instruction)).ids if instruction else []
+    prompt = backend.encode(config.prompt(instruction)).ids if instruction else []
     body = [*backend.encode(text).ids[: config.max_length - 1], model.tokenizer.llm.eos_token_id]
     embed = model.llm.get_input_embeddings()
-    bos, lead_states, body_states = (embed(torch.tensor(ids, dtype=torch.long)) for ids in ([1], lead, body))
+    bos, prompt_states, body_states = (embed(torch.tensor(ids, dtype=torch.long)) for ids in ([1], prompt, body))
     order = {
-        "after_instruction": [bos, lead_states, token[None], body_states],
-        "before_instruction": [bos, token[None], lead_states, body_states],
-        "none": [bos, lead_states, body_states],
+        "after_instruction": [bos, prompt_states, token[None], body_states],
+        "before_instruction": [bos, token[None], prompt_states, body_states],
+        "none": [bos, prompt_states, body_states],
     }[config.contextual_token]
-    place = {"after_instruction": 1 + len(lead), "before_instruction": 1, "none": None}[config.contextual_token]
+    place = {"after_instruction": 1 + len(prompt), "before_instruction": 1, "none": None}[config.contextual_token]
     inputs = torch.cat(order)[None]
     positions = torch.arange(inputs.shape[1])[None]
     hidden = model.llm(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state[0]

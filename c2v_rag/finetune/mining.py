@@ -36,7 +36,7 @@ def mine(
     if output.suffix != ".jsonl":
         raise ValueError(f"{output}: the output must end in .jsonl.")
     pairs = read_pair_set(data.parent, data.stem, instruction=instruction)
-    prompt = model.config.lead(pairs.instruction or model.config.instruction)
+    prompt = model.config.prompt(pairs.instruction or model.config.instruction)
     columns = {"query": [pair.query for pair in pairs.pairs], "positive": [pair.positive for pair in pairs.pairs]}
     mined = mine_hard_negatives(
         Dataset.from_dict(columns),

@@ -196,7 +196,7 @@ def run_stage(
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
         prompts={
-            name: {"query": model.config.lead(instructions[name.removesuffix(WITH_NEGATIVES)])} for name in datasets
+            name: {"query": model.config.prompt(instructions[name.removesuffix(WITH_NEGATIVES)])} for name in datasets
         },
         save_strategy="steps",
         save_steps=save_steps,

@@ -40,7 +40,7 @@ def test_load_needs_no_flag_and_keeps_prompts(folder: str, core: Causal2Vec) -> 
     model = load(folder, dtype="float32")
     np.testing.assert_allclose(model.encode_query(TEXTS), core.encode_query(TEXTS), atol=TOLERANCE)
     assert not np.allclose(model.encode_query(TEXTS), model.encode_document(TEXTS), atol=0.01)
-    other = model.encode(TEXTS, prompt=core.config.lead("Find a duplicate"))
+    other = model.encode(TEXTS, prompt=core.config.prompt("Find a duplicate"))
     np.testing.assert_allclose(other, core.encode(TEXTS, instruction="Find a duplicate"), atol=TOLERANCE)
     short = load(folder, dtype="float32", truncate_dim=16).encode(TEXTS, normalize_embeddings=True)
     np.testing.assert_allclose(short, core.encode(TEXTS, truncate_dim=16), atol=TOLERANCE)
@@ -51,8 +51,8 @@ def test_load_needs_no_flag_and_keeps_prompts(folder: str, core: Causal2Vec) -> 
 def test_an_instruction_behind_the_token_comes_through_too() -> None:
     model = tiny_model(contextual_token="before_instruction")
     theirs = SentenceTransformer(modules=[Causal2VecModule(model)], device="cpu")
-    lead = model.config.lead(model.config.instruction)
-    np.testing.assert_allclose(theirs.encode(TEXTS, prompt=lead), model.encode_query(TEXTS), atol=TOLERANCE)
+    prompt = model.config.prompt(model.config.instruction)
+    np.testing.assert_allclose(theirs.encode(TEXTS, prompt=prompt), model.encode_query(TEXTS), atol=TOLERANCE)
 
 
 def test_a_process_of_its_pool_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:
@@ -142,7 +142,7 @@ def test_the_trainer_trains_it(tmp_path: Path) -> None:
     data = Dataset.from_dict({"query": ["a heap", "bread"] * 4, "positive": ["smallest first", "needs yeast"] * 4})
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3,
-        report_to="none", use_cpu=True, prompts={"query": model.config.lead("Find it")}, save_steps=2,
+        report_to="none", use_cpu=True, prompts={"query": model.config.prompt("Find it")}, save_steps=2,
         disable_tqdm=True,
     )  # fmt: skip
     SentenceTransformerTrainer(
@@ -167,7 +167,7 @@ def test_langchains_and_llama_indexes_own_classes_take_the_folder(folder: str, c
     llama = HuggingFaceEmbedding(
         folder,
         trust_remote_code=True,
-        query_instruction=core.config.lead(core.config.instruction),
+        query_instruction=core.config.prompt(core.config.instruction),
         text_instruction="",
         model_kwargs={"dtype": "float32"},
     )

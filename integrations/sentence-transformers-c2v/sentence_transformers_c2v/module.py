@@ -127,18 +127,18 @@ def to_features(batch: TokenBatch) -> dict[str, Tensor]:
         "attention_mask": batch.text_mask,
         "encoder_ids": batch.encoder_ids.unsqueeze(1),
         "encoder_mask": batch.encoder_mask.unsqueeze(1),
-        "lead_ids": batch.prefix_ids.expand(rows, 1, -1),
-        "num_lead": torch.full((rows,), batch.num_lead),
+        "prefix_ids": batch.prefix_ids.expand(rows, 1, -1),
+        "num_prompt_tokens": torch.full((rows,), batch.num_prompt_tokens),
     }
 
 
 def to_token_batch(features: Mapping[str, Tensor]) -> TokenBatch:
     """What `to_features` was made of."""
     return TokenBatch(
-        prefix_ids=features["lead_ids"][0, 0],
+        prefix_ids=features["prefix_ids"][0, 0],
         text_ids=features["input_ids"],
         text_mask=features["attention_mask"],
-        num_lead=int(features["num_lead"][0]),
+        num_prompt_tokens=int(features["num_prompt_tokens"][0]),
         encoder_ids=features["encoder_ids"].squeeze(1),
         encoder_mask=features["encoder_mask"].squeeze(1),
     )
@@ -169,7 +169,7 @@ def load(
     model = Causal2Vec.from_pretrained(name_or_path, revision=revision, device=device, dtype=dtype, **llm_kwargs)
     return SentenceTransformer(
         modules=[Causal2VecModule(model)],
-        prompts={"query": model.config.lead(model.config.instruction), "document": ""},
+        prompts={"query": model.config.prompt(model.config.instruction), "document": ""},
         similarity_fn_name="cosine",
         truncate_dim=truncate_dim,
         device=str(model.device),
