@@ -224,7 +224,7 @@ class Causal2Vec(nn.Module):
     # Texts to arrays
 
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
-        """Token ids of the texts, truncated to the config's lengths. ValueError for an instruction that leaves no room."""
+        """Token ids of the texts, truncated to the config's lengths. ValueError where the instruction is too long."""
         tokenized = self.tokenizer(texts, self.config.prompt(instruction))
         longest = max(map(len, tokenized.text_ids), default=0)
         parts.check_llm_length(self._llm_positions, self.config, tokenized, longest)

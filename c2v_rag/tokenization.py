@@ -26,8 +26,8 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 class TokenBatch:
     """One padded batch. Masks are 1 on real tokens; padding is on the right.
 
-    `prefix_ids` (P,) comes before the Contextual token and is the same for every text. `text_ids` (B, T) comes after it.
-    Where the config places the instruction after the token, `text_ids` starts with its `num_prompt_tokens` tokens.
+    `prefix_ids` (P,) comes before the Contextual token and is the same for every text. `text_ids` (B, T) comes after
+    it. Where the config places the instruction after the token, its `num_prompt_tokens` tokens start `text_ids`.
     """
 
     prefix_ids: Tensor
