@@ -139,7 +139,7 @@ def test_cutting_keeps_eos_and_is_reported_once(model: Causal2Vec, caplog: pytes
     with caplog.at_level(logging.WARNING):
         cut = model.encode(["short", long, long])
     assert [record.message for record in caplog.records] == [
-        "2 of 3 texts were longer than the model reads and were cut."
+        "2 of 3 texts were longer than the model reads and were truncated."
     ]
     caplog.clear()
     np.testing.assert_array_equal(model.encode(["short", long, long], on_truncate="ignore"), cut)
