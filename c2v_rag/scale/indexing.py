@@ -56,8 +56,8 @@ def index_on_ray(
 
     The ids are those of `VectorIndex.add`, and the vectors too, except for rounding. The workers read the files, so
     every machine must see them under the same paths. Tenant, database and headers for the server are read from the
-    driver's environment. `model` is loaded once in each worker. `unchanged` and `added` count the chunks of this run; if
-    a worker was replaced, a chunk may count twice. `prune`: as in `remove_vanished`.
+    driver's environment. `model` is loaded once in each worker. `unchanged` and `added` count this run's chunks. If a
+    worker was replaced, a chunk may be counted twice. `prune`: as in `remove_vanished`.
 
     Raises ValueError for a store that is a folder, and the errors of reading, loading and writing.
     """
