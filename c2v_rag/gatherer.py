@@ -1,4 +1,4 @@
-"""Batching across callers: single texts of many callers are embedded together, in few calls of the model."""
+"""Embed single texts of many callers together, in few calls of the model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from c2v_rag.protocols import Embedder
 
-# The largest batch. The texts behind it wait for the next one: 8,000 tokens take a second or two on a CPU.
+# Limits of a batch. Other texts wait until it is embedded: 8,000 tokens take one or two seconds on a CPU.
 MAX_BATCH_TEXTS = 256
 MAX_BATCH_CHARACTERS = 32_768
 
 
 def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **options: Any) -> Future[np.ndarray]:
-    """The future embedding (embedding_dim,) of one text, by `encode_query` or `encode_document` with `options`.
+    """A future for the embedding (embedding_dim,) of a text by `encode_query` or `encode_document` with `options`.
 
     A single text is embedded at once. Texts that arrive while the embedder works form the next batch, if kind and
     options are equal. An error reaches only the text that causes it. A future that is cancelled before its batch
@@ -46,9 +46,9 @@ class _Request:
 
 
 class _Queue:
-    """The requests that wait for one embedder, and a thread that embeds them. The thread ends when none is left.
+    """The requests that wait for one embedder, and a thread that embeds them. The thread ends when no request is left.
 
-    The requests refer to the embedder, the queue does not: an embedder that nobody uses is freed.
+    Only the requests refer to the embedder, not the queue. An embedder without requests can therefore be freed.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class _Queue:
             _embed([request for request in batch if request.future.set_running_or_notify_cancel()])
 
     def _next_batch(self) -> list[_Request] | None:
-        """The oldest request and those that can share its batch; None when nothing waits, and the thread then ends."""
+        """The oldest request and those that can share its batch. None if no request waits; the thread then ends."""
         with self._lock:
             if not self._waiting:
                 self._has_thread = False

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from c2v_rag.inference import EncodeOptions, OnTruncate
 
 API_KEY_VARIABLE = "C2V_RAG_API_KEY"
-WEIGHTS_HEADER = "c2v-weights"  # of every answer: the hash of the weights behind it
-MAX_PARALLEL_REQUESTS = 4  # of one call
-_MAX_ASYNC_CALLS = 32  # that wait for the server at the same time; more of them wait for these
+WEIGHTS_HEADER = "c2v-weights"  # of every answer: the identity of the weights that computed it
+MAX_PARALLEL_REQUESTS = 4  # of one call of a method
+_MAX_ASYNC_CALLS = 32  # that run at the same time; further calls wait
 _MAX_REQUEST_TEXTS = 256
 _MAX_REQUEST_CHARACTERS = 1_000_000
 _CONNECT_SECONDS = 10.0
@@ -43,7 +43,7 @@ class ApiKeyError(ValueError):
 
 
 class RemoteModel:
-    """The model behind a `c2v-rag serve`; gives its vectors, and can be used wherever a loaded model can.
+    """A model that `c2v-rag serve` runs in another process. It can be used wherever a loaded model can.
 
     Example:
         >>> from c2v_rag import RemoteModel, VectorIndex
@@ -53,21 +53,22 @@ class RemoteModel:
     read at the first request. The key is sent to this address only; redirects are not followed. `timeout`: seconds for
     each request, its retries included.
 
-    The first use asks the server for its model. A request that the server could not take (no connection, or the
-    status 429, 502, 503 or 504) is sent again, up to 5 times with growing pauses; one that got no answer in time is
-    not. Long lists of texts are sent in several requests, up to 4 at the same time. Threads may share a `RemoteModel`.
+    The first use asks the server for its model. A request that the server could not accept (no connection, or the
+    status 429, 502, 503 or 504) is tried up to 5 times, with growing pauses. A request without an answer in time is not
+    sent again. Long lists of texts are sent in several requests, up to 4 at the same time. A `RemoteModel` is
+    thread-safe.
 
-    Pickling keeps a given `api_key`, not the connection: a pickle is as secret as the key. A key from the environment
-    is not kept, it is read again where the pickle is loaded.
+    A pickle contains the `api_key` that was given, so treat it as a secret. It does not contain a key from the
+    environment, which is read again after loading.
 
-    Raises ConnectionError when the server does not answer, `ApiKeyError` (a ValueError) for a missing or wrong key,
-    ValueError for what the server refuses, with its message, and when its model has changed since the first use.
+    Raises ConnectionError if the server does not answer, `ApiKeyError` (a ValueError) for a missing or wrong key,
+    ValueError if the server refuses a request (with its message) or if its model has changed since the first use.
     """
 
     def __init__(self, base_url: str, api_key: str | None = None, *, timeout: float = 180.0) -> None:
         if not is_url(base_url):
             raise ValueError(f"base_url must start with http:// or https://; got {base_url!r}.")
-        if "@" in urlsplit(base_url).netloc:  # it would be shown, and stored as the model's name
+        if "@" in urlsplit(base_url).netloc:  # the URL is shown in messages, and stored as the model's name
             raise ValueError("base_url must not hold a user or password. Give the server's key as api_key.")
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._api_key = api_key
@@ -89,7 +90,7 @@ class RemoteModel:
 
     @property
     def max_tokens(self) -> int:
-        """The longest text, in `count_tokens`, that the model reads whole."""
+        """The longest text, in `count_tokens`, that is not truncated."""
         return int(self._model["max_tokens"])
 
     @property
@@ -177,10 +178,11 @@ class RemoteModel:
 
     @functools.cached_property
     def _model(self) -> dict[str, Any]:
-        found: list[dict[str, Any]] = self._request("/v1/models", None)["data"]
-        if len(found) != 1 or "stamp" not in found[0]:
+        """The server's description of its model, requested once."""
+        models: list[dict[str, Any]] = self._request("/v1/models", None)["data"]
+        if len(models) != 1 or "stamp" not in models[0]:
             raise ValueError(f"{self.base_url} is no c2v-rag server: its list of models says nothing of their vectors.")
-        return found[0]
+        return models[0]
 
     @functools.cached_property
     def _client(self) -> httpx.Client:
@@ -252,7 +254,7 @@ class RemoteModel:
         raise _error(self.base_url, response)
 
     def _check_weights(self, weights: str) -> None:
-        """ValueError when another model answers than before: a server may have been restarted with it."""
+        """Raise ValueError if the weights have changed: the server may have been restarted with another model."""
         if self._weights and weights != self._weights:
             raise ValueError(
                 f"The model at {self.base_url} is another one now (weights {weights}, before {self._weights}). "
@@ -261,14 +263,14 @@ class RemoteModel:
         self._weights = weights
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without connection and threads, and without the served model's description, which is asked for again."""
+        """State for pickling, without connection, threads and the model's description, which is requested again."""
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_client", "_model", "_async_threads")
         }
 
 
 def _was_not_received(error: BaseException) -> bool:
-    """Whether a request may be sent again: after a timeout the server may still be working on it."""
+    """Whether the server did not receive the request. After a timeout it may still be working on it."""
     import httpx
 
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout)
@@ -295,7 +297,7 @@ def _error(base_url: str, response: httpx.Response) -> Exception:
 
 
 def _split(texts: Iterable[str], max_texts: int) -> Iterator[list[str]]:
-    """The texts of one request each: limited in number and in characters."""
+    """Split texts into one list per request, limited in number and in characters."""
     part: list[str] = []
     characters = 0
     for index, text in enumerate(texts):
@@ -304,17 +306,17 @@ def _split(texts: Iterable[str], max_texts: int) -> Iterator[list[str]]:
         if part and (len(part) == max_texts or characters + len(text) > _MAX_REQUEST_CHARACTERS):
             yield part
             part, characters = [], 0
-        part.append(_LONE_SURROGATE.sub("\ufffd", text))  # JSON has none; the model reads them as this character
+        part.append(_LONE_SURROGATE.sub("\ufffd", text))  # JSON cannot hold them; a model replaces them by U+FFFD too
         characters += len(text)
     if part:
         yield part
 
 
-_opened: WeakValueDictionary[int, RemoteModel] = WeakValueDictionary()  # by the order in which they were made
+_opened: WeakValueDictionary[int, RemoteModel] = WeakValueDictionary()  # by the order of creation
 _numbers = itertools.count()
 
 
 def opened_model(address: str) -> RemoteModel | None:
-    """The latest `RemoteModel` that this process made for this address and still uses; None where there is none."""
-    made = sorted(_opened.items(), key=lambda item: item[0])
-    return next((model for _, model in reversed(made) if model.base_url == address), None)
+    """The newest `RemoteModel` for this address that this process has created and not freed, or None."""
+    oldest_first = sorted(_opened.items(), key=lambda item: item[0])
+    return next((model for _, model in reversed(oldest_first) if model.base_url == address), None)

@@ -1,4 +1,4 @@
-"""Readers of file formats: a text file, HTML or PDF -> its text; a table -> its rows."""
+"""Read file formats: the text of a text, HTML or PDF file, and the rows of a table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    # The limit is the whole process's, so it is only ever raised. Without one, a quote that is never closed would read
+    # The limit applies to the whole process, so it is never lowered here. Without a limit, an unclosed quote would read
     # the rest of a large file into one field.
     csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_CHARACTERS))
     with path.open(encoding="utf-8-sig", newline="") as file:
