@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import gradio as gr
 import numpy as np
@@ -60,17 +60,26 @@ class SearchApp:
         collection: str = DEFAULT_COLLECTION,
         is_local: bool = True,
     ) -> None:
-        self._store = store
-        self._model = model
+        self.store: Final = store
+        self.model: Final = model
         self._is_local = is_local
         self._collections = Collections(store, model, collection)
         self._runs: dict[str, Task[Added]] = {}  # by session: the run that its Cancel button stops
 
     # The page
 
+    @property
+    def is_local(self) -> bool:
+        """Whether folders of this computer may be indexed and new collections be named."""
+        return self._is_local
+
     def collections(self) -> list[str]:
         """Names of the store's collections that this model made."""
         return self._collections.names()
+
+    def methods(self) -> list[str]:
+        """Names of the search methods. "Encoder alone" is among them only if the model runs in this process."""
+        return [name for name in METHODS if isinstance(self.model, Causal2Vec) or name != ENCODER]
 
     def blocks(self) -> gr.Blocks:
         """The page, to be launched or mounted. Mounted, it is the caller who must ask for a login."""
@@ -87,7 +96,7 @@ class SearchApp:
                     example_buttons = [gr.Button(text, size="sm") for text in PYTHON_QUESTIONS]
                 with gr.Row():
                     collection.render()  # type: ignore[no-untyped-call]
-                    methods = self._methods()
+                    methods = self.methods()
                     method = gr.Dropdown(label="Method", choices=methods, value=CAUSAL2VEC)
                     other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
@@ -113,7 +122,7 @@ class SearchApp:
                     label="Files: txt, md, rst, html, pdf, py", file_count="multiple", file_types=_FILE_TYPES
                 )
                 folder = gr.Textbox(
-                    label="or a folder of this computer", placeholder="/home/me/notes", visible=self._is_local
+                    label="or a folder of this computer", placeholder="/home/me/notes", visible=self.is_local
                 )
                 python = gr.Checkbox(label="and the documentation of Python's standard library")
                 replace = gr.Checkbox(label="replace earlier uploads of the same file names")
@@ -186,9 +195,6 @@ class SearchApp:
             page.block_thread()
         return page, address
 
-    def _methods(self) -> list[str]:
-        return [name for name in METHODS if isinstance(self._model, Causal2Vec) or name != ENCODER]
-
     # Handlers
 
     def choices(self, wanted: str) -> tuple[Any, Any]:
@@ -242,7 +248,7 @@ class SearchApp:
         )
 
     def _notices(self, query: str) -> list[str]:
-        model = self._model
+        model = self.model
         if not isinstance(model, Causal2Vec):
             return []
         (length,) = model.count_tokens([query])
@@ -257,7 +263,7 @@ class SearchApp:
         self, files: list[str] | None, folder: str, python: bool, into: str, replace: bool, request: gr.Request
     ) -> Iterator[str]:
         """Index uploaded files, a folder, Python's documentation; yields progress messages, at the end a report."""
-        sources = [folder.strip()] if self._is_local and folder.strip() else []
+        sources = [folder.strip()] if self.is_local and folder.strip() else []
         sources += [PYTHON_DOCS] if python else []
         uploads = [Path(file) for file in files or []]
         if not uploads and not sources:
@@ -268,7 +274,7 @@ class SearchApp:
             yield render.message("This page is adding documents already. Cancel that first, or wait for its end.")
             return
         try:
-            searcher = self._collections.to_add(into.strip(), may_be_new=self._is_local)
+            searcher = self._collections.to_add(into.strip(), may_be_new=self.is_local)
             run = Task[Added](lambda task: add(task, searcher.index, uploads, sources, replace_uploads=replace))
         except Exception as error:
             yield render.message(_reason(error), "error")
@@ -320,7 +326,7 @@ class SearchApp:
         """Model, device, dimensions, and a speed measured now on the collection's own passages."""
         try:
             index = None if collection is None else self._collections.to_search(collection).index
-            return render.table(facts(self._model, self._store, index))
+            return render.table(facts(self.model, self.store, index))
         except Exception as error:
             return render.message(_reason(error), "error")
 

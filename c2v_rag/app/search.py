@@ -57,7 +57,7 @@ class Searcher:
         self.collection = collection
         self._store = store
         self._preparing = threading.Lock()
-        self._encoder_index: VectorIndex | None = None
+        self.encoder_index: VectorIndex | None = None
         self._bm25: _Bm25 | None = None
         self._prepared: dict[str, str] = {}  # method -> the version of the index that it was prepared for
 
@@ -81,14 +81,12 @@ class Searcher:
             self._prepared[_needs(method)] = self.index.version if method == ENCODER else version
 
     def _prepare_encoder(self, chunks: Sequence[Chunk], report: Report) -> None:
-        if self._encoder_index is None:
+        if self.encoder_index is None:
             assert isinstance(self.model, Causal2Vec)
-            self._encoder_index = VectorIndex(
-                self._store, EncoderEmbedder(self.model), self.collection + ENCODER_SUFFIX
-            )
-        for vanished in self._encoder_index.sources() - {str(chunk.metadata["source"]) for chunk in chunks}:
-            self._encoder_index.delete(vanished)
-        self._encoder_index.add(
+            self.encoder_index = VectorIndex(self._store, EncoderEmbedder(self.model), self.collection + ENCODER_SUFFIX)
+        for vanished in self.encoder_index.sources() - {str(chunk.metadata["source"]) for chunk in chunks}:
+            self.encoder_index.delete(vanished)
+        self.encoder_index.add(
             [
                 Document(
                     chunk.text,
@@ -109,8 +107,8 @@ class Searcher:
         if method == CAUSAL2VEC:
             return self.index.search(query, top_k)
         if method == ENCODER:
-            assert self._encoder_index is not None
-            return self._encoder_index.search(query, top_k)
+            assert self.encoder_index is not None
+            return self.encoder_index.search(query, top_k)
         assert self._bm25 is not None
         if method == BM25:
             return self._bm25.search(query, top_k)
