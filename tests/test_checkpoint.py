@@ -340,7 +340,7 @@ def test_push_to_hub_uploads_a_complete_checkpoint(monkeypatch: pytest.MonkeyPat
 def test_a_gguf_that_another_process_converts_is_waited_for_and_not_converted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for `write_converted_gguf` needs no weights; in the other process it waits until it is told to go on."""
+    """`write_converted_gguf` is replaced, so no weights are needed; the other process waits until told to go on."""
     program = """
 import sys
 from pathlib import Path
