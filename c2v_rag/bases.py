@@ -141,12 +141,13 @@ def convert_gguf(path: Path, digest: str) -> Path:
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 logger.warning("Converting %s into %s, once (20 to 50 s).", path.name, folder)
-                _convert_gguf(path, folder)
-    verify_sums(folder, f"Delete {folder}; it is staging again from {path.name}.")
+                write_converted_gguf(path, folder)
+    verify_sums(folder, f"Delete {folder}; it is made again from {path.name}.")
     return folder
 
 
-def _convert_gguf(path: Path, folder: Path) -> None:
+def write_converted_gguf(path: Path, folder: Path) -> None:
+    """Write `folder`, the transformers folder of a GGUF file, in one rename. Errors as in `convert_gguf`."""
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError as error:

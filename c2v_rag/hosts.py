@@ -1,4 +1,4 @@
-"""Accept or refuse HTTP requests by their `Host` and `Origin` headers. ASGI middleware without a web framework."""
+"""`HostCheck`: refuses requests by their `Host` and `Origin` headers. Needs no web framework."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def is_loopback(host: str) -> bool:
 
 
 class HostCheck:
-    """ASGI middleware: 400 for a request whose `Host` header names an unknown host.
+    """ASGI middleware that answers 400 to a request whose `Host` header names an unknown host.
 
-    It protects against DNS rebinding: the owner of a web page changes the DNS entry of its name to this machine's
-    address. The page's scripts can then send requests to this server, but their `Host` header has the page's name.
+    It protects against DNS rebinding: an attacker lets the name of their web page resolve to this machine's address,
+    and the page's scripts can then read this server's answers. The `Host` header still holds the attacker's name.
 
-    IP addresses (DNS cannot change them), "localhost" and `allowed_hosts` are accepted; "*" in `allowed_hosts` accepts
-    every name. With `same_origin`, a request from a page of another site (by its `Origin` header) gets a 403.
+    These hosts are accepted: IP addresses, which cannot be rebound, "localhost", and `allowed_hosts`; "*" in
+    `allowed_hosts` accepts every name. With `same_origin`, a request whose `Origin` header names another site gets 403.
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str] = (), same_origin: bool = False) -> None:
@@ -65,7 +65,7 @@ def _normalized(host: str) -> str:
 
 
 def _host_name(host_and_port: bytes) -> str:
-    """The name or address in a `Host` header; "" if it cannot be parsed."""
+    """The name or address in a `Host` header; "" if the header cannot be parsed."""
     try:
         return _normalized(urlsplit(f"//{host_and_port.decode('latin-1')}").hostname or "")
     except ValueError:

@@ -152,7 +152,7 @@ def identity(model: HasWeights) -> str:
 
 
 def stamp(model: HasWeights) -> dict[str, str | int]:
-    """The facts that an index stores about the model that staging it; see `Causal2Vec.stamp`."""
+    """The facts that an index stores about the model that made it; see `Causal2Vec.stamp`."""
     record = model.weights_record
     values: dict[str, str | int] = {
         "name": model.name,

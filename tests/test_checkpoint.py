@@ -340,7 +340,7 @@ def test_push_to_hub_uploads_a_complete_checkpoint(monkeypatch: pytest.MonkeyPat
 def test_a_gguf_that_another_process_converts_is_waited_for_and_not_converted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`_convert_gguf` is replaced by a function that needs no weights and waits in another process."""
+    """`write_converted_gguf` is replaced, so no weights are needed; the other process waits until told to go on."""
     program = """
 import sys
 from pathlib import Path
@@ -350,12 +350,12 @@ def convert(path, folder):
     print("converting", flush=True)
     sys.stdin.readline()
     (made / "model.safetensors").write_bytes(b"w"); hashes.write_sums(made); made.rename(folder)
-bases._convert_gguf = convert
+bases.write_converted_gguf = convert
 print(bases.convert_gguf(Path("model.gguf"), "a" * 64))
 """
     monkeypatch.setenv("C2V_RAG_CACHE", str(tmp_path / "cache"))
     converted: list[Path] = []
-    monkeypatch.setattr(bases, "_convert_gguf", lambda path, folder: converted.append(folder))
+    monkeypatch.setattr(bases, "write_converted_gguf", lambda path, folder: converted.append(folder))
     pipe = subprocess.PIPE
     with (
         subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True) as other,

@@ -253,7 +253,7 @@ def test_a_source_that_cannot_be_read_any_more_keeps_its_chunks(tmp_path: Path, 
 def test_a_sample_reads_only_the_chunks_that_it_draws(
     tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("c2v_rag.index.vector_index._PAGE", 7)
+    monkeypatch.setattr("c2v_rag.index.vector_index.PAGE_SIZE", 7)
     index = VectorIndex(tmp_path, model)
     index.add(DOCUMENTS)
     with_embeddings: list[int] = []

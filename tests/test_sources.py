@@ -119,7 +119,7 @@ def test_long_csv_fields_are_read_and_an_unclosed_quote_is_that_files_error(
         (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n", encoding="utf-8")
         assert [len(document.text) for document in read_sources([tmp_path / "long.csv"])] == [200_000]
         csv.field_size_limit(131_072)
-        monkeypatch.setattr("c2v_rag.sources.formats._CSV_FIELD_CHARACTERS", 140_000)
+        monkeypatch.setattr("c2v_rag.sources.formats.CSV_FIELD_CHARACTERS", 140_000)
         problems: list[str] = []
         assert not list(read_sources([tmp_path], on_error=lambda path, error: problems.append(str(error))))
         assert f"{tmp_path / 'long.csv'}: not valid CSV after line 1 (field larger than field limit" in problems[0]

@@ -40,7 +40,7 @@ def index(
     store: Store,
     model: EmbedderName = "default",
     collection: Collection = "documents",
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many documents, for a first look.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this number of documents, for a trial.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
     prune: Annotated[
         bool,
@@ -57,17 +57,19 @@ def index(
     dtype: DType = None,
     json_output: Json = False,
 ) -> None:
-    """Embed documents into a Chroma collection. Run again, it embeds what is new and deletes what is gone.
+    """Embed documents into a Chroma collection. Another run embeds new documents and deletes those that are gone.
 
-    Chunks of a deleted file are deleted too, unless its folder is there but empty (see --prune). A file that cannot be
-    read is reported, and the chunks that the index has of it stay.
+    Chunks of a deleted file are deleted too, unless its folder exists and is empty (see --prune). A file that cannot be
+    read is reported, and its chunks stay in the index.
     """
     from c2v_rag.index import VectorIndex, remove_vanished
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
 
     if ray is not None:
         if limit is not None or device is not None:
-            raise ValueError("--limit and --device are not for --ray: it indexes everything, on what its workers have.")
+            raise ValueError(
+                "--limit and --device do not work with --ray: it indexes all documents, on the devices of its workers."
+            )
         with requires_extra("ray"):
             from c2v_rag.scale.cluster import Workers
             from c2v_rag.scale.indexing import index_on_ray
@@ -91,7 +93,7 @@ def index(
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
     total = min(total, limit) if total and limit else total
     vectors = VectorIndex(store, open_embedder(model, device, dtype), collection)
-    # With a limit not every document was read, so nothing counts as gone.
+    # With a limit some documents were not read, so it is unknown which are gone.
     report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
     if limit is None:
         removed = sum(
@@ -116,11 +118,11 @@ def _print_report(report: IndexReport, store: str, collection: str, left_out: li
 
 
 def search(
-    query: Annotated[str, typer.Argument(help="What to look for.")],
+    query: Annotated[str, typer.Argument(help="The question or words to search for.")],
     store: Store,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="How many passages.")] = 5,
     model: Annotated[
-        str | None, typer.Option(help="The index's own model unless given; another one is refused.")
+        str | None, typer.Option(help="Unless given, the model that made the index; another model is refused.")
     ] = None,
     collection: Collection = "documents",
     device: Device = None,
@@ -130,7 +132,7 @@ def search(
     """Print the passages that answer a query best."""
     from c2v_rag.index import VectorIndex, stored_stamp
 
-    stamp = stored_stamp(store, collection)  # first: a mistyped store is an error before a model is loaded
+    stamp = stored_stamp(store, collection)  # before the model is loaded: a wrong store is reported at once
     name = model or str(stamp["name"])
     if not name:
         raise ValueError(
@@ -154,16 +156,19 @@ def search(
 
 
 def embed(
-    file: Annotated[str, typer.Argument(help='A .jsonl, .csv or .parquet table, a text file (a text a line), or "-".')],
+    file: Annotated[
+        str,
+        typer.Argument(help='A .jsonl, .csv or .parquet table, a text file with one text per line, or "-" for stdin.'),
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="OUT.npy, OUT.parquet or OUT.jsonl; with --ray a folder.")
     ],
     model: EmbedderName = "default",
-    query: Annotated[bool, typer.Option("--query", help="Embed as queries, with the instruction.")] = False,
-    instruction: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
-    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Shorter embeddings.")] = None,
+    query: Annotated[bool, typer.Option("--query", help="Embed the texts as queries, with the instruction.")] = False,
+    instruction: Annotated[str | None, typer.Option(help="Instruction instead of the model's own.")] = None,
+    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Number of columns of shorter embeddings.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
-    half: Annotated[bool, typer.Option("--half", help="With --ray: store float16.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="With --ray: write float16.")] = False,
     ray: Ray = None,
     workers: RayWorkers = None,
     num_gpus_per_worker: RayGpus = None,
@@ -196,8 +201,8 @@ def embed(
 
 
 def info(model: ModelName = "default", device: Device = None, dtype: DType = None, json_output: Json = False) -> None:
-    """Say what the model is, where its weights came from, and what it runs on."""
-    import c2v_rag.model  # noqa: F401  (the time to import torch is not the model's)
+    """Print the model's settings, the origin of its weights, and its device."""
+    import c2v_rag.model  # noqa: F401  (before the clock starts: importing torch takes seconds)
 
     started = time.perf_counter()
     loaded = load_model(model, device, dtype)
@@ -238,7 +243,7 @@ def _texts(file: str, text_column: str) -> Iterator[str]:
 
 
 def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
-    """Write under another name and rename, so that a file with this name is complete."""
+    """Write under another name and rename, so that a file with this name is always complete."""
     unfinished = path.with_name(f".{path.stem}.part{path.suffix}")
     if path.suffix == ".npy":
         import numpy as np

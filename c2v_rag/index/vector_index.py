@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DOCUMENTS_READ_AHEAD = 512
 CHUNKS_WRITTEN_AT_ONCE = 256
-_PAGE = 1000
+PAGE_SIZE = 1000
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 
 
@@ -249,12 +249,12 @@ class VectorIndex:
                 next_position = next(positions, None)
             passed += len(page["ids"])
         drawn: dict[str, Chunk] = {}
-        for start in range(0, len(ids), _PAGE):
+        for start in range(0, len(ids), PAGE_SIZE):
             with self._store.reading():
                 collection = self._find()
                 if collection is not None:
                     include: Any = ["documents", "metadatas", "embeddings"]
-                    page = collection.get(ids=ids[start : start + _PAGE], include=include)
+                    page = collection.get(ids=ids[start : start + PAGE_SIZE], include=include)
                     drawn.update((chunk.id, chunk) for chunk in _chunks_of(page))
         return [drawn[id] for id in ids if id in drawn]
 
@@ -267,15 +267,15 @@ class VectorIndex:
             return next(_chunks_of(collection.get(ids=[id], include=["documents", "metadatas"])), None)
 
     def _pages(self, include: Any) -> Iterator[Any]:
-        """Chroma's answers with the collection's chunks, a thousand in each."""
-        for start in count(step=_PAGE):
+        """The collection's columns, a thousand chunks at a time."""
+        for start in count(step=PAGE_SIZE):
             with self._store.reading():
                 collection = self._find()
                 if collection is None:
                     return
-                page = collection.get(limit=_PAGE, offset=start, include=include)
+                page = collection.get(limit=PAGE_SIZE, offset=start, include=include)
             yield page
-            if len(page["ids"]) < _PAGE:
+            if len(page["ids"]) < PAGE_SIZE:
                 return
 
     @property

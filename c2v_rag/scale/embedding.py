@@ -28,7 +28,7 @@ Precision = Literal["float32", "float16"]
 PARTITION_ROWS = 8192
 _RUN_FILE = "_run.json"  # readers of parquet folders ignore names that begin with an underscore
 _KINDS = (".parquet", ".jsonl", ".txt")
-_ROWS_READ_AT_ONCE = 1024
+ROWS_READ_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +96,12 @@ def embed_on_ray(
         chosen = (workers or Workers()).of(resources)
         texts = ray.data.from_items([{"read": read} for read in reads], override_num_blocks=len(reads))
         done = texts.flat_map(
-            _Reader,
+            SliceReader,
             fn_constructor_args=(text_column,),
             num_cpus=0.25,
             compute=ActorPoolStrategy(min_size=1, max_size=max(1, chosen.count or 1)),
         ).map_batches(
-            _Partition,
+            PartitionWriter,
             fn_constructor_args=(output, settings, Loaded(model, dtype, chosen.cpus)),
             batch_size=1,
             **chosen.options,
@@ -129,8 +129,8 @@ def _partition_path(output: Path, number: int) -> Path:
     return output / f"part-{number:06d}.parquet"
 
 
-class _Reader:
-    """Reads slices. Yields a row for each, with ids and texts as JSON, which can hold lone surrogates."""
+class SliceReader:
+    """Reads slices: a row for each, with ids and texts as JSON, which holds whatever Unicode the input does."""
 
     def __init__(self, text_column: str) -> None:
         self._text_column = text_column
@@ -144,7 +144,7 @@ class _Reader:
             yield {"number": -1, "ids_and_texts": "", "error": in_words(error)}
 
 
-class _Partition:
+class PartitionWriter:
     """Embeds the texts of one slice and writes its partition."""
 
     def __init__(self, output: Path, settings: dict[str, Any], loaded: Loaded) -> None:
@@ -270,7 +270,7 @@ def read_slices(slices: Sequence[Slice], text_column: str) -> Iterator[tuple[lis
             raise _changed_file_error(file)
         parquet = pq.ParquetFile(file)
         columns = [name for name in ("id", text_column) if name in parquet.schema_arrow.names]
-        batches = parquet.iter_batches(_ROWS_READ_AT_ONCE, row_groups=[slices[0].group], columns=columns)
+        batches = parquet.iter_batches(ROWS_READ_AT_ONCE, row_groups=[slices[0].group], columns=columns)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         position = 0
         for part in slices:

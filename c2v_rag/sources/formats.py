@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_CSV_FIELD_CHARACTERS = 2**26
+CSV_FIELD_CHARACTERS = 2**26
 
 
 def _read_text(path: Path) -> str:
@@ -61,7 +61,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     # The limit applies to the whole process, so it is never lowered here. Without a limit, an unclosed quote would read
     # the rest of a large file into one field.
-    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_CHARACTERS))
+    csv.field_size_limit(max(csv.field_size_limit(), CSV_FIELD_CHARACTERS))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:

@@ -67,9 +67,9 @@ def test_the_encoders_index_is_kept_in_the_store(searcher: Searcher, model: Caus
     searcher.prepare(ENCODER)
     again = Searcher(tmp_path / "store", model, "documents")
     again.prepare(ENCODER)
-    assert again._encoder_index is not None
-    assert len(again._encoder_index) == len(DOCUMENTS)
-    assert {chunk.id for chunk in again._encoder_index.chunks()} == {chunk.id for chunk in again.index.chunks()}
+    assert again.encoder_index is not None
+    assert len(again.encoder_index) == len(DOCUMENTS)
+    assert {chunk.id for chunk in again.encoder_index.chunks()} == {chunk.id for chunk in again.index.chunks()}
 
 
 def test_words_that_are_nowhere_find_nothing_by_bm25(searcher: Searcher) -> None:
