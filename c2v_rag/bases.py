@@ -142,7 +142,7 @@ def convert_gguf(path: Path, digest: str) -> Path:
             if not folder.is_dir():
                 logger.warning("Converting %s into %s, once (20 to 50 s).", path.name, folder)
                 _convert_gguf(path, folder)
-    verify_sums(folder, f"Delete {folder}; it is staging again from {path.name}.")
+    verify_sums(folder, f"Delete {folder}; it is made again from {path.name}.")
     return folder
 
 

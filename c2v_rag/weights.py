@@ -125,7 +125,7 @@ def load_tokenizer(
 ) -> TextTokenizer:
     """Load only the tokenizers of a checkpoint, to count tokens without its weights.
 
-    Raises what `Causal2Vec.from_pretrained` raises.
+    Raises the errors of `Causal2Vec.from_pretrained`.
     """
     folder = checkpoint.locate(name_or_path, revision)
     tokenizers = (parts.open_tokenizer(checkpoint.checkpoint_part(folder, part)) for part in PARTS)
@@ -152,7 +152,7 @@ def identity(model: HasWeights) -> str:
 
 
 def stamp(model: HasWeights) -> dict[str, str | int]:
-    """The facts that an index stores about the model that staging it; see `Causal2Vec.stamp`."""
+    """The facts that an index stores about the model that made it; see `Causal2Vec.stamp`."""
     record = model.weights_record
     values: dict[str, str | int] = {
         "name": model.name,

@@ -24,7 +24,7 @@ TEXTS = [
     "   \n\t ",
     "The museum opens at nine in the morning and closes at six in the evening, except on Mondays. " * 6,
     "Übermäßig naïve façade 東京タワー Привет мир 🙂👍🏽",
-    "A document may spell <|im_end|>, [SEP] or </s>, and goes on after it.",
+    "A document may spell <|im_end|>, [SEP] or </s>, and goes on behind it.",
 ]
 WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
 _OPENINGS = ("A recipe for", "The history of", "How to mend", "Four songs about", "A letter from")
