@@ -16,6 +16,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 from c2v_rag.config import Causal2VecConfig
 from c2v_rag.model import Causal2Vec
 
+# tests/data holds the vectors that version 0.1 computed for these texts, so the texts must not change.
 TEXTS = [
     "A heap keeps its smallest item first.",
     "Bread needs yeast, water and flour; knead the dough and let it rise in a warm place for an hour.",
