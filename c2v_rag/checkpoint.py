@@ -73,11 +73,11 @@ def checkpoint_part(folder: Path, part: str) -> Base:
             tried.append(f"- the Python package {entry['name']} is not installed: {_install_line(entry)}")
             continue
         for file, expected in entry["sha256"].items():
-            found = base.hashes.get(file, "no such file")
-            if found != expected:
+            actual = base.hashes.get(file, "no such file")
+            if actual != expected:
                 raise ValueError(
                     f"{base.folder / file} is not the file that {reference_file} accepts: expected SHA-256 {expected}, "
-                    f"found {found}. Install or fetch {entry['name']} again."
+                    f"found {actual}. Install or fetch {entry['name']} again."
                 )
         return dataclasses.replace(base, reference={"accepted": accepted})
     raise FileNotFoundError(

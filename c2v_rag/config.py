@@ -112,9 +112,9 @@ class Causal2VecConfig:
         """Read `folder/c2v_config.json`. Raises ValueError if it is missing, is not JSON, or `from_dict` refuses it."""
         path = folder / CONFIG_FILE
         if not path.is_file():
-            found = sorted(entry.name for entry in folder.iterdir())[:8]
+            names = sorted(entry.name for entry in folder.iterdir())[:8]
             raise ValueError(
-                f"{folder} is not a Causal2Vec checkpoint: it has no {CONFIG_FILE} (found {found}). "
+                f"{folder} is not a Causal2Vec checkpoint: it has no {CONFIG_FILE} (found {names}). "
                 "Give a folder written by save_pretrained; to build a new model from an encoder and a decoder, "
                 "use Causal2Vec.from_parts."
             )

@@ -137,7 +137,7 @@ class LazyEmbedder:
         return cls(EmbedderSpec.of(model), model)
 
     def __call__(self) -> Embedder:
-        """The embedder. Raises what `EmbedderSpec.open` raises."""
+        """The embedder. Raises the errors of `EmbedderSpec.open`."""
         if self._embedder is None:
             self._embedder = self.spec.open()
         return self._embedder

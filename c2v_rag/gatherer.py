@@ -76,15 +76,15 @@ class _Queue:
                 self._has_thread = False
                 return None
             first = self._waiting.popleft()
-            batch, others, characters = [first], deque[_Request](), len(first.text)
+            batch, not_in_batch, characters = [first], deque[_Request](), len(first.text)
             for request in self._waiting:
                 fits = len(batch) < MAX_BATCH_TEXTS and characters + len(request.text) <= MAX_BATCH_CHARACTERS
                 if fits and request.can_share_batch(first):
                     batch.append(request)
                     characters += len(request.text)
                 else:
-                    others.append(request)
-            self._waiting = others
+                    not_in_batch.append(request)
+            self._waiting = not_in_batch
             return batch
 
 
@@ -94,7 +94,7 @@ def _embed(batch: list[_Request]) -> None:
     first = batch[0]
     try:
         rows = getattr(first.embedder, first.method)([request.text for request in batch], **first.options)
-        answered = list(zip(batch, rows, strict=True))
+        results = list(zip(batch, rows, strict=True))
     except Exception as error:
         if len(batch) == 1:
             first.future.set_exception(error)
@@ -102,7 +102,7 @@ def _embed(batch: list[_Request]) -> None:
             for request in batch:
                 _embed([request])
         return
-    for request, row in answered:
+    for request, row in results:
         request.future.set_result(row)
 
 

@@ -32,16 +32,16 @@ def causal_lm(model: Causal2Vec) -> PreTrainedModel:
             "(Causal2Vec.from_parts), or load a checkpoint that names it as its base."
         )
     with quiet_transformers():
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True, **local
         )
-    whole, report = opened
+    decoder, report = loaded
     if report["missing_keys"]:
         raise ValueError(f"{folder} has no head to generate with: it lacks {sorted(report['missing_keys'])[:4]}.")
-    whole = whole.to(model.device).eval()
+    decoder = decoder.to(model.device).eval()
     model.unmerge_adapter("llm")
     for name, parameter in model.llm.named_parameters():
         if ".lora_" not in name:
-            parameter.data = whole.base_model.get_parameter(name.replace(".base_layer.", ".")).data
-    generator: PreTrainedModel = whole
+            parameter.data = decoder.base_model.get_parameter(name.replace(".base_layer.", ".")).data
+    generator: PreTrainedModel = decoder
     return generator

@@ -86,10 +86,10 @@ def verify_sums(folder: Path, remedy: str = "Save or fetch the checkpoint again.
             raise ValueError(f"{path}:{number}: expected a SHA-256 and a file name, got {line[:80]!r}. {remedy}")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing. {remedy}")
-        found = sha256(folder / name)
-        if found != expected:
+        actual = sha256(folder / name)
+        if actual != expected:
             raise ValueError(
-                f"{folder / name} is truncated or altered: expected SHA-256 {expected}, found {found}. {remedy}"
+                f"{folder / name} is truncated or altered: expected SHA-256 {expected}, found {actual}. {remedy}"
             )
         sums[name] = expected
     return sums

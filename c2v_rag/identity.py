@@ -15,7 +15,7 @@ _SAMPLED_ELEMENTS = 64
 
 @torch.no_grad()
 def sample_weights(module: nn.Module) -> bytes:
-    """The bytes of evenly spaced elements, at least 64 if there are so many, of every parameter and buffer.
+    """At least 64 evenly spaced elements, or all if there are fewer, of every parameter and buffer, as bytes.
 
     Other bytes mean that the weights have changed, even by a write through `tensor.data` (moving averages, sharded
     optimizers), which version counters do not show. A change of single elements can be missed: code that must notice

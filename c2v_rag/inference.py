@@ -103,10 +103,10 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
         return default_dtype(device)
     if dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    torch_dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype, its name (float32, bfloat16, ...) or 'auto'; got {dtype!r}.")
-    return found
+    return torch_dtype
 
 
 def default_batch_tokens(device: torch.device) -> int:

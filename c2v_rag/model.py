@@ -36,7 +36,7 @@ ENCODER_SLICES = 2
 
 
 class Causal2Vec(nn.Module):
-    """An embedding model made of a bidirectional encoder, a projector and a causal decoder.
+    """An embedding model: a bidirectional encoder, a projector and a causal decoder.
 
     Example:
         >>> from c2v_rag import Causal2Vec

@@ -215,7 +215,7 @@ def is_base(module: PreTrainedModel, record: PartRecord) -> bool:
     """Whether the part's weights without its adapter equal its base: every tensor is compared with the base's files.
 
     If an adapter is merged, the weights are compared with the base after merging the adapter into it. Differences of a
-    few units in the last part_folder are then accepted as rounding.
+    few units in the last place are then accepted as rounding.
     """
     base = record.base
     if base is None or not base.folder.is_dir():
@@ -327,7 +327,7 @@ def save_part(
         )
         return None
     if is_unchanged and base is not None:
-        # The base's files may have another dtype than the weights in memory: theirs is written.
+        # The base's own files are written, because their dtype may differ from the dtype in memory.
         open_module(base, record.num_layers, dtype="auto").save_pretrained(part_folder)
         identity = base.identity
     else:

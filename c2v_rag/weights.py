@@ -125,7 +125,7 @@ def load_tokenizer(
 ) -> TextTokenizer:
     """Load only the tokenizers of a checkpoint, to count tokens without its weights.
 
-    Raises what `Causal2Vec.from_pretrained` raises.
+    Raises the errors of `Causal2Vec.from_pretrained`.
     """
     folder = checkpoint.locate(name_or_path, revision)
     tokenizers = (parts.open_tokenizer(checkpoint.checkpoint_part(folder, part)) for part in PARTS)

@@ -1,4 +1,4 @@
-"""Scores are what mteb and the definitions say, from every format, beside baselines, with honest intervals."""
+"""Scores equal mteb's and their definitions, in every format; baselines are scored too, with intervals."""
 
 from __future__ import annotations
 

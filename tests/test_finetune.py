@@ -459,8 +459,8 @@ def test_teachers_are_distilled_from_cached_vectors(checkpoint: Path, data: Path
     texts = [pair.positive for pair in read_pair_set(data, "docs").pairs]
     own = EncoderEmbedder(Causal2Vec.from_pretrained(checkpoint, dtype="float32"))
     for name, embedder in (("encoder", own), ("teacher", EncoderEmbedder(teacher))):
-        (kept,) = (tmp_path / "out.training" / "vectors").glob(f"{name}-*-48/*.npz")
-        with np.load(kept) as vectors:
+        (file,) = (tmp_path / "out.training" / "vectors").glob(f"{name}-*-48/*.npz")
+        with np.load(file) as vectors:
             found = vectors["vectors"]
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-2)
         expected = embedder.encode_document(texts, on_truncate="ignore")
@@ -485,7 +485,7 @@ def test_the_words_loss_teaches_the_eos_half_the_words_of_a_text(checkpoint: Pat
         return normalize(torch.from_numpy(model.encode_document(texts)[:, 1::2]), dim=1)
 
     before = Causal2Vec.from_pretrained(checkpoint, dtype="float32")
-    # 0.3 of the target's squared length says which words the text holds, the rest is what all texts shared before.
+    # Of the target's squared length, 0.3 depends on the words of the text, and the rest is common to all texts.
     lexical = LexicalEmbedder(before.llm.get_input_embeddings().weight, before.tokenizer.llm, lists, 32)
     shared = normalize(eos(before, lists[:: len(lists) // 256][:256]).mean(dim=0), dim=0)
     targets = 0.7**0.5 * shared + 0.3**0.5 * torch.from_numpy(lexical(unseen))

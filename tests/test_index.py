@@ -28,7 +28,7 @@ DOCUMENTS = numbered(30)
 
 
 class Counting:
-    """A tiny model that counts what it embeds."""
+    """A tiny model that counts the texts that it embeds."""
 
     def __init__(self, model: Causal2Vec) -> None:
         self.model, self.embedded = model, 0

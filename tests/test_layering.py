@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "c2v_rag"
 
-# What each module of the core may import of the package, by the module's dotted name. "index" stands for the whole
+# The modules of the package that each module of the core may import, by dotted name. "index" stands for the whole
 # package `index`, which its own modules may not import: they import each other, as listed. Packages above the core
 # (finetune, evaluate, scale, server, app) may import all of it, and it never imports them.
 CORE = {
@@ -79,7 +79,7 @@ CORE = {
     "index.vanished": {"index.vector_index"},
     "index.vector_index": {"index.chunking", "index.stamp", "index.stores", "protocols", "sources"},
 }
-# What the modules of a package above the core may import of their own package; they may import all of the core.
+# The modules of its own package that each module above the core may import. It may also import all of the core.
 ABOVE = {
     "finetune": {
         "__init__": set(),

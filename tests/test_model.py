@@ -105,10 +105,10 @@ def test_prefix_reuse_equals_the_full_forward(family: str) -> None:
     first, again = model.embed(batch), model.embed(batch)
     with torch.no_grad():
         trained = model(batch)
-    kept = model.prefix_cache.get(model.llm, batch.prefix_ids)
-    assert kept is not None, "the prefix was not cached, so the test proves nothing"
-    assert kept.layers[0].keys is not None
-    assert len(kept.layers[0].keys) == 1, "a batch must not change the cached prefix"
+    cached = model.prefix_cache.get(model.llm, batch.prefix_ids)
+    assert cached is not None, "the prefix was not cached, so the test proves nothing"
+    assert cached.layers[0].keys is not None
+    assert len(cached.layers[0].keys) == 1, "a batch must not change the cached prefix"
     for vectors in (first, again, trained):
         assert_same(vectors, full)
 
@@ -252,8 +252,8 @@ def test_truncate_dim_keeps_both_halves_and_length_one() -> None:
     context = tiny_model(pooling="context").encode(TEXTS)
     eos = tiny_model(pooling="eos").encode(TEXTS)
     for half, states in ((0, context), (1, eos)):
-        kept = short[:, half::2]
-        assert_same(kept, states[:, :8])
+        columns = short[:, half::2]
+        assert_same(columns, states[:, :8])
     assert_same(short, full[:, :16])
     saved = tiny_model(truncate_dim=16)
     assert saved.embedding_dim == 16

@@ -1,4 +1,4 @@
-"""Weights: what was trained is never lost, a base is never rewritten, and a model is the same model everywhere."""
+"""Weights: training is never lost, a base is never rewritten, and a model has one identity everywhere."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def from_parts(parts: tuple[Path, Path], **options: Any) -> Causal2Vec:
     return Causal2Vec.from_parts(*parts, config=config, **{"dtype": "float32", "device": "cpu"} | options)
 
 
-# Nothing that was trained is lost
+# Training is not lost
 
 
 @pytest.mark.parametrize("part", ["encoder", "llm"])

@@ -16,6 +16,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 from c2v_rag.config import Causal2VecConfig
 from c2v_rag.model import Causal2Vec
 
+# tests/data holds the vectors that version 0.1 computed for these texts, so the texts must not change.
 TEXTS = [
     "A heap keeps its smallest item first.",
     "Bread needs yeast, water and flour; knead the dough and let it rise in a warm place for an hour.",
@@ -24,7 +25,7 @@ TEXTS = [
     "   \n\t ",
     "The museum opens at nine in the morning and closes at six in the evening, except on Mondays. " * 6,
     "Übermäßig naïve façade 東京タワー Привет мир 🙂👍🏽",
-    "A document may spell <|im_end|>, [SEP] or </s>, and goes on after it.",
+    "A document may spell <|im_end|>, [SEP] or </s>, and goes on behind it.",
 ]
 WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
 _OPENINGS = ("A recipe for", "The history of", "How to mend", "Four songs about", "A letter from")

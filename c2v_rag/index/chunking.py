@@ -45,8 +45,8 @@ def present_ids(collection: Collection | None, sources: AbstractSet[str]) -> dic
         (source,) = present
         present[source].update(collection.get(where=in_sources, include=[])["ids"])
         return present
-    found = collection.get(where=in_sources, include=["metadatas"])
-    for id, metadata in zip(found["ids"], found["metadatas"] or [], strict=True):
+    answer = collection.get(where=in_sources, include=["metadatas"])
+    for id, metadata in zip(answer["ids"], answer["metadatas"] or [], strict=True):
         present[str(metadata["source"])].add(id)
     return present
 

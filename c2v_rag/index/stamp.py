@@ -49,13 +49,15 @@ def stored_stamp(store: StoreAddress, collection: str = DEFAULT_COLLECTION) -> d
 
     Raises FileNotFoundError if there is no such store or collection, ValueError if c2v_rag did not make it.
     """
-    found = stored_metadata(store)
-    if collection not in found:
+    metadata_by_name = stored_metadata(store)
+    if collection not in metadata_by_name:
         raise missing_index(store, collection)
-    return read_stamp(found[collection], collection)
+    return read_stamp(metadata_by_name[collection], collection)
 
 
 def stored_stamps(store: StoreAddress) -> dict[str, dict[str, str | int]]:
     """The stamps of all collections in a store that c2v_rag made, by name; nothing is created."""
-    found = stored_metadata(store)
-    return {name: read_stamp(metadata, name) for name, metadata in found.items() if STAMP_KEY in (metadata or {})}
+    metadata_by_name = stored_metadata(store)
+    return {
+        name: read_stamp(metadata, name) for name, metadata in metadata_by_name.items() if STAMP_KEY in (metadata or {})
+    }

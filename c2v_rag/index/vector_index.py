@@ -76,7 +76,7 @@ class VectorIndex:
         >>> index.search("how does dough rise?", top_k=1)[0].metadata["source"]
         'bread.txt'
 
-    `store`: a folder (no server is needed), the http(s) URL of a Chroma server, or a `ChromaServer`, which also takes
+    `store`: a folder (without a server), the http(s) URL of a Chroma server, or a `ChromaServer`, which also takes
     headers. `model`: any `Embedder`. Distances are cosines. One process at a time may write to a folder; any number may
     search it, and these see every write.
 
@@ -128,10 +128,10 @@ class VectorIndex:
                 raise missing_index(self._address, self._name)
             if not len(embeddings) or not collection.count():
                 return [[] for _ in queries]
-            found = collection.query(
+            answer = collection.query(
                 query_embeddings=embeddings, n_results=top_k, include=["documents", "metadatas", "distances"]
             )
-        documents, metadatas, distances = found["documents"], found["metadatas"], found["distances"]
+        documents, metadatas, distances = answer["documents"], answer["metadatas"], answer["distances"]
         assert documents is not None
         assert metadatas is not None
         assert distances is not None
@@ -140,7 +140,7 @@ class VectorIndex:
                 Hit(id, 1.0 - distance, text, dict(metadata))
                 for id, distance, text, metadata in zip(*columns, strict=True)
             ]
-            for columns in zip(found["ids"], distances, documents, metadatas, strict=True)
+            for columns in zip(answer["ids"], distances, documents, metadatas, strict=True)
         ]
 
     def add(
@@ -155,7 +155,7 @@ class VectorIndex:
     ) -> IndexReport:
         """Bring the index up to date with `documents`, read as a stream.
 
-        The store and the collection are created where they are missing. Documents are split into chunks of at most 256
+        The store and the collection are created if they are missing. Documents are split into chunks of at most 256
         of the model's tokens. Chunks that are already stored are not embedded again. Chunks that these sources no
         longer contain are deleted at the end, after the new ones are written; if reading raises, nothing is deleted.
         Other sources are not changed. If a call is killed and repeated with the same documents, the index has the same
@@ -241,13 +241,13 @@ class VectorIndex:
         total = len(self)
         chosen = np.random.default_rng(seed).choice(total, min(number, total), replace=False)
         positions = iter(sorted(int(position) for position in chosen))
-        next_position, passed = next(positions, None), 0
+        next_position, page_start = next(positions, None), 0
         ids: list[str] = []
         for page in self._pages([]):
-            while next_position is not None and next_position < passed + len(page["ids"]):
-                ids.append(page["ids"][next_position - passed])
+            while next_position is not None and next_position < page_start + len(page["ids"]):
+                ids.append(page["ids"][next_position - page_start])
                 next_position = next(positions, None)
-            passed += len(page["ids"])
+            page_start += len(page["ids"])
         drawn: dict[str, Chunk] = {}
         for start in range(0, len(ids), PAGE_SIZE):
             with self._store.reading():
@@ -327,7 +327,7 @@ class VectorIndex:
 
 
 def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:
-    """The chunks in an answer of Chroma's `get`, with texts and embeddings where they were included."""
+    """The chunks in an answer of Chroma's `get`, with texts and embeddings if they were included."""
     empty = [None] * len(page["ids"])
     texts = page["documents"] if page["documents"] is not None else empty
     embeddings = page["embeddings"] if page["embeddings"] is not None else empty

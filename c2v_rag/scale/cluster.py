@@ -25,8 +25,8 @@ AUTO, LOCAL = "auto", "local"
 class Workers:
     """The number of processes that embed, and the GPUs and CPUs of each.
 
-    `count`: number of processes; None takes one for each GPU of the cluster, or one where there is no GPU. `gpus`: for
-    each process; None takes 1 where the cluster has any. `cpus`: for each process; None takes an equal share.
+    `count`: number of processes; None means one for each GPU of the cluster, or one without a GPU. `gpus`: for
+    each process; None means 1 if the cluster has any. `cpus`: for each process; None means an equal share.
     """
 
     count: int | None = None

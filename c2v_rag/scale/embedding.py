@@ -95,7 +95,7 @@ def embed_on_ray(
     with connected(address) as resources, _one_row_per_block():
         chosen = (workers or Workers()).of(resources)
         texts = ray.data.from_items([{"read": read} for read in reads], override_num_blocks=len(reads))
-        done = texts.flat_map(
+        written = texts.flat_map(
             SliceReader,
             fn_constructor_args=(text_column,),
             num_cpus=0.25,
@@ -106,7 +106,7 @@ def embed_on_ray(
             batch_size=1,
             **chosen.options,
         )
-        for row in done.iter_rows():
+        for row in written.iter_rows():
             if row["error"]:
                 raise_reported(row["error"])
             embedded += int(row["rows"])

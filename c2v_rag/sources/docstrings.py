@@ -55,18 +55,19 @@ def python_docs() -> tuple[Document, ...]:
 
 def _collect_docs() -> list[tuple[str, str, str]]:
     """(dotted name, kind, passage) of every documented public object, sorted by name."""
-    found: dict[int, tuple[tuple[bool, bool, bool, int, int, str], str, Any]] = {}
+    best: dict[int, tuple[tuple[bool, bool, bool, int, int, str], str, Any]] = {}
     for module in _standard_modules():
         for name, value, listed in _public_objects(module):
-            # The name with the lowest rank is used. An alias of a class (typing.Text is str) is worse than a name that
-            # is not in `__all__`. An alias of a function in `__all__` (getpass.getpass is unix_getpass) is better.
+            # Of an object's names, the one with the lowest rank is used. An alias of a class (typing.Text is str) is
+            # worse than a name that is not in `__all__`. An alias of a function in `__all__` (getpass.getpass is
+            # unix_getpass) is better than such a name.
             renamed = not name.endswith(getattr(value, "__qualname__", ""))
             of_class = inspect.isclass(value) or "." in getattr(value, "__qualname__", "")
             rank = (renamed and of_class, not listed, renamed, name.count("."), len(name), name)
-            if id(value) not in found or rank < found[id(value)][0]:
-                found[id(value)] = (rank, name, value)
+            if id(value) not in best or rank < best[id(value)][0]:
+                best[id(value)] = (rank, name, value)
     passages = {}
-    for _, full_name, value in found.values():
+    for _, full_name, value in best.values():
         name = full_name.removeprefix("builtins.")
         doc = inspect.cleandoc(value.__doc__)
         if len(doc.split()) >= 4:

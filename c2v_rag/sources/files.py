@@ -34,9 +34,9 @@ def read_sources(
     An empty file gives one empty document, so that an index deletes its earlier text. `limit`: stop after this many
     documents.
 
-    A file that cannot be read to its end gives no document. `on_error` is called with its path and the error, whatever
-    library raised it, and the next file is read; without `on_error` the error is raised: an OSError, an ImportError
-    that names the missing package, or a ValueError with the file and the reason.
+    A file that cannot be read to its end gives no document. `on_error` is called with its path and the error, and the
+    next file is read. Without `on_error`, the error is raised: an OSError, an ImportError that names the missing
+    package, or a ValueError with the file and the reason. Errors of other libraries become such a ValueError.
 
     Raises FileNotFoundError for a source that does not exist, ValueError for a file of another kind.
     """
