@@ -1,4 +1,4 @@
-"""The command line as a person uses it: real output, one message for an error."""
+"""The command line: its output, and one message for an error."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ FILES = {
 
 
 @dataclasses.dataclass
-class Done:
+class Result:
+    """Exit code and output of a command."""
+
     returncode: int
     stdout: str
     stderr: str
 
 
-def run(*arguments: str | Path, stdin: str = "") -> Done:
-    """The program in this process, so that torch is imported once."""
+def run(*arguments: str | Path, stdin: str = "") -> Result:
+    """Run the command in this process, so that torch is imported only once."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["c2v-rag", *map(str, arguments)])
@@ -44,13 +46,13 @@ def run(*arguments: str | Path, stdin: str = "") -> Done:
             cli.main()
         except SystemExit as exit:
             code = exit.code
-    return Done(code if isinstance(code, int) else 0, stdout.getvalue(), stderr.getvalue())
+    return Result(code if isinstance(code, int) else 0, stdout.getvalue(), stderr.getvalue())
 
 
-def run_process(*arguments: str | Path) -> Done:
+def run_process(*arguments: str | Path) -> Result:
     command = [sys.executable, "-m", "c2v_rag.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return Done(done.returncode, done.stdout, done.stderr)
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path, Path]:
-    """(folder of files, store)"""
+    """The folder of the indexed files, and the store."""
     folder = tmp_path_factory.mktemp("files")
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -92,7 +94,7 @@ def test_search_prints_a_table_for_people(indexed: tuple[Path, Path]) -> None:
     assert "smallest item" in done.stdout
 
 
-def test_index_again_follows_changes_and_says_so(tmp_path: Path, model: Path) -> None:
+def test_a_second_index_run_follows_changed_files_and_reports_them(tmp_path: Path, model: Path) -> None:
     (tmp_path / "files").mkdir()
     for name, text in FILES.items():
         (tmp_path / "files" / name).write_text(text, encoding="utf-8")
@@ -168,7 +170,7 @@ def test_another_model_is_refused(indexed: tuple[Path, Path], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", [["search", "q"], ["app"]])
-def test_an_address_that_a_store_names_as_its_model_is_not_asked(
+def test_no_request_goes_to_a_server_that_only_the_store_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     class Elsewhere:
@@ -196,7 +198,7 @@ def test_an_address_that_a_store_names_as_its_model_is_not_asked(
         (["serve", "--name", "foo:query"], "cannot be called 'foo:query'"),
     ],
 )
-def test_what_must_not_be_served_is_refused_before_a_model_is_loaded(
+def test_unsafe_serve_options_are_refused_before_a_model_is_loaded(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("load_model", "open_embedder"):
@@ -206,7 +208,7 @@ def test_what_must_not_be_served_is_refused_before_a_model_is_loaded(
     assert message in done.stderr.replace("\n", " ")
 
 
-def test_logins_keys_and_hosts_reach_what_is_served(
+def test_logins_keys_and_hosts_are_passed_to_the_page_and_the_server(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: dict[str, object] = {}
@@ -231,7 +233,7 @@ def test_logins_keys_and_hosts_reach_what_is_served(
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
-def test_embed_writes_the_vectors_of_the_core(tmp_path: Path, model: Path, suffix: str) -> None:
+def test_embed_writes_the_vectors_of_the_model(tmp_path: Path, model: Path, suffix: str) -> None:
     texts = ["A heap keeps its smallest item first.", "Bread needs yeast."]
     expected = Causal2Vec.from_pretrained(model).encode_query(texts)
     output = tmp_path / f"out{suffix}"
@@ -253,7 +255,7 @@ def test_embed_writes_the_vectors_of_the_core(tmp_path: Path, model: Path, suffi
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
-def test_info_says_what_runs(model: Path) -> None:
+def test_info_prints_the_settings_of_the_model(model: Path) -> None:
     rows = json.loads(run("info", "--model", model, "--json", "--dtype", "float32").stdout)
     assert rows["dimensions"] == 64
     assert rows["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""Scores are what mteb and the definitions say, from every format, beside baselines, with honest intervals."""
+"""Evaluation: scores equal their definitions for every data format, baselines are compared, unclear data is refused."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ def test_the_hybrid_is_the_fusion_of_both_rankings(folders: Path, model: Causal2
     bm25 = bm25s.BM25()
     stem = Stemmer.Stemmer("english")
     bm25.index(bm25s.tokenize(texts, stopwords="en", stemmer=stem, show_progress=False), show_progress=False)
-    gained = []
+    ndcg = []
     for number, row in enumerate(QUERIES[:10]):
         words = bm25s.tokenize(str(row["text"]), stopwords="en", stemmer=stem, show_progress=False)
         (found,), (weights,) = bm25.retrieve(words, k=len(texts), show_progress=False)
         sparse = [f"d{i}" for i, weight in zip(found, weights, strict=True) if weight > 0]
         fused = reciprocal_rank_fusion([[f"d{i}" for i in np.argsort(-dense[:, number])], sparse])
         gains = {str(one["corpus-id"]): int(str(one["score"])) for one in QRELS if one["query-id"] == row["_id"]}
-        gained.append(ndcg_at_k(list(fused), gains, 10))
-    assert scores["hybrid"] == pytest.approx(np.mean(gained), abs=0.02)
+        ndcg.append(ndcg_at_k(list(fused), gains, 10))
+    assert scores["hybrid"] == pytest.approx(np.mean(ndcg), abs=0.02)
 
 
-def test_scores_are_the_definitions_from_either_format(folders: Path, model: Causal2Vec) -> None:
+def test_scores_equal_their_definitions_for_both_formats(folders: Path, model: Causal2Vec) -> None:
     result = evaluate(model, [read_task(folders / name) for name in ("Docs", "Beir", "Pairs")])
     scores = result["tasks"]["Docs"]["scores"]["model"]
     assert result["tasks"]["Beir"]["scores"]["model"] == pytest.approx(scores)
@@ -107,7 +107,9 @@ def test_scores_are_the_definitions_from_either_format(folders: Path, model: Cau
     assert result["tasks"]["Pairs"]["scores"]["model"]["cosine_spearman"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_baselines_stand_beside_it_with_an_interval(folders: Path, model: Causal2Vec, tmp_path: Path) -> None:
+def test_baselines_are_scored_and_the_difference_has_an_interval(
+    folders: Path, model: Causal2Vec, tmp_path: Path
+) -> None:
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     tasks = [read_task(folders / name) for name in ("Docs", "Pairs")]
     result = evaluate(model, tasks, ["encoder", "contextual", "eos", "bm25"])
@@ -141,19 +143,19 @@ def test_baselines_stand_beside_it_with_an_interval(folders: Path, model: Causal
     assert next(row for row in rows if row[0] == "Pairs")[header.index("bm25")] == "-"
 
 
-def test_a_model_leads_over_itself_by_nothing(folders: Path, tmp_path: Path) -> None:
+def test_the_encoder_scores_the_same_through_sentence_transformers(folders: Path, tmp_path: Path) -> None:
     model = tiny_model(encoder_max_length=256)
     model.encoder.save_pretrained(tmp_path / "st")
     model.tokenizer.encoder.save_pretrained(tmp_path / "st")
     encoder = EncoderEmbedder(model)
-    # The encoder alone, opened by sentence-transformers, which adds mean pooling to a plain BERT folder.
+    # sentence-transformers opens the encoder's folder; it adds mean pooling to a plain BERT folder.
     result = evaluate(model, [read_task(folders / "Docs")], ["encoder", str(tmp_path / "st")])
     scores = result["tasks"]["Docs"]["scores"]
     assert scores["st"]["ndcg_at_10"] == pytest.approx(scores["encoder"]["ndcg_at_10"], abs=0.02)
     assert encoder.embedding_dim == result["systems"]["st"]["dimension"]
 
 
-def test_the_command_prints_a_table_and_writes_what_it_rests_on(folders: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_writes_scores_model_and_versions(folders: Path, tmp_path: Path) -> None:
     tiny_model(max_length=200).save_pretrained(tmp_path / "model")
     output = tmp_path / "result.json"
     arguments = [
@@ -174,7 +176,7 @@ def test_the_command_prints_a_table_and_writes_what_it_rests_on(folders: Path, t
     assert written["versions"].keys() == {"c2v-rag", "mteb", "torch", "transformers"}
 
 
-def test_what_cannot_be_read_is_named(folders: Path, tmp_path: Path) -> None:
+def test_unreadable_evaluation_data_is_named_in_the_error(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no evaluation set"):
         read_task(tmp_path)
     write(tmp_path / "a" / "corpus.jsonl", CORPUS)

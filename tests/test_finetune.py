@@ -1,4 +1,4 @@
-"""Losses equal their equations, data is checked and drawn as promised, training finds more, and survives a kill."""
+"""Fine-tuning: losses equal their equations, data is checked and drawn by weight, and a killed run resumes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def unit_vectors(rows: int, seed: int = 0, columns: int = 8) -> Tensor:
 
 
 def test_info_nce_matches_a_loop() -> None:
-    queries, documents = unit_vectors(3), unit_vectors(5, seed=1)  # two hard negatives behind the positives
+    queries, documents = unit_vectors(3), unit_vectors(5, seed=1)  # two hard negatives after the positives
     by_hand = [-torch.log_softmax(queries[i] @ documents.T / 0.05, dim=0)[i] for i in range(3)]
     torch.testing.assert_close(info_nce(queries, documents, temperature=0.05), torch.stack(by_hand).mean())
 
@@ -71,13 +71,13 @@ def test_distillation_is_the_kl_divergence_and_zero_for_the_teacher_itself() -> 
     assert float(in_batch_distillation(q, d, unit_vectors(3, 5), d, 0.05)) > 0.1
 
 
-def test_parts_add_the_same_loss_on_the_interleaved_halves_and_on_the_first_columns() -> None:
+def test_halves_and_matryoshka_dims_add_the_same_loss_on_these_columns() -> None:
     q, d, tq, td = unit_vectors(3), unit_vectors(4, 1), unit_vectors(3, 2, 5), unit_vectors(4, 3, 5)
     plain = LossWeights(distill=0.7, info_nce=0.2, temperature=0.1)
 
     def by_hand(columns: slice) -> Tensor:
-        some_q, some_d = normalize(q[:, columns], dim=1), normalize(d[:, columns], dim=1)
-        return 0.7 * in_batch_distillation(some_q, some_d, tq, td, 0.1) + 0.2 * info_nce(some_q, some_d, 0.1)
+        part_q, part_d = normalize(q[:, columns], dim=1), normalize(d[:, columns], dim=1)
+        return 0.7 * in_batch_distillation(part_q, part_d, tq, td, 0.1) + 0.2 * info_nce(part_q, part_d, 0.1)
 
     whole = combined_loss(q, d, tq, td, plain)
     torch.testing.assert_close(whole, by_hand(slice(None)))
@@ -159,7 +159,7 @@ def test_bad_rows_are_counted_with_their_lines_and_too_many_are_an_error(
     assert "7 of 27 rows" in caplog.text
 
 
-def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_unusable_files_are_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"names the data set 'none', but .* holds none of none.parquet"):
         read_pair_set(tmp_path, "none")
     write(tmp_path / "wrong.parquet", [{"query": "q", "answer": "a"}])
@@ -173,7 +173,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         read_pair_set(tmp_path, "empty")
 
 
-def test_a_stage_draws_sets_by_weight_and_repeats_for_a_seed() -> None:
+def test_a_stage_draws_sets_by_weight_and_a_seed_gives_the_same_draw() -> None:
     sets = [
         PairSet("a", "", [Pair(f"a{i}", f"answer a{i}", ("wrong",)) for i in range(10)], {}),
         PairSet("b", "", [Pair(f"b{i}", f"answer b{i}", ("wrong",) * (i % 2)) for i in range(40)], {}),
@@ -186,7 +186,9 @@ def test_a_stage_draws_sets_by_weight_and_repeats_for_a_seed() -> None:
     rows_of_a = len(drawn["a with negatives"])
     assert sum(map(len, drawn.values())) == 240
     assert 40 < rows_of_a < 120, "the share of a set is its weight times the root of its rows: 1/3 here"
-    assert len(set(drawn["a with negatives"]["query"][:10])) == 10, "a set is gone through before a pair comes again"
+    assert len(set(drawn["a with negatives"]["query"][:10])) == 10, (
+        "every pair of a set is drawn before one is drawn again"
+    )
     again = draw_stage(sets, {"a": 1.0, "b": 1.0}, **arguments)
     assert {name: one.to_dict() for name, one in again.items()} == {name: one.to_dict() for name, one in drawn.items()}
     without = draw_stage(sets, {"a": 1.0, "b": 1.0}, **{**arguments, "num_negatives": 0})
@@ -194,38 +196,38 @@ def test_a_stage_draws_sets_by_weight_and_repeats_for_a_seed() -> None:
 
 
 def test_vectors_are_computed_once_and_kept(tmp_path: Path) -> None:
-    asked: list[str] = []
+    embedded: list[str] = []
 
     def embed(texts: Any) -> np.ndarray:
-        asked.extend(texts)
+        embedded.extend(texts)
         return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
     first = TextVectors(tmp_path / "v", embed)
     first.prepare(["a", "bb", "a", "\ud800"])
-    assert asked == ["a", "bb", "\ud800"]
+    assert embedded == ["a", "bb", "\ud800"]
     assert first(first.rows(["bb", "a"])).tolist() == [[2, 1], [1, 1]]
     again = TextVectors(tmp_path / "v", embed)
     again.prepare(["bb", "ccc"])
-    assert asked == ["a", "bb", "\ud800", "ccc"]
+    assert embedded == ["a", "bb", "\ud800", "ccc"]
     assert again(again.rows(["ccc", "bb"])).tolist() == [[3, 1], [2, 1]]
     assert again.texts == ["bb", "ccc"]
 
 
 @pytest.fixture(scope="module")
 def case_blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint for which a text and its copy in capitals are the same: only its uncased encoder reads them."""
+    """A checkpoint that ignores upper and lower case: its pooling uses only the uncased encoder's input."""
     path: Path = tmp_path_factory.mktemp("case") / "tiny"
     tiny_model(pooling="context", instruction="").save_pretrained(path)
     return path
 
 
 PASSAGES = [answer for _, answer in pairs()[:40]]
-# The positive is the best passage for its query, so that all others are candidates; for the last pair it is not.
+# The positive is the best passage for its query, so all others are candidates. In the last pair it is not the best.
 MINING_ROWS = [{"query": text.upper(), "positive": text} for text in PASSAGES]
 MINING_ROWS.append({"query": PASSAGES[0].title(), "positive": PASSAGES[1]})
 
 
-def test_mined_negatives_are_the_nearest_that_score_below_the_answer(case_blind: Path, tmp_path: Path) -> None:
+def test_mined_negatives_are_the_best_passages_that_score_below_the_positive(case_blind: Path, tmp_path: Path) -> None:
     model = Causal2Vec.from_pretrained(case_blind, dtype=torch.float32, device="cpu")
     write(tmp_path / "pairs.jsonl", MINING_ROWS)
     margin = 0.0001
@@ -242,7 +244,7 @@ def test_mined_negatives_are_the_nearest_that_score_below_the_answer(case_blind:
         if "negatives" in row:
             assert [scores[text] for text in row["negatives"]] == pytest.approx(allowed[:2], abs=1e-4)
             assert row["positive"] not in row["negatives"]
-    assert PASSAGES[0] not in mined[-1].get("negatives", []), "it answers this query better than the pair's own answer"
+    assert PASSAGES[0] not in mined[-1].get("negatives", []), "this passage scores above the positive of the pair"
     with pytest.raises(ValueError, match=r"must end in .jsonl"):
         mine(tmp_path / "pairs.jsonl", tmp_path / "mined.csv", model)
 
@@ -306,8 +308,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_finds_held_out_answers_and_leaves_the_rest_as_it_was(data: Path, tmp_path: Path) -> None:
-    """Two layers of the real decoder, the real encoder, and the EOS half alone, which is untrained at first."""
+def test_training_improves_recall_and_changes_only_the_trained_parts(data: Path, tmp_path: Path) -> None:
+    """Trains two layers of the default decoder with its encoder. Pooling is EOS only, which is untrained before."""
     held_out = read_pair_set(data, "held_out").pairs
     assert len(held_out) == 60
 
@@ -344,7 +346,7 @@ def test_training_finds_held_out_answers_and_leaves_the_rest_as_it_was(data: Pat
     again = Causal2Vec.from_pretrained(tmp_path / "out", dtype=torch.float32)
     texts = [pair.positive for pair in held_out[:20]]
     cosines = (again.encode(texts, on_truncate="ignore") * trained.encode(texts, on_truncate="ignore")).sum(axis=1)
-    assert cosines.min() > 0.9999, "saved in half precision and merged, it must embed alike"
+    assert cosines.min() > 0.9999, "the saved checkpoint (half precision, adapter merged) must give the same embeddings"
     with pytest.raises(FileExistsError, match="--resume"):
         train(recipe, data, tmp_path / "out", device="cpu")
     other = recipe.model_copy(update={"seed": 5})
@@ -352,7 +354,7 @@ def test_training_finds_held_out_answers_and_leaves_the_rest_as_it_was(data: Pat
         train(other, data, tmp_path / "out", device="cpu", resume=True)
 
 
-# Runs the command line in a process that kills itself: stage 2, behind the end of its checkpoint at step 4.
+# Runs the command line in a process that kills itself in stage 2, after it saved the checkpoint of step 4.
 KILLED_IN_STAGE_2 = """
 import os, signal, sys
 from c2v_rag.finetune.trainer import ProgressCallback
@@ -384,7 +386,7 @@ def test_a_killed_run_resumes_to_the_same_weights(checkpoint: Path, data: Path, 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "killed.training" / "2-full" / "checkpoint-4" / "complete").is_file()
     assert not (tmp_path / "killed").exists()
-    # A checkpoint that was being written when the process died is no checkpoint.
+    # An incomplete checkpoint, as if the process died while it wrote it, must be ignored.
     (tmp_path / "killed.training" / "2-full" / "checkpoint-5").mkdir()
     resumed = CliRunner().invoke(app, arguments("killed", "--resume"))
     assert resumed.exit_code == 0, resumed.output
@@ -417,7 +419,9 @@ def test_the_encoder_can_be_trained_too(part: str, checkpoint: Path, data: Path,
     assert ((again.encode(TEXTS) * model.encode(TEXTS)).sum(axis=1) > 0.999).all()
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
     values = recipe_for(checkpoint)
     values["stages"][0]["learning_rate"] = {"projector": 1e30, "llm_adapter": 1e30}
     result = CliRunner().invoke(app, ["--debug", "train", *map(str, _files(values, data, tmp_path))])
@@ -434,9 +438,9 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(checkpoint: Path, 
 @pytest.mark.slow
 def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint, steps=3)))
-    where = ["--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    options = ["--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "c2v_rag.cli", "train", str(tmp_path / "recipe.yaml"), *where]
+    command = [*launch, "-m", "c2v_rag.cli", "train", str(tmp_path / "recipe.yaml"), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
     log = json.loads((tmp_path / "out.training" / "log.json").read_text())
     assert [len(rows) for rows in log["steps"].values()] == [3, 3]
@@ -446,7 +450,7 @@ def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: P
     assert np.isfinite(trained.encode(TEXTS)).all()
 
 
-def test_teachers_are_distilled_from_vectors_that_are_kept(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_teacher_vectors_are_stored_for_distillation(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     teacher = tiny_model(encoder_max_length=48, seed=1)
     teacher.encoder.save_pretrained(tmp_path / "teacher")
     teacher.tokenizer.encoder.save_pretrained(tmp_path / "teacher")
@@ -470,7 +474,7 @@ def word_lists(number: int, seed: int) -> list[str]:
     return [" ".join(rng.choice(WORDS, size=4, replace=False)) for _ in range(number)]
 
 
-def test_the_words_loss_makes_eos_say_which_words_a_text_holds(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_words_loss_puts_the_words_of_a_text_into_the_eos_half(checkpoint: Path, tmp_path: Path) -> None:
     lists, unseen = word_lists(400, seed=0), word_lists(60, seed=1)
     write(tmp_path / "lists.jsonl", [{"query": q, "positive": p} for q, p in zip(lists[::2], lists[1::2], strict=True)])
     values = recipe_for(checkpoint, steps=40) | {"data": {"sets": {"lists": 1.0}}, "lora": {"rank": 16}}
@@ -483,7 +487,7 @@ def test_the_words_loss_makes_eos_say_which_words_a_text_holds(checkpoint: Path,
         return normalize(torch.from_numpy(model.encode_document(texts)[:, 1::2]), dim=1)
 
     before = Causal2Vec.from_pretrained(checkpoint, dtype="float32")
-    # 0.3 of the target's squared length says which words the text holds, the rest is what all texts shared before.
+    # Of the target's squared length 0.3 is the lexical vector of the text, 0.7 the mean EOS state before training.
     lexical = LexicalEmbedder(before.llm.get_input_embeddings().weight, before.tokenizer.llm, lists, 32)
     shared = normalize(eos(before, lists[:: len(lists) // 256][:256]).mean(dim=0), dim=0)
     targets = 0.7**0.5 * shared + 0.3**0.5 * torch.from_numpy(lexical(unseen))
@@ -496,13 +500,13 @@ def test_the_words_loss_makes_eos_say_which_words_a_text_holds(checkpoint: Path,
     loss = [
         float((1 - (eos(model, unseen) * normalize(targets, dim=1)).sum(dim=1)).mean()) for model in (before, after)
     ]
-    assert loss[1] < 0.7 * loss[0], "texts that it was not trained on"
+    assert loss[1] < 0.7 * loss[0], "the loss must fall on texts that were not in training too"
     values["stages"][0]["sequences"] = "context"
     with pytest.raises(ValueError, match="'words' is a loss of EOS's half, and pooling 'context' has none"):
         train(Recipe.model_validate(values), tmp_path, tmp_path / "other", device="cpu")
 
 
-def test_lexical_vectors_know_words_and_rare_ones_better() -> None:
+def test_lexical_vectors_match_equal_words_and_ignore_case() -> None:
     torch.manual_seed(0)
     table, tokenizer = torch.randn(400, 64) + 3, tiny_tokenizer("bpe")
     corpus = ["the heap", "the bread", "the museum", "the queue"]
@@ -510,12 +514,14 @@ def test_lexical_vectors_know_words_and_rare_ones_better() -> None:
     found = embed(["heap", "HEAP", "the heap the", "zzz", ""])
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     similarities = found @ found.T
-    assert similarities[0, 1] == pytest.approx(1, abs=1e-5)  # case is no difference
+    assert similarities[0, 1] == pytest.approx(1, abs=1e-5)  # upper and lower case are equal
     assert similarities[0, 2] > 0.6
     assert abs(similarities[0, 3]) < 0.5
 
 
-def test_the_commands_mine_and_say_what_is_missing(checkpoint: Path, case_blind: Path, tmp_path: Path) -> None:
+def test_the_command_mine_works_and_train_names_missing_options(
+    checkpoint: Path, case_blind: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint)))
     result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert isinstance(result.exception, ValueError)
@@ -562,8 +568,10 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
     teacher = [torch.from_numpy(EncoderEmbedder(model).encode_document(column)) for column in columns]
     model.train()
     with torch.no_grad():
-        shown = [module(module.preprocess(c, prompt="find: " if not i else None)) for i, c in enumerate(columns)]
-    q, *d = (column["sentence_embedding"] for column in shown)
+        columns_embedded = [
+            module(module.preprocess(c, prompt="find: " if not i else None)) for i, c in enumerate(columns)
+        ]
+    q, *d = (column["sentence_embedding"] for column in columns_embedded)
     by_hand = combined_loss(q, torch.cat(d), teacher[0], torch.cat(teacher[1:]), stage.loss)
     assert plain == pytest.approx(by_hand.item(), rel=1e-3)
     cached, cached_gradient = run(3)
@@ -572,7 +580,7 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
     torch.testing.assert_close(cached_gradient, gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_sequence_that_ends_at_the_contextual_token_gives_its_state_in_the_full_one(tmp_path: Path) -> None:
+def test_the_contextual_state_is_the_same_in_a_short_and_a_full_sequence(tmp_path: Path) -> None:
     model = tiny_model(encoder_max_length=48)
     texts = TextVectors(tmp_path / "v", EncoderEmbedder(model).encode_document)
     texts.prepare(TEXTS)

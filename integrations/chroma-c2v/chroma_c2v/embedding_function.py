@@ -21,7 +21,7 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
         >>> import chromadb
         >>> from chroma_c2v import Causal2VecEmbeddingFunction
         >>> collection = chromadb.EphemeralClient().create_collection(
-        ...     "notes", embedding_function=Causal2VecEmbeddingFunction()
+        ...     "passages", embedding_function=Causal2VecEmbeddingFunction()
         ... )
         >>> collection.add(ids=["a", "b"], documents=["A heap keeps its smallest item first.", "Bread needs yeast."])
         >>> collection.query(query_texts=["priority queue"], n_results=1)["ids"]
