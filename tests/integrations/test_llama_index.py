@@ -196,9 +196,9 @@ def test_the_ingestion_cache_does_not_mix_models_and_the_docstore_skips_known_te
 
 def test_workers_load_the_model_by_name(folder: str, core: Causal2Vec) -> None:
     embed_model = Causal2VecEmbedding(folder, device="cpu", dtype="float32")
-    assert len(pickle.dumps(embed_model)) < 10_000, "weights must not travel"
+    assert len(pickle.dumps(embed_model)) < 10_000, "the pickle must not contain the weights"
     pipeline = IngestionPipeline(transformations=[embed_model])
-    nodes = pipeline.run(nodes=nodes_of(["a", "b", "c", "d"]), num_workers=2)  # starts as many processes
+    nodes = pipeline.run(nodes=nodes_of(["a", "b", "c", "d"]), num_workers=2)  # starts two processes
     expected = core.encode_document(["a", "b", "c", "d"])
     np.testing.assert_allclose([node.embedding for node in nodes], expected, atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_stored_objects_refuse_other_weights_and_addresses(tmp_path: Path) -> No
     pickled, stored = pickle.dumps(embed_model), embed_model.to_dict()
     assert Causal2VecEmbedding.from_dict(stored).weights_stamp == embed_model.weights_stamp
     tiny_model(seed=1).save_pretrained(tmp_path / "model")
-    embedders.release_shared_models()  # as in a process that starts anew
+    embedders.release_shared_models()  # as in a new process
     with pytest.raises(ValueError, match="trained or replaced since"):
         Causal2VecEmbedding.from_dict(stored)
     with pytest.raises(ValueError, match="trained or replaced since"):
