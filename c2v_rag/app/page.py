@@ -123,11 +123,11 @@ class SearchApp:
                     label="Files: txt, md, rst, html, pdf, py", file_count="multiple", file_types=_FILE_TYPES
                 )
                 folder = gr.Textbox(
-                    label="or a folder of this computer", placeholder="/home/me/notes", visible=self.is_local
+                    label="Folder on this computer", placeholder="/home/me/notes", visible=self.is_local
                 )
-                python = gr.Checkbox(label="and the documentation of Python's standard library")
-                replace = gr.Checkbox(label="replace earlier uploads of the same file names")
-                into = gr.Textbox(label="into the collection", value=self._collections.first)
+                python = gr.Checkbox(label="Also add the documentation of Python's standard library")
+                replace = gr.Checkbox(label="Replace earlier uploads of the same file names")
+                into = gr.Textbox(label="Add to this collection", value=self._collections.first)
                 with gr.Row():
                     start = gr.Button("Add", variant="primary")
                     stop = gr.Button("Cancel", variant="stop")
@@ -345,7 +345,7 @@ def _report(added: Added, passages: int) -> str:
     ]
     lines += [f"Left out: {line}" for line in added.left_out]
     lines += [
-        f"Earlier uploads named {name} stay in the collection. To delete them, add it again and tick “replace”."
+        f"Earlier uploads named {name} stay in the collection. To delete them, add it again and tick “Replace”."
         for name in added.kept
     ]
     lines += [f"No text found in {name} (a scan without a text layer?)." for name in added.empty]

@@ -142,8 +142,8 @@ def test_an_uploaded_file_is_found(page: Page, tmp_path: Path) -> None:
 
 def test_the_page_works_after_a_run_was_cancelled(page: Page) -> None:
     page.get_by_role("tab", name="Add documents").click()
-    page.get_by_label("and the documentation of Python's standard library").check()
-    page.get_by_label("into the collection").fill("everything")
+    page.get_by_label("Also add the documentation of Python's standard library").check()
+    page.get_by_label("Add to this collection").fill("everything")
     page.get_by_role("button", name="Add", exact=True).click()
     progress = page.locator("#progress")
     expect(progress).to_contain_text("passages embedded", timeout=120_000)
