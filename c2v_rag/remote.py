@@ -55,7 +55,7 @@ class RemoteModel:
     client certificate of your own: `httpx.HTTPTransport(proxy=..., verify=ssl_context)`. Unless given, httpx's default
     is used, which reads the environment (HTTPS_PROXY, SSL_CERT_FILE).
 
-    The first use asks the server for its model. A request that the server could not take (no connection, or the
+    The first use requests the model's description. A request that the server could not take (no connection, or the
     status 429, 502, 503 or 504) is sent again, up to 5 times with growing pauses. A request that got no answer in time
     is not sent again. Long lists of texts are sent in several requests, up to 4 at the same time. Threads may share a
     `RemoteModel`.
@@ -274,7 +274,7 @@ class RemoteModel:
         if self._weights and weights != self._weights:
             raise ValueError(
                 f"The model at {self.base_url} is another one now (weights {weights}, before {self._weights}). "
-                "Make a new RemoteModel, and index anew what the old one embedded."
+                "Make a new RemoteModel, and embed all documents of the old one again."
             )
         self._weights = weights
 

@@ -1,7 +1,7 @@
-"""RAG with LangChain over Python's own docstrings: index, hybrid retrieval, an answer with its sources. Offline.
+"""RAG with LangChain on Python's own docstrings: index, hybrid retrieval, an answer with its sources. Offline.
 
-Beside c2v-rag[langchain,gguf]: pip install bm25s langchain-chroma langchain-classic langchain-huggingface.
---chat-model "openai:gpt-4.1-mini" takes another chat model, with its package and key.
+Needs c2v-rag[langchain,gguf] and: pip install bm25s langchain-chroma langchain-classic langchain-huggingface.
+--chat-model "openai:gpt-4.1-mini" uses another chat model; it needs that model's package and API key.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from langchain_c2v import Causal2VecEmbeddings
 
 
 class BM25Retriever(BaseRetriever):
+    """The best `k` of `passages` by BM25."""
+
     passages: list[Document]
     bm25: Any
     k: int = 4
@@ -35,6 +37,7 @@ class BM25Retriever(BaseRetriever):
 
 
 def local_chat(model: Causal2Vec, one_model: bool) -> BaseChatModel:
+    """The decoder of `model` as LangChain's chat model."""
     llm = load_local_llm(model, one_model)
     options = {"max_new_tokens": 40, "do_sample": False, "return_full_text": False}
     pipe = pipeline("text-generation", model=llm, tokenizer=model.tokenizer.llm, **options)
@@ -46,19 +49,19 @@ def main() -> None:
     parser.add_argument("question", nargs="?", default="How do I copy a whole folder tree?")
     parser.add_argument("--store", default="demo-store")
     parser.add_argument("--chat-model", help='"provider:model" of init_chat_model; SmolLM2-135M-Instruct unless given')
-    parser.add_argument("--one-model", action="store_true", help="answer with the decoder that embeds")
-    parser.add_argument("--modules", nargs="+", default=MODULES, help="of the standard library, to index")
+    parser.add_argument("--one-model", action="store_true", help="answer and embed with one copy of the decoder")
+    parser.add_argument("--modules", nargs="+", default=MODULES, help="modules of the standard library to index")
     arguments = parser.parse_args()
 
     model = Causal2Vec.from_pretrained("default")
     VectorIndex(arguments.store, model).add(documents_of(arguments.modules), show_progress=True)
 
     store = Chroma("documents", Causal2VecEmbeddings(model=model), persist_directory=arguments.store)
-    found = store.get()
-    stored = zip(found["documents"], found["metadatas"], strict=True)
-    passages = [Document(text, metadata=about) for text, about in stored]
+    stored = store.get()
+    texts_and_metadata = zip(stored["documents"], stored["metadatas"], strict=True)
+    passages = [Document(text, metadata=metadata) for text, metadata in texts_and_metadata]
     sparse = BM25Retriever(passages=passages, bm25=bm25s.BM25())
-    sparse.bm25.index(bm25s.tokenize(found["documents"], stopwords="en", show_progress=False), show_progress=False)
+    sparse.bm25.index(bm25s.tokenize(stored["documents"], stopwords="en", show_progress=False), show_progress=False)
     dense = store.as_retriever(search_kwargs={"k": 4})
     hits = EnsembleRetriever(retrievers=[dense, sparse], weights=[0.5, 0.5]).invoke(arguments.question)[:3]
 

@@ -1,7 +1,8 @@
-"""RAG with LlamaIndex over Python's own docstrings: index, hybrid retrieval, an answer with its sources. Offline.
+"""RAG with LlamaIndex on Python's own docstrings: index, hybrid retrieval, an answer with its sources. Offline.
 
-Beside c2v-rag[llama-index,gguf]: pip install llama-index-llms-huggingface llama-index-retrievers-bm25
-llama-index-vector-stores-chroma. --llm "package.module:Class" takes another LLM, made without arguments.
+Needs c2v-rag[llama-index,gguf] and: pip install llama-index-llms-huggingface llama-index-retrievers-bm25
+llama-index-vector-stores-chroma. --llm "package.module:Class" uses another LLM, an object of this class made without
+arguments.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from c2v_rag import Causal2Vec
 
 
 def local_llm(model: Causal2Vec, one_model: bool) -> LLM:
+    """The decoder of `model` as LlamaIndex's LLM."""
     return HuggingFaceLLM(
         model=load_local_llm(model, one_model),
         tokenizer=model.tokenizer.llm,
@@ -39,13 +41,13 @@ def main() -> None:
     parser.add_argument("question", nargs="?", default="How do I copy a whole folder tree?")
     parser.add_argument("--store", default="demo-store-llamaindex")
     parser.add_argument("--llm", help='such as "llama_index.llms.openai:OpenAI"; SmolLM2-135M-Instruct unless given')
-    parser.add_argument("--one-model", action="store_true", help="answer with the decoder that embeds")
-    parser.add_argument("--modules", nargs="+", default=MODULES, help="of the standard library, to index")
+    parser.add_argument("--one-model", action="store_true", help="answer and embed with one copy of the decoder")
+    parser.add_argument("--modules", nargs="+", default=MODULES, help="modules of the standard library to index")
     arguments = parser.parse_args()
 
     model = Causal2Vec.from_pretrained("default")
-    found = documents_of(arguments.modules)
-    documents = [Document(id_=one.source, text=one.text, metadata={"source": one.source}) for one in found]
+    docstrings = documents_of(arguments.modules)
+    documents = [Document(id_=one.source, text=one.text, metadata={"source": one.source}) for one in docstrings]
     splitter = SentenceSplitter(
         chunk_size=256, chunk_overlap=0, tokenizer=model.tokenizer.llm.encode, id_func=lambda i, one: f"{one.id_} {i}"
     )
@@ -54,8 +56,8 @@ def main() -> None:
         "passages", configuration={"hnsw": {"space": "cosine"}}, embedding_function=None
     )
     index = VectorStoreIndex.from_vector_store(ChromaVectorStore(collection), Causal2VecEmbedding(model=model))
-    known = set(collection.get(include=[])["ids"])
-    index.insert_nodes([node for node in nodes if node.node_id not in known])
+    stored_ids = set(collection.get(include=[])["ids"])
+    index.insert_nodes([node for node in nodes if node.node_id not in stored_ids])
 
     llm = local_llm(model, arguments.one_model)
     if arguments.llm:

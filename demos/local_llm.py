@@ -1,4 +1,4 @@
-"""The decoder that embeds, as the language model that answers: for langchain_rag.py and llamaindex_rag.py."""
+"""Loads the decoder of an embedding model as the language model for langchain_rag.py and llamaindex_rag.py."""
 
 import sys
 
@@ -9,7 +9,7 @@ from c2v_rag.generation import causal_lm
 
 
 def load_local_llm(model: Causal2Vec, one_model: bool) -> PreTrainedModel:
-    """A second copy of the decoder or, with `one_model`, one that shares the layers that embed."""
+    """The decoder as a causal LM: a second copy or, with `one_model`, one that shares the embedding model's weights."""
     if not one_model:
         return AutoModelForCausalLM.from_pretrained(model.base_folder("llm"), dtype=model.dtype).to(model.device)
     llm = causal_lm(model)

@@ -1,4 +1,4 @@
-"""Index the docstrings of Python's most used modules and answer five questions: the package in one screen."""
+"""Index the docstrings of Python's most used modules and search them with five questions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUESTIONS = [
 
 
 def documents_of(modules: Collection[str]) -> list[Document]:
-    """The documentation of these modules of the standard library."""
+    """The docstrings of these modules of the standard library."""
     return [document for document in python_docs() if document.source.split(".")[0] in modules]
 
 
@@ -45,7 +45,7 @@ def main() -> None:
 
     index = VectorIndex(arguments.store, model)
     report = index.add(documents_of(MODULES), show_progress=True)
-    out.print(f"{report.added} passages added, {report.unchanged} there already, in {report.seconds:.1f} s\n")
+    out.print(f"{report.added} passages added, {report.unchanged} unchanged, in {report.seconds:.1f} s\n")
 
     for question in QUESTIONS:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The search app on Python's own docstrings: index them, then open http://127.0.0.1:7860."""
+"""Index Python's own docstrings, then serve the search app at http://127.0.0.1:7860."""
 
 from __future__ import annotations
 

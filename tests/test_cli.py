@@ -1,4 +1,4 @@
-"""The command line as a person uses it: real output, one message for an error."""
+"""The command line: its output, and one message for an error."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ FILES = {
 
 @dataclasses.dataclass
 class Result:
+    """Exit code and output of a command."""
+
     returncode: int
     stdout: str
     stderr: str
@@ -62,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path, Path]:
-    """(folder of files, store)"""
+    """The folder of the indexed files, and the store."""
     folder = tmp_path_factory.mktemp("files")
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -92,7 +94,7 @@ def test_search_prints_a_table_for_people(indexed: tuple[Path, Path]) -> None:
     assert "smallest item" in result.stdout
 
 
-def test_index_again_follows_changes_and_says_so(tmp_path: Path, model: Path) -> None:
+def test_a_second_index_run_follows_changed_files_and_reports_them(tmp_path: Path, model: Path) -> None:
     (tmp_path / "files").mkdir()
     for name, text in FILES.items():
         (tmp_path / "files" / name).write_text(text, encoding="utf-8")
@@ -229,7 +231,7 @@ def test_logins_keys_and_hosts_reach_the_server(tmp_path: Path, model: Path, mon
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
-def test_embed_writes_the_vectors_of_the_core(tmp_path: Path, model: Path, suffix: str) -> None:
+def test_embed_writes_the_vectors_of_the_model(tmp_path: Path, model: Path, suffix: str) -> None:
     texts = ["A heap keeps its smallest item first.", "Bread needs yeast."]
     expected = Causal2Vec.from_pretrained(model).encode_query(texts)
     output = tmp_path / f"out{suffix}"

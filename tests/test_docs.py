@@ -29,7 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize(
     "shown", [Causal2Vec, VectorIndex, Causal2VecEmbeddingFunction, Causal2VecEmbedding, Causal2VecModule, load]
 )
-def test_examples_in_docstrings_print_what_they_say(
+def test_examples_in_docstrings_print_the_shown_output(
     shown: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -40,8 +40,8 @@ def test_examples_in_docstrings_print_what_they_say(
     assert result.failed == 0, output.getvalue()
 
 
-def test_the_langchain_docstring_does_what_it_says() -> None:
-    """LangChain's template shows code blocks, each followed by what it prints."""
+def test_the_examples_in_the_langchain_docstring_print_the_shown_output() -> None:
+    """The docstring follows LangChain's template: code blocks, some followed by a block with the printed output."""
     doc = inspect.getdoc(Causal2VecEmbeddings) or ""
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:[ ]{8,}.*\n|\n)+)", doc + "\n")
     blocks = [textwrap.dedent(block).strip() for block in blocks]
@@ -64,17 +64,17 @@ def test_the_langchain_docstring_does_what_it_says() -> None:
     assert len(blocks) == 6
 
 
-def test_the_readmes_first_example_prints_what_it_says() -> None:
+def test_the_first_example_of_the_readme_prints_the_shown_output() -> None:
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
-    said = re.search(r"^# (.*)$", code, re.MULTILINE)
-    assert said
+    shown_output = re.search(r"^# (.*)$", code, re.MULTILINE)
+    assert shown_output
     output = StringIO()
     with redirect_stdout(output):
         exec(code, {})
     number = re.compile(r"\d+\.?\d*")
-    assert number.sub("#", output.getvalue().strip()) == number.sub("#", said[1])
+    assert number.sub("#", output.getvalue().strip()) == number.sub("#", shown_output[1])
     printed = [float(found) for found in number.findall(output.getvalue())]
-    assert printed == pytest.approx([float(found) for found in number.findall(said[1])], abs=0.02)
+    assert printed == pytest.approx([float(found) for found in number.findall(shown_output[1])], abs=0.02)
 
 
 def test_the_readmes_recipe_is_valid() -> None:
@@ -97,17 +97,17 @@ def test_the_readmes_links_and_commands_exist() -> None:
 @pytest.mark.parametrize(
     "readme", sorted((ROOT / "integrations").glob("*/README.md")), ids=lambda path: path.parent.name
 )
-def test_the_integrations_readmes_print_what_they_say(
+def test_the_examples_in_the_integrations_readmes_print_the_shown_output(
     readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three blocks, run one after another; the last line of each is a comment with the printed line."""
+    """Each README has three code blocks. They run in order; the last line of each is a comment with its output."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
     names: dict[str, object] = {}
     for block in blocks:
-        code, said = re.fullmatch(r"(.*\n)# (.*)\n", block, re.DOTALL).groups()  # type: ignore[union-attr]
+        code, shown_output = re.fullmatch(r"(.*\n)# (.*)\n", block, re.DOTALL).groups()  # type: ignore[union-attr]
         output = StringIO()
         with redirect_stdout(output):
             exec(code, names)
-        assert output.getvalue().strip() == said
+        assert output.getvalue().strip() == shown_output

@@ -69,15 +69,15 @@ def test_the_hybrid_is_the_fusion_of_both_rankings(folders: Path, model: Causal2
     bm25 = bm25s.BM25()
     stem = Stemmer.Stemmer("english")
     bm25.index(bm25s.tokenize(texts, stopwords="en", stemmer=stem, show_progress=False), show_progress=False)
-    gained = []
+    ndcg = []
     for number, row in enumerate(QUERIES[:10]):
         words = bm25s.tokenize(str(row["text"]), stopwords="en", stemmer=stem, show_progress=False)
         (found,), (weights,) = bm25.retrieve(words, k=len(texts), show_progress=False)
         sparse = [f"d{i}" for i, weight in zip(found, weights, strict=True) if weight > 0]
         fused = reciprocal_rank_fusion([[f"d{i}" for i in np.argsort(-dense[:, number])], sparse])
         gains = {str(one["corpus-id"]): int(str(one["score"])) for one in QRELS if one["query-id"] == row["_id"]}
-        gained.append(ndcg_at_k(list(fused), gains, 10))
-    assert scores["hybrid"] == pytest.approx(np.mean(gained), abs=0.02)
+        ndcg.append(ndcg_at_k(list(fused), gains, 10))
+    assert scores["hybrid"] == pytest.approx(np.mean(ndcg), abs=0.02)
 
 
 def test_scores_equal_their_definitions_in_either_format(folders: Path, model: Causal2Vec) -> None:
@@ -146,7 +146,7 @@ def test_the_encoder_alone_scores_the_same_through_sentence_transformers(folders
     model.encoder.save_pretrained(tmp_path / "st")
     model.tokenizer.encoder.save_pretrained(tmp_path / "st")
     encoder = EncoderEmbedder(model)
-    # The encoder alone, opened by sentence-transformers, which adds mean pooling to a plain BERT folder.
+    # sentence-transformers opens the encoder's folder; it adds mean pooling to a plain BERT folder.
     result = evaluate(model, [read_task(folders / "Docs")], ["encoder", str(tmp_path / "st")])
     scores = result["tasks"]["Docs"]["scores"]
     assert scores["st"]["ndcg_at_10"] == pytest.approx(scores["encoder"]["ndcg_at_10"], abs=0.02)
@@ -174,7 +174,7 @@ def test_the_command_prints_a_table_and_writes_model_command_and_versions(folder
     assert written["versions"].keys() == {"c2v-rag", "mteb", "torch", "transformers"}
 
 
-def test_what_cannot_be_read_is_named(folders: Path, tmp_path: Path) -> None:
+def test_unreadable_evaluation_data_is_named_in_the_error(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no evaluation set"):
         read_task(tmp_path)
     write(tmp_path / "a" / "corpus.jsonl", CORPUS)

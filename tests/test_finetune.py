@@ -71,13 +71,13 @@ def test_distillation_is_the_kl_divergence_and_zero_for_the_teacher_itself() -> 
     assert float(in_batch_distillation(q, d, unit_vectors(3, 5), d, 0.05)) > 0.1
 
 
-def test_parts_add_the_same_loss_on_the_interleaved_halves_and_on_the_first_columns() -> None:
+def test_halves_and_matryoshka_dims_add_the_same_loss_on_these_columns() -> None:
     q, d, tq, td = unit_vectors(3), unit_vectors(4, 1), unit_vectors(3, 2, 5), unit_vectors(4, 3, 5)
     plain = LossWeights(distill=0.7, info_nce=0.2, temperature=0.1)
 
     def by_hand(columns: slice) -> Tensor:
-        some_q, some_d = normalize(q[:, columns], dim=1), normalize(d[:, columns], dim=1)
-        return 0.7 * in_batch_distillation(some_q, some_d, tq, td, 0.1) + 0.2 * info_nce(some_q, some_d, 0.1)
+        part_q, part_d = normalize(q[:, columns], dim=1), normalize(d[:, columns], dim=1)
+        return 0.7 * in_batch_distillation(part_q, part_d, tq, td, 0.1) + 0.2 * info_nce(part_q, part_d, 0.1)
 
     whole = combined_loss(q, d, tq, td, plain)
     torch.testing.assert_close(whole, by_hand(slice(None)))
@@ -159,7 +159,7 @@ def test_bad_rows_are_counted_with_their_lines_and_too_many_are_an_error(
     assert "7 of 27 rows" in caplog.text
 
 
-def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_unusable_files_are_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"names the data set 'none', but .* holds none of none.parquet"):
         read_pair_set(tmp_path, "none")
     write(tmp_path / "wrong.parquet", [{"query": "q", "answer": "a"}])
@@ -173,7 +173,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         read_pair_set(tmp_path, "empty")
 
 
-def test_a_stage_draws_sets_by_weight_and_repeats_for_a_seed() -> None:
+def test_a_stage_draws_sets_by_weight_and_a_seed_gives_the_same_draw() -> None:
     sets = [
         PairSet("a", "", [Pair(f"a{i}", f"answer a{i}", ("wrong",)) for i in range(10)], {}),
         PairSet("b", "", [Pair(f"b{i}", f"answer b{i}", ("wrong",) * (i % 2)) for i in range(40)], {}),
@@ -186,7 +186,9 @@ def test_a_stage_draws_sets_by_weight_and_repeats_for_a_seed() -> None:
     rows_of_a = len(drawn["a with negatives"])
     assert sum(map(len, drawn.values())) == 240
     assert 40 < rows_of_a < 120, "the share of a set is its weight times the root of its rows: 1/3 here"
-    assert len(set(drawn["a with negatives"]["query"][:10])) == 10, "a set is gone through before a pair comes again"
+    assert len(set(drawn["a with negatives"]["query"][:10])) == 10, (
+        "every pair of a set is drawn before one is drawn again"
+    )
     again = draw_stage(sets, {"a": 1.0, "b": 1.0}, **arguments)
     assert {name: one.to_dict() for name, one in again.items()} == {name: one.to_dict() for name, one in drawn.items()}
     without = draw_stage(sets, {"a": 1.0, "b": 1.0}, **{**arguments, "num_negatives": 0})
@@ -197,35 +199,35 @@ def test_vectors_are_computed_once_and_cached(tmp_path: Path) -> None:
     asked: list[str] = []
 
     def embed(texts: Any) -> np.ndarray:
-        asked.extend(texts)
+        embedded.extend(texts)
         return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
     first = TextVectors(tmp_path / "v", embed)
     first.prepare(["a", "bb", "a", "\ud800"])
-    assert asked == ["a", "bb", "\ud800"]
+    assert embedded == ["a", "bb", "\ud800"]
     assert first(first.rows(["bb", "a"])).tolist() == [[2, 1], [1, 1]]
     again = TextVectors(tmp_path / "v", embed)
     again.prepare(["bb", "ccc"])
-    assert asked == ["a", "bb", "\ud800", "ccc"]
+    assert embedded == ["a", "bb", "\ud800", "ccc"]
     assert again(again.rows(["ccc", "bb"])).tolist() == [[3, 1], [2, 1]]
     assert again.texts == ["bb", "ccc"]
 
 
 @pytest.fixture(scope="module")
 def case_blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint for which a text and its copy in capitals are the same: only its uncased encoder reads them."""
+    """A checkpoint that ignores upper and lower case: its pooling uses only the uncased encoder's input."""
     path: Path = tmp_path_factory.mktemp("case") / "tiny"
     tiny_model(pooling="context", instruction="").save_pretrained(path)
     return path
 
 
 PASSAGES = [answer for _, answer in pairs()[:40]]
-# The positive is the best passage for its query, so that all others are candidates; for the last pair it is not.
+# The positive is the best passage for its query, so all others are candidates. In the last pair it is not the best.
 MINING_ROWS = [{"query": text.upper(), "positive": text} for text in PASSAGES]
 MINING_ROWS.append({"query": PASSAGES[0].title(), "positive": PASSAGES[1]})
 
 
-def test_mined_negatives_are_the_nearest_that_score_below_the_answer(case_blind: Path, tmp_path: Path) -> None:
+def test_mined_negatives_are_the_best_passages_that_score_below_the_positive(case_blind: Path, tmp_path: Path) -> None:
     model = Causal2Vec.from_pretrained(case_blind, dtype=torch.float32, device="cpu")
     write(tmp_path / "pairs.jsonl", MINING_ROWS)
     margin = 0.0001
@@ -242,7 +244,7 @@ def test_mined_negatives_are_the_nearest_that_score_below_the_answer(case_blind:
         if "negatives" in row:
             assert [scores[text] for text in row["negatives"]] == pytest.approx(allowed[:2], abs=1e-4)
             assert row["positive"] not in row["negatives"]
-    assert PASSAGES[0] not in mined[-1].get("negatives", []), "it answers this query better than the pair's own answer"
+    assert PASSAGES[0] not in mined[-1].get("negatives", []), "this passage scores above the positive of the pair"
     with pytest.raises(ValueError, match=r"must end in .jsonl"):
         mine(tmp_path / "pairs.jsonl", tmp_path / "mined.csv", model)
 
@@ -436,9 +438,9 @@ def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(
 @pytest.mark.slow
 def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint, steps=3)))
-    where = ["--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    options = ["--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "c2v_rag.cli", "train", str(tmp_path / "recipe.yaml"), *where]
+    command = [*launch, "-m", "c2v_rag.cli", "train", str(tmp_path / "recipe.yaml"), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
     log = json.loads((tmp_path / "out.training" / "log.json").read_text())
     assert [len(rows) for rows in log["steps"].values()] == [3, 3]
@@ -498,7 +500,7 @@ def test_the_words_loss_teaches_the_eos_half_the_words_of_a_text(checkpoint: Pat
     loss = [
         float((1 - (eos(model, unseen) * normalize(targets, dim=1)).sum(dim=1)).mean()) for model in (before, after)
     ]
-    assert loss[1] < 0.7 * loss[0], "texts that it was not trained on"
+    assert loss[1] < 0.7 * loss[0], "the loss must fall on texts that were not in training too"
     values["stages"][0]["sequences"] = "context"
     with pytest.raises(ValueError, match="'words' is a loss of EOS's half, and pooling 'context' has none"):
         train(Recipe.model_validate(values), tmp_path, tmp_path / "other", device="cpu")
@@ -566,8 +568,10 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
     teacher = [torch.from_numpy(EncoderEmbedder(model).encode_document(column)) for column in columns]
     model.train()
     with torch.no_grad():
-        shown = [module(module.preprocess(c, prompt="find: " if not i else None)) for i, c in enumerate(columns)]
-    q, *d = (column["sentence_embedding"] for column in shown)
+        columns_embedded = [
+            module(module.preprocess(c, prompt="find: " if not i else None)) for i, c in enumerate(columns)
+        ]
+    q, *d = (column["sentence_embedding"] for column in columns_embedded)
     by_hand = combined_loss(q, torch.cat(d), teacher[0], torch.cat(teacher[1:]), stage.loss)
     assert plain == pytest.approx(by_hand.item(), rel=1e-3)
     cached, cached_gradient = run(3)

@@ -26,7 +26,7 @@ def read_logins(path: Path) -> list[tuple[str, str]]:
             )  # the line is not shown: it may hold a password
         logins.append((user, password))
     if not logins:
-        raise ValueError(f"{path} holds no login. Write USER:PASSWORD, one a line.")
+        raise ValueError(f"{path} holds no login. Write one USER:PASSWORD per line.")
     return logins
 
 
@@ -39,6 +39,6 @@ def check_access(host: str, allowed_hosts: Sequence[str], logins: Logins) -> Non
     """Raise ValueError if other machines reach the page without a login: visitors can add documents to the store."""
     if not is_only_local(host, allowed_hosts) and not logins:
         raise ValueError(
-            f"Others than this computer could open the page at {', '.join([host, *allowed_hosts])} and write to the "
-            "store. Give --auth-file with USER:PASSWORD, one a line (from Python: launch(auth=[(user, password)]))."
+            f"Other computers could open the page at {', '.join([host, *allowed_hosts])} and write to the store. "
+            "Give --auth-file with one USER:PASSWORD per line (from Python: launch(auth=[(user, password)]))."
         )

@@ -47,8 +47,8 @@ class Collections:
         check_collection_name(name)
         if not may_be_new and name != self.first and name not in self.names():
             raise ValueError(
-                f"There is no collection {name!r}. New ones are made on the computer that runs this page; choose one "
-                f"of {', '.join(sorted({self.first, *self.names()}))}."
+                f"There is no collection {name!r}. New ones can be made only on the computer that runs this page; "
+                f"choose one of {', '.join(sorted({self.first, *self.names()}))}."
             )
         return self._searcher(name)
 

@@ -85,7 +85,7 @@ class SearchApp:
     def blocks(self) -> gr.Blocks:
         """The page as Gradio blocks, to launch or to mount in another app, which must then ask for a login itself."""
         with gr.Blocks(title="Causal2Vec search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-            gr.Markdown("# Search what you have")
+            gr.Markdown("# Search your documents")
             collection = gr.Dropdown(label="Collection", choices=[], scale=1, render=False)
             with gr.Tab("Search"):
                 with gr.Row():
@@ -101,14 +101,14 @@ class SearchApp:
                     method = gr.Dropdown(label="Method", choices=methods, value=CAUSAL2VEC)
                     other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
-                found = gr.HTML(elem_id="results")
+                results = gr.HTML(elem_id="results")
                 search_inputs = [query, collection, method, other, top_k]
                 # One listener for all inputs; only the latest request is answered, so that no older result replaces it.
                 gr.on(
                     [query.submit, search_button.click, collection.input, method.input, other.input, top_k.release],
                     self.search,
                     search_inputs,
-                    found,
+                    results,
                     trigger_mode="always_last",
                     show_progress="hidden",
                     concurrency_limit=4,
@@ -116,18 +116,18 @@ class SearchApp:
                 )
                 for button in example_buttons:
                     button.click(lambda text: text, button, query).then(
-                        self.search, search_inputs, found, show_progress="hidden", concurrency_id="search"
+                        self.search, search_inputs, results, show_progress="hidden", concurrency_id="search"
                     )
             with gr.Tab("Add documents"):
                 files = gr.File(
                     label="Files: txt, md, rst, html, pdf, py", file_count="multiple", file_types=_FILE_TYPES
                 )
                 folder = gr.Textbox(
-                    label="or a folder of this computer", placeholder="/home/me/notes", visible=self.is_local
+                    label="Folder on this computer", placeholder="/home/me/notes", visible=self.is_local
                 )
-                python = gr.Checkbox(label="and the documentation of Python's standard library")
-                replace = gr.Checkbox(label="replace earlier uploads of the same file names")
-                into = gr.Textbox(label="into the collection", value=self._collections.first)
+                python = gr.Checkbox(label="Also add the documentation of Python's standard library")
+                replace = gr.Checkbox(label="Replace earlier uploads of the same file names")
+                into = gr.Textbox(label="Add to this collection", value=self._collections.first)
                 with gr.Row():
                     start = gr.Button("Add", variant="primary")
                     stop = gr.Button("Cancel", variant="stop")
@@ -273,7 +273,7 @@ class SearchApp:
             return
         session = str(request.session_hash)
         if session in self._runs:
-            yield render.message("This page is adding documents already. Cancel that first, or wait for its end.")
+            yield render.message("This page is adding documents already. Cancel that first, or wait until it is done.")
             return
         try:
             searcher = self._collections.to_add(into.strip(), may_be_new=self.is_local)
@@ -288,7 +288,7 @@ class SearchApp:
             yield render.message(_report(run.result(), len(searcher.index)), "done")
         except Stopped:
             kept = f"{len(searcher.index):,} passages are in the collection"
-            yield render.message(f"Cancelled; {kept}. Add the same again to go on where it stopped.", "done")
+            yield render.message(f"Cancelled; {kept}. Add the same documents again to continue.", "done")
         except Exception as error:
             yield render.message(_reason(error), "error")
         finally:
@@ -345,7 +345,7 @@ def _report(added: Added, passages: int) -> str:
     ]
     lines += [f"Left out: {line}" for line in added.left_out]
     lines += [
-        f"Earlier uploads named {name} stay in the collection. To delete them, add it again and tick “replace”."
+        f"Earlier uploads named {name} stay in the collection. To delete them, add it again and tick “Replace”."
         for name in added.kept
     ]
     lines += [f"No text found in {name} (a scan without a text layer?)." for name in added.empty]

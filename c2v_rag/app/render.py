@@ -72,30 +72,34 @@ def results(
     """One or two columns of hits; each is (method, its scoring, its timing, hits, spans to highlight)."""
     parts = []
     for number, (method, how, timing, hits, spans) in enumerate(columns):
-        others = {hit.id: rank for rank, hit in enumerate(columns[1 - number][3], 1)} if len(columns) == 2 else None
-        found = "".join(
-            _hit(rank, hit, span, _moved(rank, hit.id, others))
+        other_ranks = (
+            {hit.id: rank for rank, hit in enumerate(columns[1 - number][3], 1)} if len(columns) == 2 else None
+        )
+        hits_html = "".join(
+            _hit(rank, hit, span, _rank_change(rank, hit.id, other_ranks))
             for rank, (hit, span) in enumerate(zip(hits, spans, strict=True), 1)
         )
-        found = found or message("Nothing found: no passage shares a word with the query.")
+        hits_html = hits_html or message("Nothing found: no passage shares a word with the query.")
         parts.append(
             f'<section><h3>{escape(method)}</h3><div class="c2v-how">{escape(how)} · {escape(timing)}</div>'
-            f"{found}</section>"
+            f"{hits_html}</section>"
         )
     return "".join(map(message, notices)) + f'<div class="c2v-columns">{"".join(parts)}</div>'
 
 
-def _moved(rank: int, id: str, others: Mapping[str, int] | None) -> str:
+def _rank_change(rank: int, id: str, other_ranks: Mapping[str, int] | None) -> str:
     """A badge with this passage's rank in the other column, compared with its rank here."""
-    if others is None:
+    if other_ranks is None:
         return ""
-    if id not in others:
+    if id not in other_ranks:
         return '<span class="c2v-moved c2v-only" title="not among the other method’s results">only here</span>'
-    by = others[id] - rank
-    if not by:
-        return '<span class="c2v-moved" title="the same place in both">=</span>'
-    arrow, kind = ("▲", "up") if by > 0 else ("▼", "down")
-    return f'<span class="c2v-moved c2v-{kind}" title="place {others[id]} in the other column">{arrow} {abs(by)}</span>'
+    other_rank = other_ranks[id]
+    difference = other_rank - rank
+    if not difference:
+        return '<span class="c2v-moved" title="the same rank in both columns">=</span>'
+    arrow, kind = ("▲", "up") if difference > 0 else ("▼", "down")
+    title = f"rank {other_rank} in the other column"
+    return f'<span class="c2v-moved c2v-{kind}" title="{title}">{arrow} {abs(difference)}</span>'
 
 
 def _hit(rank: int, hit: Hit, span: tuple[int, int], badge: str) -> str:

@@ -117,9 +117,9 @@ class Searcher:
         if method == BM25:
             return self._bm25.search(query, top_k)
         dense, sparse = self.index.search(query, FUSED_DEPTH), self._bm25.search(query, FUSED_DEPTH)
-        found = {hit.id: hit for hit in (*dense, *sparse)}
+        hits = {hit.id: hit for hit in (*dense, *sparse)}
         fused = reciprocal_rank_fusion([[hit.id for hit in dense], [hit.id for hit in sparse]])
-        return [Hit(id, score, found[id].text, found[id].metadata) for id, score in list(fused.items())[:top_k]]
+        return [Hit(id, score, hits[id].text, hits[id].metadata) for id, score in list(fused.items())[:top_k]]
 
     def best_sentences(self, query: str, texts: Sequence[str]) -> list[tuple[int, int]]:
         """For each text the span (start, end) of the sentence that is most similar to the query.
@@ -127,17 +127,17 @@ class Searcher:
         A Causal2Vec model uses its encoder alone for this, because it is fast.
         """
         spans = [sentences(text) for text in texts]
-        pieces = [text[start:end] for text, of_text in zip(texts, spans, strict=True) for start, end in of_text]
+        pieces = [text[start:end] for text, text_spans in zip(texts, spans, strict=True) for start, end in text_spans]
         if not pieces:
             return [(0, 0) for _ in texts]
         embedder: Any = EncoderEmbedder(self.model) if isinstance(self.model, Causal2Vec) else self.model
         options = {"on_truncate": "ignore"} if isinstance(self.model, Causal2Vec) else {}
         similarities = embedder.encode_document(pieces, **options) @ embedder.encode_query([query], **options)[0]
         best, first = [], 0
-        for of_text in spans:
-            scores = similarities[first : first + len(of_text)]
-            best.append(of_text[int(np.argmax(scores))] if of_text else (0, 0))
-            first += len(of_text)
+        for text_spans in spans:
+            scores = similarities[first : first + len(text_spans)]
+            best.append(text_spans[int(np.argmax(scores))] if text_spans else (0, 0))
+            first += len(text_spans)
         return best
 
 

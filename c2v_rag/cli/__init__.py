@@ -17,7 +17,7 @@ from c2v_rag.cli import search, serve, train
 from c2v_rag.cli.shared import err
 
 app = typer.Typer(
-    help="Causal2Vec embeddings: index what you have, search it.",
+    help="Causal2Vec embeddings: index your documents and search them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

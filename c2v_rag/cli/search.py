@@ -136,7 +136,7 @@ def search(
     name = model or str(stamp["name"])
     if not name:
         raise ValueError(
-            "The model that made this index was never saved under a name. Save it and give it with --model."
+            "The model that made this index has no name: it was never saved. Save it and give its folder with --model."
         )
     vectors = VectorIndex(store, open_embedder(name, device, dtype, is_stored=not model), collection)
     started = time.perf_counter()

@@ -87,7 +87,7 @@ def search_app(
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Open a search page for the browser: compare search methods, add documents, see a map of the collection."""
+    """Serve a search page for the browser: compare search methods, add documents, see a map of the collection."""
     with requires_extra("demo"):
         from c2v_rag.app.access import check_access, read_logins
         from c2v_rag.app.page import SearchApp

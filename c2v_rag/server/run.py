@@ -21,7 +21,7 @@ def read_keys(path: Path) -> list[str]:
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise ValueError(f"{path} holds no key. Write one a line, such as the output of `openssl rand -hex 32`.")
+        raise ValueError(f"{path} holds no key. Write one per line, such as the output of `openssl rand -hex 32`.")
     return keys
 
 

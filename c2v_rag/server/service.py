@@ -107,7 +107,8 @@ class EmbeddingService:
                     rows = await self._embed_texts(kind, body.input, options)
             except TimeoutError:
                 raise HTTPException(
-                    504, f"No answer within {self.limits.seconds:g} s: the server is busy. Send fewer texts, or later."
+                    504,
+                    f"No answer within {self.limits.seconds:g} s: the server is busy. Send fewer texts, or try later.",
                 ) from None
         self.metrics.inputs.labels(kind).inc(len(rows))
         self.metrics.tokens.inc(sum(counts))
@@ -134,7 +135,7 @@ class EmbeddingService:
         if self.waiting + num_texts > self.limits.waiting:
             raise HTTPException(
                 429,
-                f"{self.waiting} texts wait already, and {self.limits.waiting} may. Send it again later.",
+                f"{self.waiting} texts wait already; at most {self.limits.waiting} may wait. Send it again later.",
                 {"Retry-After": "1"},
             )
         self.waiting += num_texts

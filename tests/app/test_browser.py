@@ -1,6 +1,6 @@
-"""The page in a real browser, with the real default weights: search, compare, upload, cancel, map.
+"""The page in a real browser with the default model: search, compare, upload, cancel, map.
 
-Screenshots go to build/screenshots.
+Screenshots are saved in build/screenshots.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_grou
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    """A system Chromium, else Playwright's own; skips the tests where neither is there."""
+    """The path of a system Chromium, else of Playwright's own; the tests are skipped if there is neither."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
     if not Path(own).exists():
-        pytest.skip(NO_CHROMIUM)  # counted in the last line of the run
+        pytest.skip(NO_CHROMIUM)  # tests/conftest.py counts these skips
     return own
 
 
@@ -75,29 +75,29 @@ def choose(page: Page, label: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
-def ask(page: Page, query: str) -> None:
+def search_for(page: Page, query: str) -> None:
     page.get_by_label("Query").fill(query)
     page.get_by_label("Query").press("Enter")
 
 
-def shoot(page: Page, name: str) -> None:
+def save_screenshot(page: Page, name: str) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
-def test_enter_searches_and_another_method_stands_beside_it(page: Page, address: str) -> None:
+def test_enter_searches_and_two_methods_can_be_compared(page: Page, address: str) -> None:
     requested: list[str] = []
     page.on("request", lambda request: requested.append(request.url))
     page.reload()
     expect(page.get_by_label("Collection")).to_have_value("documents")
-    ask(page, "How do I copy a whole folder tree?")
+    search_for(page, "How do I copy a whole folder tree?")
     first = page.locator("article.c2v-hit").first
     expect(first).to_contain_text("shutil.copytree")
     expect(first.locator("mark").first).not_to_be_empty()
     choose(page, "Compare with", "BM25")
     expect(page.locator("section h3")).to_have_text(["Causal2Vec", "BM25"])
     expect(page.locator(".c2v-only").first).to_be_visible()
-    shoot(page, "search")
+    save_screenshot(page, "search")
     choose(page, "Method", "Encoder alone")  # built at first use
     expect(page.locator("section h3")).to_have_text(["Encoder alone", "BM25"])
     choose(page, "Method", "Hybrid (Causal2Vec + BM25)")
@@ -105,21 +105,21 @@ def test_enter_searches_and_another_method_stands_beside_it(page: Page, address:
     assert {urlsplit(url).netloc for url in requested if url.startswith("http")} == {urlsplit(address).netloc}
 
 
-def test_an_example_question_is_one_click(page: Page) -> None:
+def test_a_click_on_an_example_question_searches_it(page: Page) -> None:
     page.get_by_role("button", name="How can I keep only the most recent results").click()
     expect(page.locator("article.c2v-hit").first).to_contain_text("lru_cache")
 
 
-def test_texts_are_shown_not_run(page: Page) -> None:
-    ask(page, "evil script")
+def test_html_in_texts_is_shown_and_not_run(page: Page) -> None:
+    search_for(page, "evil script")
     expect(page.locator("article.c2v-hit").first).to_contain_text(HOSTILE)
     assert page.title() == "Causal2Vec search"
 
 
 def test_empty_and_enormous_queries_get_an_answer(page: Page) -> None:
-    ask(page, "")
+    search_for(page, "")
     expect(page.locator("#results")).to_contain_text("Type a question")
-    ask(page, "copy a folder " * 3572)
+    search_for(page, "copy a folder " * 3572)
     expect(page.locator("#results")).to_contain_text("reads its first")
     expect(page.locator("article.c2v-hit")).to_have_count(5)
 
@@ -134,27 +134,27 @@ def test_an_uploaded_file_is_found(page: Page, tmp_path: Path) -> None:
     progress = page.locator("#progress")
     expect(progress).to_contain_text("1 passages added")
     expect(progress).to_contain_text("Left out")
-    shoot(page, "add")
+    save_screenshot(page, "add")
     page.get_by_role("tab", name="Search").click()
-    ask(page, "Which animal climbs on the ice with its teeth?")
+    search_for(page, "Which animal climbs on the ice with its teeth?")
     expect(page.locator("article.c2v-hit").first).to_contain_text("walrus.txt")
 
 
-def test_a_run_is_cancelled_and_can_be_taken_up_again(page: Page) -> None:
+def test_the_page_works_after_a_run_was_cancelled(page: Page) -> None:
     page.get_by_role("tab", name="Add documents").click()
-    page.get_by_label("and the documentation of Python's standard library").check()
-    page.get_by_label("into the collection").fill("everything")
+    page.get_by_label("Also add the documentation of Python's standard library").check()
+    page.get_by_label("Add to this collection").fill("everything")
     page.get_by_role("button", name="Add", exact=True).click()
     progress = page.locator("#progress")
     expect(progress).to_contain_text("passages embedded", timeout=120_000)
     expect(progress.locator("progress")).to_have_attribute("value", re.compile(r"0\.\d+"))
-    shoot(page, "adding")
+    save_screenshot(page, "adding")
     page.get_by_role("button", name="Cancel").click()
     expect(progress).to_contain_text("Cancelled", timeout=120_000)
-    shoot(page, "cancelled")
+    save_screenshot(page, "cancelled")
     page.reload()
     expect(page.get_by_label("Collection")).to_have_value("documents")
-    ask(page, "How do I copy a whole folder tree?")
+    search_for(page, "How do I copy a whole folder tree?")
     expect(page.locator("article.c2v-hit").first).to_contain_text("shutil.copytree")
 
 
@@ -165,6 +165,6 @@ def test_a_click_on_the_map_shows_the_passage(page: Page) -> None:
     source = circles.nth(5).locator("title").text_content()
     circles.nth(5).dispatch_event("click")
     expect(page.locator("#chosen .c2v-source")).to_have_text(source)
-    shoot(page, "map")
+    save_screenshot(page, "map")
     page.get_by_role("tab", name="About").click()
     expect(page.locator("#about")).to_contain_text("tokens/s")

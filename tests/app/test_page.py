@@ -1,4 +1,4 @@
-"""What the page says when things go wrong, and that nothing is lost; handlers called as Gradio calls them."""
+"""The page's messages for errors, and that no documents are lost. The tests call the handlers as Gradio does."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_empty_query_an_empty_store_and_an_empty_collection_say_what_to_do(ap
     assert "Choose files" in add(app, [])
 
 
-def test_a_very_long_query_is_answered_and_told_what_was_read(app: SearchApp, tmp_path: Path) -> None:
+def test_a_very_long_query_is_answered_with_a_note_on_how_much_was_read(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Bread needs yeast.")
     add(app, [tmp_path / "a.txt"])
     answer = search(app, "yeast " * 8334)
@@ -90,14 +90,14 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_is_found(app: SearchAp
     assert "1 passages added" in report
     for name in ("broken.pdf", "latin.txt", "gone.txt"):
         assert name in report.partition("Left out: ")[2]
-    assert str(tmp_path) not in report, "where an upload lies for a moment is nobody's business"
+    assert str(tmp_path) not in report, "the temporary folder of an upload is not shown"
     assert "No text found in blank.txt" in report
     assert "good.md" in search(app, "heap", BM25)
     assert "no file or folder" in add(app, [], folder=str(tmp_path / "nowhere")).lower()
     assert len(VectorIndex(tmp_path / "store", app.model)) == 1
 
 
-def test_a_folder_of_this_computer_only_where_the_page_is_local(app: SearchApp, tmp_path: Path) -> None:
+def test_a_folder_of_this_computer_is_indexed_only_by_a_local_page(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("Bread needs yeast.")
     (tmp_path / "notes" / "b.txt").write_text("A heap keeps its smallest item first.")
@@ -108,15 +108,13 @@ def test_a_folder_of_this_computer_only_where_the_page_is_local(app: SearchApp, 
     assert "Choose files" in add(open_to_all, [], folder=str(tmp_path / "notes"))
 
 
-def test_uploads_of_one_name_stand_side_by_side_unless_the_earlier_ones_are_to_go(
-    app: SearchApp, tmp_path: Path
-) -> None:
+def test_uploads_of_the_same_name_are_all_kept_unless_earlier_ones_are_replaced(app: SearchApp, tmp_path: Path) -> None:
     files = []
     for folder, text in (("a", "Bread needs yeast."), ("b", "The moon is far."), ("c", "Copper conducts.")):
         (tmp_path / folder).mkdir()
         files.append(tmp_path / folder / "notes.txt")
         files[-1].write_text(text)
-    assert "2 passages added" in add(app, files[:2]), "two in one run"
+    assert "2 passages added" in add(app, files[:2]), "two files in one run"
     assert "0 passages added, 2 were there, 0 outdated" in add(app, files[:2])
     report = add(app, files[2:])
     assert "1 passages added, 0 were there, 0 outdated" in report
@@ -124,7 +122,7 @@ def test_uploads_of_one_name_stand_side_by_side_unless_the_earlier_ones_are_to_g
     index = VectorIndex(app.store, app.model)
     assert {chunk.text for chunk in index.chunks()} == {file.read_text() for file in files}
     assert {chunk.metadata["file_name"] for chunk in index.chunks()} == {"notes.txt"}
-    assert ">notes.txt</span>" in search(app, "moon", BM25), "people see the name"
+    assert ">notes.txt</span>" in search(app, "moon", BM25), "the page shows the file name"
     report = add(app, files[:1], replace=True)
     assert "0 passages added, 1 were there, 2 outdated ones deleted" in report
     assert "Earlier uploads" not in report
@@ -134,7 +132,7 @@ def test_uploads_of_one_name_stand_side_by_side_unless_the_earlier_ones_are_to_g
     assert len(index) == 1, "a file that could not be read replaces nothing"
 
 
-def test_looking_creates_no_collection(app: SearchApp) -> None:
+def test_reading_creates_no_collection(app: SearchApp) -> None:
     event: Any = SimpleNamespace(_data={"id": "x"})
     for shown in (
         last(app.search("a", "documents", CAUSAL2VEC, NO_COMPARISON, 3)),
@@ -159,12 +157,12 @@ def test_the_encoders_collection_names_are_reserved(app: SearchApp, tmp_path: Pa
     assert "a.txt" in search(app, "yeast", ENCODER)
 
 
-def test_visitors_name_no_new_collections(app: SearchApp, tmp_path: Path) -> None:
+def test_visitors_of_a_public_page_create_no_collections(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Bread needs yeast.")
     assert "1 passages added" in add(app, [tmp_path / "a.txt"], into="mine")
     public = SearchApp(app.store, app.model, is_local=False)
-    refused = add(public, [tmp_path / "a.txt"], into="theirs")
-    assert "There is no collection &#x27;theirs&#x27;" in refused
+    refused = add(public, [tmp_path / "a.txt"], into="new")
+    assert "There is no collection &#x27;new&#x27;" in refused
     assert "choose one of documents, mine" in refused
     for allowed in ("mine", "documents"):
         assert "Done in" in add(public, [tmp_path / "a.txt"], into=allowed)
@@ -174,7 +172,7 @@ def test_visitors_name_no_new_collections(app: SearchApp, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "error", [ApiKeyError("answered 401"), PermissionError(13, "Permission denied"), ConnectionError("nobody there")]
 )
-def test_only_a_held_lock_is_waited_for(app: SearchApp, tmp_path: Path, error: Exception) -> None:
+def test_an_error_other_than_a_locked_store_ends_the_run(app: SearchApp, tmp_path: Path, error: Exception) -> None:
     (tmp_path / "a.txt").write_text("Bread needs yeast.")
 
     def failing(texts: list[str], **options: Any) -> np.ndarray:
@@ -187,7 +185,7 @@ def test_only_a_held_lock_is_waited_for(app: SearchApp, tmp_path: Path, error: E
         del app.model.encode_document
 
 
-def test_a_second_run_waits_for_the_first_and_loses_nothing(app: SearchApp, tmp_path: Path) -> None:
+def test_a_run_waits_while_the_store_is_locked_and_then_adds_everything(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Bread needs yeast.")
     store = tmp_path / "store"
     store.mkdir()
@@ -200,7 +198,7 @@ def test_a_second_run_waits_for_the_first_and_loses_nothing(app: SearchApp, tmp_
     assert "1 passages added" in last(run)
 
 
-def test_cancelled_half_way_and_started_again_it_ends_with_everything(
+def test_a_cancelled_run_that_is_started_again_adds_the_rest(
     app: SearchApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(120):
@@ -209,12 +207,12 @@ def test_cancelled_half_way_and_started_again_it_ends_with_everything(
     request: Any = SimpleNamespace(session_hash="s")
     encode, cancelled, calls = app.model.encode_document, threading.Event(), count()
 
-    def held(texts: list[str], **options: Any) -> np.ndarray:
-        if next(calls) == 1:  # the second part of them
+    def wait_for_cancel(texts: list[str], **options: Any) -> np.ndarray:
+        if next(calls) == 1:  # the second batch
             assert cancelled.wait(60)
         return encode(texts, **options)
 
-    monkeypatch.setattr(app.model, "encode_document", held)
+    monkeypatch.setattr(app.model, "encode_document", wait_for_cancel)
     run = app.add([str(file) for file in files], "", False, "documents", False, request)
     shown = next(message for message in run if "documents read" in message)
     app.cancel(request)
@@ -228,7 +226,7 @@ def test_cancelled_half_way_and_started_again_it_ends_with_everything(
     assert f"{120 - kept} passages added, {kept} were there, 0 outdated" in report
 
 
-def test_an_error_inside_a_method_is_a_message(app: SearchApp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_search_method_is_shown_as_a_message(app: SearchApp, monkeypatch: pytest.MonkeyPatch) -> None:
     VectorIndex(app.store, app.model).add([Document("Bread.", "a.txt")])
 
     def broken(*arguments: Any, **options: Any) -> None:
@@ -239,7 +237,7 @@ def test_an_error_inside_a_method_is_a_message(app: SearchApp, monkeypatch: pyte
     assert "a.txt" in search(app, "bread")
 
 
-def test_map_and_about(app: SearchApp) -> None:
+def test_map_shows_every_passage_and_about_the_speed(app: SearchApp) -> None:
     index = VectorIndex(app.store, app.model)
     index.add([Document("Bread.", "a.txt")])
     assert "at least three" in app.map("documents")
@@ -262,7 +260,7 @@ def get(url: str, **headers: str) -> tuple[int, str]:
     return answer.status_code, answer.text
 
 
-def test_a_public_page_asks_for_a_login_or_is_refused(app: SearchApp, tmp_path: Path) -> None:
+def test_a_public_page_needs_a_login(app: SearchApp, tmp_path: Path) -> None:
     for refused in ({"host": "0.0.0.0"}, {"host": "192.168.1.2", "auth": []}, {"allowed_hosts": ["search.example"]}):
         with pytest.raises(ValueError, match="--auth-file"):
             app.launch(port=None, wait=False, **refused)  # type: ignore[arg-type]
@@ -301,7 +299,7 @@ def test_other_hosts_and_other_sites_are_refused(app: SearchApp) -> None:
 
 def test_logins_are_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "logins"
-    file.write_text("# ours\n\nann:a:b\n bob:word \n")
+    file.write_text("# logins\n\nann:a:b\n bob:word \n")
     assert read_logins(file) == [("ann", "a:b"), ("bob", "word")]
     for text, message in (("", "holds no login"), ("ann\n", "logins:1: expected USER:PASSWORD"), (":x", "expected")):
         file.write_text(text)
@@ -326,7 +324,7 @@ def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None
         process.communicate(timeout=120)
 
 
-def test_what_moved_is_marked_and_texts_are_escaped() -> None:
+def test_rank_changes_are_marked_and_texts_are_escaped() -> None:
     def hit(id: str) -> Hit:
         return Hit(id, 0.5, f"<b>{id}</b> text. More.", {"source": f"<i>{id}"})
 
@@ -346,7 +344,7 @@ def test_what_moved_is_marked_and_texts_are_escaped() -> None:
     assert "Nothing found" in render.results([("M", "how", "1 ms", [], [])])
 
 
-def test_of_a_long_passage_the_part_around_the_sentence_is_shown() -> None:
+def test_a_long_passage_is_cut_around_the_marked_sentence() -> None:
     text = "word " * 300 + "The answer." + " more" * 300
     shown, whole = render.passage(text, (1500, 1511)).split("<details")
     assert "<mark>The answer.</mark>" in shown
@@ -369,7 +367,7 @@ def test_sources_are_coloured_by_folder_module_or_file() -> None:
     assert "</i>other</span>" in drawn
 
 
-def test_a_task_reports_stops_and_hands_errors_on() -> None:
+def test_a_task_reports_progress_stops_and_raises_errors() -> None:
     def work(task: Task[int]) -> int:
         for i in range(1000):
             task.report(f"{i}")
@@ -388,6 +386,6 @@ def test_a_task_reports_stops_and_hands_errors_on() -> None:
     abandoned = Task(work)
     watching = abandoned.watch()
     next(watching)
-    watching.close()  # what Gradio does when the page is gone
+    watching.close()  # Gradio does so when the page is closed
     with pytest.raises(Stopped):
         abandoned.result()

@@ -1,4 +1,4 @@
-"""The methods behind the page: each against what it should be, kept up to date, and fused."""
+"""`Searcher`: each search method compared with a direct computation, and updated with the index."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def model() -> Causal2Vec:
 
 @pytest.fixture
 def searcher(tmp_path: Path, model: Causal2Vec) -> Searcher:
-    made = Searcher(tmp_path / "store", model, "documents")
-    made.index.add(DOCUMENTS)
-    return made
+    searcher = Searcher(tmp_path / "store", model, "documents")
+    searcher.index.add(DOCUMENTS)
+    return searcher
 
 
-def test_every_method_ranks_as_it_says(searcher: Searcher, model: Causal2Vec) -> None:
+def test_every_method_ranks_by_its_own_scores(searcher: Searcher, model: Causal2Vec) -> None:
     query, texts = "the violin by the harbour", [document.text for document in DOCUMENTS]
     for method in METHODS:
         searcher.prepare(method)
@@ -44,23 +44,23 @@ def test_every_method_ranks_as_it_says(searcher: Searcher, model: Causal2Vec) ->
     fused = reciprocal_rank_fusion([dense, sparse])
     hits = searcher.search(HYBRID, query, 100)
     assert {hit.id: hit.score for hit in hits} == fused
-    assert hits[0].id in sparse, "what both find comes first"
+    assert hits[0].id in sparse, "a passage that both methods find is first"
 
 
-def test_methods_follow_what_is_added_and_deleted(searcher: Searcher) -> None:
+def test_methods_are_updated_after_documents_are_added_or_deleted(searcher: Searcher) -> None:
     for method in (ENCODER, BM25):
         searcher.prepare(method)
     searcher.index.delete("violin.txt")
     searcher.index.add([Document("A walrus sings.", "walrus.txt")])
-    said: list[str] = []
+    messages: list[str] = []
     for method in (ENCODER, BM25):
         assert not searcher.is_prepared(method)
-        searcher.prepare(method, lambda message, done: said.append(message))
+        searcher.prepare(method, lambda message, done: messages.append(message))
         sources = {hit.metadata["source"] for hit in searcher.search(method, "a walrus plays the violin", 20)}
         assert "walrus.txt" in sources
         assert "violin.txt" not in sources
-    assert said[-1] == "Counting the words of 12 passages for BM25 …"
-    assert "encoder alone, 12 of 12" in said[-2]
+    assert messages[-1] == "Counting the words of 12 passages for BM25 …"
+    assert "encoder alone, 12 of 12" in messages[-2]
 
 
 def test_the_encoders_index_is_kept_in_the_store(searcher: Searcher, model: Causal2Vec, tmp_path: Path) -> None:
@@ -72,13 +72,13 @@ def test_the_encoders_index_is_kept_in_the_store(searcher: Searcher, model: Caus
     assert {chunk.id for chunk in again.encoder_index.chunks()} == {chunk.id for chunk in again.index.chunks()}
 
 
-def test_words_that_are_nowhere_find_nothing_by_bm25(searcher: Searcher) -> None:
+def test_bm25_finds_nothing_for_words_that_are_in_no_passage(searcher: Searcher) -> None:
     searcher.prepare(BM25)
     for query in ("xylophone", "the", "?!", "\ud800"):
         assert searcher.search(BM25, query, 3) == []
 
 
-def test_sentences_and_the_best_of_them(searcher: Searcher) -> None:
+def test_texts_are_split_into_sentences_and_the_best_one_is_returned(searcher: Searcher) -> None:
     text = "  One is here. Two, e.g. this?\n\n  Three has no end  "
     assert [text[start:end] for start, end in sentences(text)] == [
         "One is here.", "Two, e.g. this?", "Three has no end",
@@ -92,7 +92,7 @@ def test_sentences_and_the_best_of_them(searcher: Searcher) -> None:
     assert searcher.best_sentences("anything", []) == []
 
 
-def test_reciprocal_rank_fusion() -> None:
+def test_reciprocal_rank_fusion_equals_its_formula() -> None:
     fused = reciprocal_rank_fusion([["a", "b", "c"], ["c", "a"]])
     assert list(fused) == ["a", "c", "b"]
     assert fused["a"] == pytest.approx(1 / 61 + 1 / 62)

@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny checkpoint; integrations hold its name."""
+    """The folder of a tiny checkpoint, which the integrations open by name."""
     path: Path = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model(max_length=256, encoder_max_length=256).save_pretrained(path)
     return str(path)
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def core(folder: str) -> Causal2Vec:
-    """The model every integration of that name shares; float32, so that a batch's make-up does not show."""
+    """The model that every integration opens by this name. float32, so that batches of any texts give equal vectors."""
     return shared_model(folder, dtype="float32")
 
 

@@ -1,4 +1,4 @@
-"""Chroma: in memory, on disk, in another process and through a server."""
+"""The embedding function in Chroma: in memory, on disk, in another process and on a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tiny import assert_ranked, tiny_model
 TEXTS = ["A heap keeps its smallest item first.", "Bread needs yeast.", "The museum opens at nine."]
 
 
-def fill_and_ask(client: ClientAPI, folder: str, core: Causal2Vec) -> str:
+def fill_and_query(client: ClientAPI, folder: str, core: Causal2Vec) -> str:
     name = f"t{uuid4().hex}"
     collection = client.create_collection(name, embedding_function=Causal2VecEmbeddingFunction(folder, dtype="float32"))
     assert collection.configuration_json["hnsw"]["space"] == "cosine"
@@ -38,12 +38,12 @@ def fill_and_ask(client: ClientAPI, folder: str, core: Causal2Vec) -> str:
     return name
 
 
-def test_in_memory(folder: str, core: Causal2Vec) -> None:
-    fill_and_ask(chromadb.EphemeralClient(), folder, core)
+def test_a_collection_in_memory_gets_the_models_vectors(folder: str, core: Causal2Vec) -> None:
+    fill_and_query(chromadb.EphemeralClient(), folder, core)
 
 
-def test_on_disk_and_reopened_in_a_new_process(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
-    name = fill_and_ask(chromadb.PersistentClient(str(tmp_path)), folder, core)
+def test_a_collection_on_disk_is_reopened_in_a_new_process(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
+    name = fill_and_query(chromadb.PersistentClient(str(tmp_path)), folder, core)
     program = f"""
 import sys, chromadb, chroma_c2v
 assert "torch" not in sys.modules, "importing the function must not load torch"
@@ -57,11 +57,11 @@ print(collection.query(query_texts=[{TEXTS[1]!r}], n_results=1)["ids"])
     assert_ranked([best], (core.encode_query([TEXTS[1]]) @ core.encode_document(TEXTS).T)[0])
 
 
-def test_through_a_server(folder: str, core: Causal2Vec, chroma_server: str) -> None:
-    fill_and_ask(chromadb.HttpClient(host="127.0.0.1", port=urlsplit(chroma_server).port or 0), folder, core)
+def test_a_collection_on_a_server_gets_the_models_vectors(folder: str, core: Causal2Vec, chroma_server: str) -> None:
+    fill_and_query(chromadb.HttpClient(host="127.0.0.1", port=urlsplit(chroma_server).port or 0), folder, core)
 
 
-def test_settings_travel_with_the_collection(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
+def test_settings_are_saved_with_the_collection(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
     client = chromadb.PersistentClient(str(tmp_path))
     function = Causal2VecEmbeddingFunction(
         folder, dtype="float32", query_instruction="", document_instruction="read", truncate_dim=16
@@ -70,13 +70,13 @@ def test_settings_travel_with_the_collection(folder: str, core: Causal2Vec, tmp_
     reopened = client.get_collection("settings")
     expected = core.encode_document(["text"], instruction="read", truncate_dim=16)
     np.testing.assert_allclose(reopened.get(include=["embeddings"])["embeddings"], expected, atol=1e-6)
-    asked = reopened.query(query_texts=["text"], n_results=1)["distances"]
-    assert asked is not None
+    distances = reopened.query(query_texts=["text"], n_results=1)["distances"]
+    assert distances is not None
     query = core.encode_query(["text"], instruction="", truncate_dim=16)
-    assert asked[0][0] == pytest.approx(1 - float((query @ expected.T)[0, 0]), abs=1e-5)
+    assert distances[0][0] == pytest.approx(1 - float((query @ expected.T)[0, 0]), abs=1e-5)
 
 
-def test_wrong_settings_and_bad_input_are_named(folder: str, core: Causal2Vec) -> None:
+def test_wrong_settings_and_bad_input_are_clear_errors(folder: str, core: Causal2Vec) -> None:
     with pytest.raises(ValueError, match="exists in memory only"):
         Causal2VecEmbeddingFunction(model=tiny_model())
     assert Causal2VecEmbeddingFunction(model=core).name_or_path == folder
@@ -91,7 +91,7 @@ def test_wrong_settings_and_bad_input_are_named(folder: str, core: Causal2Vec) -
             call(["a", None])  # type: ignore[list-item]
 
 
-def test_a_name_beside_a_loaded_model_is_refused(folder: str, core: Causal2Vec) -> None:
+def test_a_name_together_with_a_loaded_model_is_refused(folder: str, core: Causal2Vec) -> None:
     for name, value in {"name_or_path": folder, "revision": "main", "device": "cpu", "dtype": "float32"}.items():
         with pytest.raises(ValueError, match=f"not both: model and {name}"):
             Causal2VecEmbeddingFunction(model=core, **{name: value})
@@ -112,8 +112,8 @@ def test_another_width_is_refused_before_anything_is_written(folder: str) -> Non
     assert other.count() == 1
 
 
-def test_what_is_stored_says_how_the_model_was_loaded_and_which_weights_it_had(folder: str) -> None:
-    """A name alone would load another precision, and other weights, when Chroma rebuilds the function."""
+def test_saved_settings_include_the_dtype_and_the_weights_stamp(folder: str) -> None:
+    """With the name only, Chroma would rebuild the function with another dtype or other weights."""
     half = Causal2Vec.from_pretrained(folder, dtype="bfloat16", device="cpu")
     config = Causal2VecEmbeddingFunction(model=half).get_config()
     assert config["dtype"] == "bfloat16"
@@ -129,7 +129,7 @@ def test_a_collection_refuses_a_folder_that_was_retrained(tmp_path: Path) -> Non
     function = Causal2VecEmbeddingFunction(str(tmp_path / "model"), dtype="float32")
     client.create_collection("notes", embedding_function=function).add(ids=["a"], documents=["a heap"])
     tiny_model(seed=1).save_pretrained(tmp_path / "model")
-    embedders.release_shared_models()  # as in a process that starts anew
+    embedders.release_shared_models()  # as in a new process
     reopened = client.get_collection("notes")
     for use in (
         lambda: reopened.add(ids=["b"], documents=["a heap"]),
@@ -149,8 +149,10 @@ def test_settings_stored_by_version_0_1_are_opened(folder: str, core: Causal2Vec
     np.testing.assert_array_equal(function(["a heap"])[0], core.encode_document(["a heap"])[0])
 
 
-def test_a_stored_address_is_not_opened_unless_this_process_named_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever can write a store could otherwise read its readers' key and texts."""
+def test_a_saved_address_is_opened_only_if_this_process_made_a_remote_model_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise an attacker who can write to a store could get the key and the texts of its readers."""
     monkeypatch.setenv("C2V_RAG_API_KEY", "secret")
     with recording_server() as (address, requests):
         function = Causal2VecEmbeddingFunction.build_from_config({"name_or_path": address, "weights": "0123"})

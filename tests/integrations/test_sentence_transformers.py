@@ -1,4 +1,4 @@
-"""sentence-transformers: the same checkpoint, its own doors, its trainer, mteb, and the classes built on it."""
+"""The sentence-transformers package: loading, saving, training, mteb, and other libraries' classes on top of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny import TEXTS, tiny_model
 TOLERANCE = 1e-5
 
 
-def test_a_saved_folder_opens_with_sentence_transformers_own_line(folder: str, core: Causal2Vec) -> None:
+def test_a_saved_folder_opens_with_the_sentence_transformer_class(folder: str, core: Causal2Vec) -> None:
     model = SentenceTransformer(folder, trust_remote_code=True, model_kwargs={"dtype": "float32"})
     np.testing.assert_allclose(model.encode_query(TEXTS), core.encode_query(TEXTS), atol=TOLERANCE)
     np.testing.assert_allclose(model.encode_document(TEXTS), core.encode_document(TEXTS), atol=TOLERANCE)
@@ -48,16 +48,18 @@ def test_load_needs_no_flag_and_keeps_prompts(folder: str, core: Causal2Vec) -> 
     np.testing.assert_allclose(similarity, core.encode(TEXTS[:2]) @ core.encode(TEXTS[:3]).T, atol=TOLERANCE)
 
 
-def test_an_instruction_behind_the_token_comes_through_too() -> None:
+def test_an_instruction_after_the_contextual_token_gives_the_models_vectors() -> None:
     model = tiny_model(contextual_token="before_instruction")
-    theirs = SentenceTransformer(modules=[Causal2VecModule(model)], device="cpu")
+    sentence_transformer = SentenceTransformer(modules=[Causal2VecModule(model)], device="cpu")
     prompt = model.config.prompt(model.config.instruction)
-    np.testing.assert_allclose(theirs.encode(TEXTS, prompt=prompt), model.encode_query(TEXTS), atol=TOLERANCE)
+    np.testing.assert_allclose(
+        sentence_transformer.encode(TEXTS, prompt=prompt), model.encode_query(TEXTS), atol=TOLERANCE
+    )
 
 
-def test_a_process_of_its_pool_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:
+def test_a_process_pool_gives_the_same_vectors(folder: str, core: Causal2Vec) -> None:
     model = load(folder, device="cpu", dtype="float32")
-    pool = model.start_multi_process_pool(["cpu"])  # each further one would import torch again, and show no more
+    pool = model.start_multi_process_pool(["cpu"])  # one process: more would only take longer
     try:
         found = model.encode_query(TEXTS, pool=pool, chunk_size=3)
     finally:
@@ -65,20 +67,20 @@ def test_a_process_of_its_pool_gives_the_same_vectors(folder: str, core: Causal2
     np.testing.assert_allclose(found, core.encode_query(TEXTS), atol=TOLERANCE)
 
 
-def test_what_it_saves_the_core_reads_and_the_other_way_round(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
+def test_checkpoints_saved_by_either_class_are_read_by_the_other(folder: str, core: Causal2Vec, tmp_path: Path) -> None:
     model = load(folder, dtype="float32")
-    model.save_pretrained(str(tmp_path / "theirs"))
-    again = Causal2Vec.from_pretrained(tmp_path / "theirs", dtype="float32")
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = Causal2Vec.from_pretrained(tmp_path / "saved", dtype="float32")
     np.testing.assert_array_equal(again.encode_query(TEXTS), core.encode_query(TEXTS))
     assert again.stamp["weights"] == core.stamp["weights"]
     for name in ("modules.json", "config_sentence_transformers.json"):
-        ours, theirs = (json.loads((Path(where) / name).read_text()) for where in (folder, tmp_path / "theirs"))
+        by_core, by_library = (json.loads((Path(path) / name).read_text()) for path in (folder, tmp_path / "saved"))
         if name == "modules.json":
-            assert ours == theirs
+            assert by_core == by_library
         else:
-            assert ours == {key: theirs[key] for key in ours}
+            assert by_core == {key: by_library[key] for key in by_core}
     reopened = SentenceTransformer(
-        str(tmp_path / "theirs"), trust_remote_code=True, model_kwargs={"dtype": "float32"}, local_files_only=True
+        str(tmp_path / "saved"), trust_remote_code=True, model_kwargs={"dtype": "float32"}, local_files_only=True
     )
     np.testing.assert_allclose(reopened.encode_query(TEXTS), core.encode_query(TEXTS), atol=TOLERANCE)
 
@@ -98,18 +100,18 @@ def test_bad_input_is_a_type_error_and_pickles_are_not_read(folder: str, tmp_pat
 
 @pytest.mark.parametrize("width", ["equal", "other"])
 def test_the_cached_loss_and_its_gradient_equal_the_plain_ones(width: str) -> None:
-    """A cached loss cuts batches into slices and the padding off each; the encoder's tokens must survive that."""
+    """A cached loss slices batches and cuts each slice's padding off; it must not cut tokens of the encoder off."""
     model = tiny_model()
     module = Causal2VecModule(model)
-    # "thethe" is two tokens of the decoder's and seven of the encoder's: the slice of the first two texts is the
-    # shorter one for the decoder only.
+    # "thethe" has two decoder tokens and seven encoder tokens: the slice of the first two texts is the shorter one for
+    # the decoder, but not for the encoder.
     texts = [["thethethethe", "thethe", "an ox, a fox, a box", "b c d e"], ["thethethe", "the", "i j k l m n o p", "q"]]
     columns = [module.preprocess(column) for column in texts]
     if width == "equal":
-        # Both padded to one width: the case in which a slice's shorter texts would lose encoder tokens.
+        # Both are padded to the same width: only then would a slice of shorter texts lose encoder tokens.
         columns = [padded_to_one_width(column) for column in columns]
         assert columns[0]["input_ids"].shape[-1] == columns[0]["encoder_ids"].shape[-1]
-    theirs = SentenceTransformer(modules=[module], device="cpu")
+    sentence_transformer = SentenceTransformer(modules=[module], device="cpu")
     parameters = list(model.projector.parameters())
 
     def gradient(loss: Any) -> tuple[float, torch.Tensor]:
@@ -121,8 +123,8 @@ def test_the_cached_loss_and_its_gradient_equal_the_plain_ones(width: str) -> No
         assert grads
         return value.item(), torch.cat([grad.flatten() for grad in grads])
 
-    plain, plain_gradient = gradient(MultipleNegativesRankingLoss(theirs))
-    cached, cached_gradient = gradient(CachedMultipleNegativesRankingLoss(theirs, mini_batch_size=2))
+    plain, plain_gradient = gradient(MultipleNegativesRankingLoss(sentence_transformer))
+    cached, cached_gradient = gradient(CachedMultipleNegativesRankingLoss(sentence_transformer, mini_batch_size=2))
     assert plain_gradient.norm() > 1e-4
     assert cached == pytest.approx(plain, rel=1e-4)
     torch.testing.assert_close(cached_gradient, plain_gradient, rtol=1e-3, atol=1e-5)
@@ -135,9 +137,9 @@ def padded_to_one_width(column: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {n: pad(t, (0, width - t.shape[-1])) if n in same else t for n, t in column.items()}
 
 
-def test_the_trainer_trains_it(tmp_path: Path) -> None:
+def test_the_sentence_transformers_trainer_trains_the_module(tmp_path: Path) -> None:
     model = tiny_model()
-    theirs = SentenceTransformer(modules=[Causal2VecModule(model)], device="cpu")
+    sentence_transformer = SentenceTransformer(modules=[Causal2VecModule(model)], device="cpu")
     before = model.projector.output.weight.detach().clone()
     data = Dataset.from_dict({"query": ["a heap", "bread"] * 4, "positive": ["smallest first", "needs yeast"] * 4})
     arguments = SentenceTransformerTrainingArguments(
@@ -146,15 +148,18 @@ def test_the_trainer_trains_it(tmp_path: Path) -> None:
         disable_tqdm=True,
     )  # fmt: skip
     SentenceTransformerTrainer(
-        model=theirs, args=arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(theirs)
+        model=sentence_transformer,
+        args=arguments,
+        train_dataset=data,
+        loss=MultipleNegativesRankingLoss(sentence_transformer),
     ).train()
     assert not torch.equal(before, model.projector.output.weight)
     again = Causal2Vec.from_pretrained(tmp_path / "out" / "checkpoint-2", dtype="float32")
     np.testing.assert_allclose(again.encode(TEXTS), model.encode(TEXTS), atol=TOLERANCE)
 
 
-def test_langchains_and_llama_indexes_own_classes_take_the_folder(folder: str, core: Causal2Vec) -> None:
-    """With the arguments they need: the flag for a module class outside the library, and the query prompt."""
+def test_langchains_and_llama_indexs_own_classes_open_the_folder(folder: str, core: Causal2Vec) -> None:
+    """They need two arguments: trust_remote_code, for a module class of another package, and the query prompt."""
     lines = ["a heap keeps its smallest item first", "bread needs yeast"]  # LangChain's class replaces line breaks
     chain = HuggingFaceEmbeddings(
         model=folder,
@@ -175,7 +180,7 @@ def test_langchains_and_llama_indexes_own_classes_take_the_folder(folder: str, c
     np.testing.assert_allclose(llama.get_query_embedding(lines[0]), core.encode_query(lines[:1])[0], atol=TOLERANCE)
 
 
-def test_mteb_runs_it_on_local_data(
+def test_mteb_scores_the_model_on_local_data(
     folder: str, core: Causal2Vec, passages: list[str], queries: list[str], tmp_path: Path
 ) -> None:
     import mteb
@@ -184,15 +189,15 @@ def test_mteb_runs_it_on_local_data(
     from mteb.cache import ResultCache
 
     queries = queries[:15]
-    # Each query's relevant passage is the one that our own vectors rank at a place chosen here, 1st, 2nd, ... 15th: a
-    # random model finds no meaning, and another vector, prompt or similarity would move the passages to other places.
+    # A random model finds no meaning. So the relevant passage of each query is chosen by its rank: 1st for the first
+    # query, ... 15th for the last. Other vectors, prompts or similarities would change the ranks and the score.
     scores = core.encode_query(queries) @ core.encode_document(passages).T
-    relevant, places = zip(*(clear_place(row, first) for first, row in enumerate(scores)), strict=True)
-    assert 5 < sum(place < 10 for place in places) < 15, "the score must count what is found and what is not"
+    relevant, ranks = zip(*(clear_rank(row, first) for first, row in enumerate(scores)), strict=True)
+    assert 5 < sum(rank < 10 for rank in ranks) < 15, "some relevant passages must be in the top 10 and some not"
 
     class LocalData(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            name="LocalData", description="passages at known places", type="Retrieval",
+            name="LocalData", description="passages at known ranks", type="Retrieval",
             dataset={"path": "local/data", "revision": "1"}, eval_splits=["test"], eval_langs=["eng-Latn"],
             main_score="ndcg_at_10",
         )  # fmt: skip
@@ -212,13 +217,13 @@ def test_mteb_runs_it_on_local_data(
     model = load(folder, dtype="float32")
     cache = ResultCache(tmp_path / "cache")
     result = mteb.evaluate(model, [LocalData()], cache=cache, co2_tracker=False, overwrite_strategy="always")
-    by_hand = np.mean([1 / np.log2(2 + place) if place < 10 else 0 for place in places])
+    by_hand = np.mean([1 / np.log2(2 + rank) if rank < 10 else 0 for rank in ranks])
     assert result.task_results[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(by_hand, abs=1e-4)
 
 
-def clear_place(scores: np.ndarray, first: int, margin: float = 1e-4) -> tuple[int, int]:
-    """(document, its place), the first place from `first` whose score is apart from its neighbours' by the margin."""
+def clear_rank(scores: np.ndarray, first: int, margin: float = 1e-4) -> tuple[int, int]:
+    """(document, rank) of the first rank from `first` whose score differs from both neighbours' by the margin."""
     order = np.argsort(-scores)
     gaps = np.array([np.inf, *-np.diff(scores[order])])
-    place = next(place for place in range(first, len(order) - 1) if min(gaps[place : place + 2]) > margin)
-    return int(order[place]), place
+    rank = next(rank for rank in range(first, len(order) - 1) if min(gaps[rank : rank + 2]) > margin)
+    return int(order[rank]), rank

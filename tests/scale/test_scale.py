@@ -1,4 +1,4 @@
-"""Indexing and embedding on a local Ray: the ids and vectors of one process, whatever is killed on the way."""
+"""Indexing and embedding on a local Ray give the ids and vectors of one process, even if processes are killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from c2v_rag.server.api import create_app
 from tests.server.serving import serving
 from tests.tiny import WORDS, tiny_model
 
-# One cluster is started, in one of the workers; beside other work on few cores Ray takes minutes.
+# All tests run in one pytest worker, which starts one cluster. On a few busy cores Ray takes minutes.
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 
@@ -43,14 +43,14 @@ def model(tiny_checkpoint: str) -> Causal2Vec:
 
 @pytest.fixture(scope="module")
 def model_url(model: Causal2Vec) -> Iterator[str]:
-    """A server of the model: workers that ask it need not import torch, which takes each of them seconds."""
+    """The address of a server with the model: workers that use it need not import torch, which takes seconds."""
     with serving(create_app(model, name="tiny")) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def on_ray() -> Iterator[str]:
-    """The address of one local Ray, for the tests that run in this process."""
+    """The address of a local Ray cluster for the tests of this process."""
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
@@ -58,7 +58,7 @@ def on_ray() -> Iterator[str]:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Text files, and a table with a row that is there twice."""
+    """A folder of text files, and a table in which some rows occur twice."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(12):
@@ -74,13 +74,15 @@ def vectors(index: VectorIndex) -> dict[str, np.ndarray]:
 
 
 def assert_same(found: VectorIndex, expected: VectorIndex) -> None:
-    ours, theirs = vectors(found), vectors(expected)
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose([ours[id] for id in theirs], list(theirs.values()), atol=1e-5)
+    vectors_found, vectors_expected = vectors(found), vectors(expected)
+    assert vectors_found.keys() == vectors_expected.keys()
+    np.testing.assert_allclose(
+        [vectors_found[id] for id in vectors_expected], list(vectors_expected.values()), atol=1e-5
+    )
 
 
 @pytest.mark.usefixtures("on_ray")
-def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
+def test_an_index_equals_that_of_one_process_and_is_updated(
     tiny_checkpoint: str, model: Causal2Vec, model_url: str, chroma_server: str, corpus: Path, tmp_path: Path
 ) -> None:
     def run(model: str, dtype: str | None) -> tuple[dict[str, int | float], list[str]]:
@@ -94,14 +96,14 @@ def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
         )
         return vars(report), left_out
 
-    alone, together = VectorIndex(tmp_path / "alone", model, "corpus"), VectorIndex(chroma_server, model, "corpus")
-    expected = alone.add(read_sources([corpus]))
+    one_process, cluster = VectorIndex(tmp_path / "alone", model, "corpus"), VectorIndex(chroma_server, model, "corpus")
+    expected = one_process.add(read_sources([corpus]))
     report, left_out = run(tiny_checkpoint, "float32")
     assert (report["added"], report["unchanged"], report["removed"]) == (expected.added, 0, 0)
     assert expected.added > 220
     assert left_out == []
-    assert_same(together, alone)
-    metadata = together.get(next(iter(vectors(together))))
+    assert_same(cluster, one_process)
+    metadata = cluster.get(next(iter(vectors(cluster))))
     assert metadata is not None
     assert metadata.metadata["source"].startswith(str(corpus))
 
@@ -114,13 +116,13 @@ def test_an_index_is_that_of_one_process_and_is_brought_up_to_date(
     assert report["replaced"] > 1
     assert report["removed"] > 1
     assert any("bad.jsonl" in line for line in left_out)
-    alone.add(read_sources([corpus], on_error=lambda path, error: None))
-    alone.delete(str(corpus / "4.txt"))
-    assert_same(together, alone)
+    one_process.add(read_sources([corpus], on_error=lambda path, error: None))
+    one_process.delete(str(corpus / "4.txt"))
+    assert_same(cluster, one_process)
 
 
 @pytest.mark.usefixtures("on_ray")
-def test_what_cannot_be_done_is_said(
+def test_wrong_stores_sources_and_models_are_clear_errors(
     tiny_checkpoint: str, model_url: str, chroma_server: str, corpus: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="chroma run"):
@@ -134,7 +136,7 @@ def test_what_cannot_be_done_is_said(
         index_on_ray([corpus], chroma_server, model="no-such-model", collection="third")
 
 
-def test_workers_take_what_there_is() -> None:
+def test_workers_use_the_resources_of_the_cluster() -> None:
     assert Workers().of({"CPU": 16.0, "GPU": 4.0}) == Workers(count=4, gpus=1.0, cpus=3.0)
     assert Workers(gpus=0.5).of({"CPU": 16.0, "GPU": 1.0}).count == 2
     assert Workers().of({"CPU": 2.0}) == Workers(count=1, gpus=0.0, cpus=1.0)
@@ -142,7 +144,7 @@ def test_workers_take_what_there_is() -> None:
 
 
 @pytest.mark.usefixtures("on_ray")
-def test_embeddings_in_files(
+def test_embeddings_are_written_to_files_and_a_run_is_continued(
     model_url: str, model: Causal2Vec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "PARTITION_ROWS", 16)
@@ -180,7 +182,9 @@ def test_embeddings_in_files(
             run(model=other)
 
 
-def test_a_partition_in_half_precision_and_a_slice_that_cannot_be_read(tiny_checkpoint: str, tmp_path: Path) -> None:
+def test_a_partition_can_have_half_precision_and_an_unreadable_slice_is_an_error(
+    tiny_checkpoint: str, tmp_path: Path
+) -> None:
     settings = {"query": True, "instruction": None, "truncate_dim": 8, "text_column": "t", "precision": "float16"}
     table = pa.table({"t": [f"text {number}" for number in range(10)], "id": range(100, 110)})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=4)
@@ -226,7 +230,7 @@ def test_a_large_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(slices) == 15
     opened.clear()
     found = [one for read in embedding.plan_reads(slices) for one in embedding.read_slices(read, "text")]
-    assert len(opened) == 2, "one pass for each row group"
+    assert len(opened) == 2, "each row group is read in one pass"
     assert [text for _, texts in found for text in texts] == texts
     assert [id for ids, _ in found for id in ids] == [str(number) for number in range(110)]
     missing = [slices[1], slices[4], slices[5], slices[13]]
@@ -235,7 +239,7 @@ def test_a_large_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_an_edited_input_does_not_pass_as_the_same_run(tmp_path: Path, suffix: str) -> None:
+def test_a_run_with_edited_input_is_not_continued(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"in{suffix}"
 
     def write(text: str) -> None:
@@ -258,7 +262,7 @@ def test_an_edited_input_does_not_pass_as_the_same_run(tmp_path: Path, suffix: s
     assert embed_on_ray([path], stale, model="none") == (0, 2)
     write("other")  # of the same length
     if suffix == ".parquet":
-        os.utime(path, ns=(1, 1))  # of another moment, however coarse the clock of the disk
+        os.utime(path, ns=(1, 1))  # another modification time, even if the file system's clock is coarse
     with pytest.raises(ValueError, match=rf"What differs: {path.resolve()}\. Give another folder"):
         embed_on_ray([path], stale, model="none")
     with pytest.raises(ValueError, match=rf"{path.name} has changed since this run began"):
@@ -281,14 +285,14 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-class Budgeted:
-    """Lets a model embed only so many texts, and holds it in the call after that."""
+class EncodeBudget:
+    """Makes a model's `encode_document` wait after it embedded as many texts as `allow` said. `holds`: a call waits."""
 
     def __init__(self, model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
         self._left, self._changed, self.holds = 0, threading.Condition(), False
         encode = model.encode_document
 
-        def held(texts: Iterable[str], **options: Any) -> np.ndarray:
+        def encode_within_budget(texts: Iterable[str], **options: Any) -> np.ndarray:
             texts = list(texts)
             with self._changed:
                 self.holds = self._left <= 0
@@ -296,7 +300,7 @@ class Budgeted:
                 self._left -= len(texts)
             return encode(texts, **options)
 
-        monkeypatch.setattr(model, "encode_document", held)
+        monkeypatch.setattr(model, "encode_document", encode_within_budget)
 
     def allow(self, texts: int) -> None:
         with self._changed:
@@ -308,7 +312,7 @@ class Budgeted:
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     on_ray: str, chroma_server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The workers' model is on a server in this process, which holds them half-way for as long as it takes."""
+    """The workers use a model on a server of this process; it stops answering until the test goes on."""
     model = tiny_model()
     table = tmp_path / "table.jsonl"
     with table.open("w") as file:
@@ -317,7 +321,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     alone = VectorIndex(tmp_path / "alone", model)
     expected = alone.add(read_sources([table])).added
 
-    mark = uuid4().hex  # what Ray starts inherits the environment, and is found by it
+    mark = uuid4().hex  # processes that Ray starts inherit the environment; this value identifies them
     environment = os.environ | {"C2V_TEST_RUN": mark}
 
     def started() -> list[psutil.Process]:
@@ -332,37 +336,37 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
                 one.kill()
 
     request.addfinalizer(clean)
-    held = VectorIndex(chroma_server, model, "killed")
-    budget = Budgeted(model, monkeypatch)
+    index = VectorIndex(chroma_server, model, "killed")
+    budget = EncodeBudget(model, monkeypatch)
 
     def start(url: str, ray_address: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "c2v_rag.cli", "index", str(table), "--model", url, "--json"]
         command += ["--store", chroma_server, "--collection", "killed", "--ray", ray_address, "--workers", "2"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
-    def until_it_holds(chunks: int, process: subprocess.Popen[str]) -> None:
-        while not budget.holds or len(held) <= chunks:
+    def wait_until_it_holds(chunks: int, process: subprocess.Popen[str]) -> None:
+        while not budget.holds or len(index) <= chunks:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
 
     with serving(create_app(model, name="tiny")) as url:
         driver = start(url, "local")
         budget.allow(600)
-        until_it_holds(0, driver)
+        wait_until_it_holds(0, driver)
         driver.kill()
         driver.communicate()
-        while writers(started()):  # they notice after a while that their driver is gone
+        while writers(started()):  # they end some time after their driver
             time.sleep(0.1)
-        so_far = len(held)
+        so_far = len(index)
         assert 0 < so_far < expected
 
         driver = start(url, on_ray)
         budget.allow(1500)
-        until_it_holds(so_far, driver)
+        wait_until_it_holds(so_far, driver)
         writers(psutil.Process().children(recursive=True))[0].kill()
-        assert len(held) < expected
+        assert len(index) < expected
         budget.allow(10**9)
         output, errors = driver.communicate()
     assert driver.returncode == 0, errors
     assert json.loads(output)["chunks"] == expected, output
-    assert_same(held, alone)
+    assert_same(index, alone)

@@ -1,4 +1,4 @@
-"""A real server around a tiny model, in a thread of the test."""
+"""`serving`: runs an application on a real server in a thread of the test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
-    """The address of a server that runs `app` until the block ends."""
+    """Run `app` on a server until the block ends, and yield its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,4 +1,4 @@
-"""The server's answers: the core's vectors, and a clear refusal for everything it will not do."""
+"""The server's answers: the vectors of `Causal2Vec`, and a clear error for every request that it refuses."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def embed(client: httpx.Client, texts: str | list[str], **fields: Any) -> np.nda
     return np.array([one["embedding"] for one in found["data"]], dtype=np.float32)
 
 
-def test_vectors_are_the_cores(client: httpx.Client, model: Causal2Vec) -> None:
+def test_vectors_equal_those_of_the_model(client: httpx.Client, model: Causal2Vec) -> None:
     documents, queries = model.encode_document(TEXTS), model.encode_query(TEXTS)
     np.testing.assert_allclose(embed(client, TEXTS), documents, atol=1e-5)
     np.testing.assert_allclose(embed(client, TEXTS, model="tiny:query"), queries, atol=1e-5)
     for input_type in ("query", "search_query"):
         np.testing.assert_allclose(embed(client, TEXTS, input_type=input_type), queries, atol=1e-5)
     for input_type in ("document", "search_document", "passage"):
-        asked = embed(client, TEXTS, model="tiny:query", input_type=input_type)
-        np.testing.assert_allclose(asked, documents, atol=1e-5)
+        embedded = embed(client, TEXTS, model="tiny:query", input_type=input_type)
+        np.testing.assert_allclose(embedded, documents, atol=1e-5)
     with_instruction = model.encode_query(TEXTS, instruction="Find the recipe")
-    asked = embed(client, TEXTS, input_type="query", instruction="Find the recipe")
-    np.testing.assert_allclose(asked, with_instruction, atol=1e-5)
+    embedded = embed(client, TEXTS, input_type="query", instruction="Find the recipe")
+    np.testing.assert_allclose(embedded, with_instruction, atol=1e-5)
     short = model.encode_document(TEXTS, truncate_dim=16)
     np.testing.assert_allclose(embed(client, TEXTS, dimensions=16), short, atol=1e-5)
     assert np.array_equal(embed(client, TEXTS[0], encoding_format="base64"), model.encode_document(TEXTS[:1]))
@@ -105,7 +105,9 @@ def test_usage_counts_tokens_and_models_are_listed(client: httpx.Client, model: 
         ({"model": "tiny", "input": "x" * 100_001}, 413, "100000 bytes"),
     ],
 )
-def test_what_it_will_not_do_it_says(client: httpx.Client, body: Any, status: int, words: str) -> None:
+def test_a_refused_request_gets_the_status_and_the_reason(
+    client: httpx.Client, body: Any, status: int, words: str
+) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = client.post("/v1/embeddings", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
@@ -114,7 +116,7 @@ def test_what_it_will_not_do_it_says(client: httpx.Client, body: Any, status: in
     assert error["type"] == "invalid_request_error"
 
 
-def test_a_body_without_a_length_is_measured_too(client: httpx.Client) -> None:
+def test_a_body_without_a_content_length_is_limited_too(client: httpx.Client) -> None:
     def chunks() -> Iterator[bytes]:
         yield b'{"model": "tiny", "input": "'
         for _ in range(200):
@@ -125,7 +127,7 @@ def test_a_body_without_a_length_is_measured_too(client: httpx.Client) -> None:
     assert answer.status_code == 413
 
 
-def test_a_key_is_asked_for_where_there_are_keys(model: Causal2Vec) -> None:
+def test_a_request_without_a_valid_key_is_refused_if_there_are_keys(model: Causal2Vec) -> None:
     with serving(create_app(model, name="tiny", api_keys=["other", KEY])) as url:
         for path in ("/health", "/ready"):
             assert httpx.get(url + path).status_code == 200
@@ -143,14 +145,14 @@ def test_a_key_is_asked_for_where_there_are_keys(model: Causal2Vec) -> None:
                 assert httpx.get(url + path, headers={"Authorization": value}).status_code == 200
 
 
-def test_without_a_key_no_body_is_read(model: Causal2Vec) -> None:
+def test_the_body_of_a_request_without_a_key_is_not_read(model: Causal2Vec) -> None:
     with serving(create_app(model, name="tiny", api_keys=[KEY])) as url:
         malformed = httpx.post(f"{url}/v1/embeddings", content=b"{", headers={"Content-Type": "application/json"})
         assert malformed.status_code == 401
         host, port = url.removeprefix("http://").split(":")
         head = ["POST /v1/embeddings HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            # Not a byte of the announced ten million follows.
+            # Only the headers are sent, none of the ten million bytes of the body.
             connection.sendall("\r\n".join([*head, "Content-Length: 10000000", "", ""]).encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 401")
         metrics = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
@@ -158,7 +160,7 @@ def test_without_a_key_no_body_is_read(model: Causal2Vec) -> None:
 
 
 @pytest.mark.parametrize("field", ["encoding_format", "dimensions", "user", "input_type", "instruction", "truncate"])
-def test_null_is_as_good_as_nothing(client: httpx.Client, model: Causal2Vec, field: str) -> None:
+def test_a_null_field_equals_a_missing_field(client: httpx.Client, model: Causal2Vec, field: str) -> None:
     answer = client.post("/v1/embeddings", json={"model": "tiny", "input": TEXTS[0], field: None})
     assert answer.status_code == 200, answer.text
     np.testing.assert_allclose(answer.json()["data"][0]["embedding"], model.encode_document(TEXTS[:1])[0], atol=1e-5)
@@ -171,12 +173,12 @@ def test_fields_of_other_servers_are_ignored(client: httpx.Client, model: Causal
     assert counted.status_code == 200
 
 
-def test_a_name_that_asks_for_queries_is_refused_at_start(model: Causal2Vec) -> None:
+def test_a_model_name_that_ends_in_query_is_refused_at_start(model: Causal2Vec) -> None:
     with pytest.raises(ValueError, match="cannot be called 'foo:query'"):
         create_app(model, name="foo:query")
 
 
-def test_a_host_that_is_not_its_own_is_refused(model: Causal2Vec) -> None:
+def test_a_request_for_an_unknown_host_is_refused(model: Causal2Vec) -> None:
     with serving(create_app(model, name="tiny", allowed_hosts=["Vectors.example"])) as url:
         for host in (
             "evil.example",
@@ -197,23 +199,23 @@ def test_a_host_that_is_not_its_own_is_refused(model: Causal2Vec) -> None:
 
 
 class Gate:
-    """Holds a model's `encode_document` until it is opened."""
+    """Makes a model's `encode_document` wait until `opened` is set. `reached`: a call waits. `calls`: its texts."""
 
     def __init__(self, model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
         self.calls: list[list[str]] = []
         encode = model.encode_document
 
-        def held(texts: Iterable[str], **options: Any) -> np.ndarray:
+        def encode_when_opened(texts: Iterable[str], **options: Any) -> np.ndarray:
             self.calls.append(list(texts))
             self.reached.set()
             assert self.opened.wait(60)
             return encode(self.calls[-1], **options)
 
-        monkeypatch.setattr(model, "encode_document", held)
+        monkeypatch.setattr(model, "encode_document", encode_when_opened)
 
 
-def test_those_who_wait_are_embedded_together(model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_wait_are_embedded_in_one_batch(model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(model, monkeypatch)
     texts = [f"text {number}" for number in range(32)]
     with (
@@ -221,13 +223,13 @@ def test_those_who_wait_are_embedded_together(model: Causal2Vec, monkeypatch: py
         ThreadPoolExecutor(32) as pool,
         httpx.Client(timeout=60) as client,
     ):
-        asked = [
+        answers = [
             pool.submit(client.post, f"{url}/v1/embeddings", json={"model": "tiny", "input": one}) for one in texts
         ]
         while "c2v_waiting_inputs 32.0" not in client.get(f"{url}/metrics").text:
             time.sleep(0.01)
         gate.opened.set()
-        vectors = [one.result().json()["data"][0]["embedding"] for one in asked]
+        vectors = [one.result().json()["data"][0]["embedding"] for one in answers]
         np.testing.assert_allclose(vectors, model.encode_document(texts), atol=1e-5)
         metrics = client.get(f"{url}/metrics").text
     counted = {
@@ -243,14 +245,16 @@ def test_those_who_wait_are_embedded_together(model: Causal2Vec, monkeypatch: py
     assert counted["c2v_batch_texts_sum"] == 32
 
 
-def test_a_full_queue_and_a_client_that_leaves(model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_refuses_and_a_client_that_disconnects_is_not_embedded(
+    model: Causal2Vec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate(model, monkeypatch)
     app = create_app(model, name="tiny", limits=Limits(inputs=4, waiting=4))
     with serving(app) as url, ThreadPoolExecutor(4) as pool:
-        body = {"model": "tiny", "input": ["held"]}
-        held = pool.submit(httpx.post, f"{url}/v1/embeddings", json=body, timeout=60)
+        body = {"model": "tiny", "input": ["waiting"]}
+        waiting = pool.submit(httpx.post, f"{url}/v1/embeddings", json=body, timeout=60)
         assert gate.reached.wait(60)
-        # The model is busy. A client asks for three texts more and leaves: its texts must never be embedded.
+        # The model is busy. A client sends three more texts and disconnects: its texts must not be embedded.
         host, port = url.removeprefix("http://").split(":")
         content = json.dumps({"model": "tiny", "input": ["left", "left", "left"]}).encode()
         head = ["POST /v1/embeddings HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
@@ -262,12 +266,12 @@ def test_a_full_queue_and_a_client_that_leaves(model: Causal2Vec, monkeypatch: p
             refused = httpx.post(f"{url}/v1/embeddings", json=body)
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
             assert "4 texts wait already" in refused.json()["error"]["message"]
-        while httpx.get(f"{url}/ready").status_code != 200:  # its places are free again
+        while httpx.get(f"{url}/ready").status_code != 200:  # until its places in the queue are free again
             time.sleep(0.01)
         gate.opened.set()
-        assert held.result().status_code == 200
+        assert waiting.result().status_code == 200
         assert httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).status_code == 200
-    assert gate.calls == [["held"], ["held"]]
+    assert gate.calls == [["waiting"], ["waiting"]]
 
 
 def test_an_answer_that_does_not_come_in_time_is_504(model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +283,7 @@ def test_an_answer_that_does_not_come_in_time_is_504(model: Causal2Vec, monkeypa
     assert "No answer within 0.2 s" in late.json()["error"]["message"]
 
 
-def test_an_error_of_its_own_is_500_and_the_next_request_is_answered(
+def test_an_internal_error_is_500_and_the_next_request_is_answered(
     model: Causal2Vec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(texts: Iterable[str], **options: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Programs that know nothing of c2v_rag, and `RemoteModel`, get the core's vectors from a running server."""
+"""OpenAI's clients and `RemoteModel` get the vectors of `Causal2Vec` from a running server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.server.serving import serving
 from tests.tiny import TEXTS, tiny_model
 
 KEY = "open sesame"
-WHOLE = [text for text in TEXTS if len(text) < 200]  # what no part of the model cuts
+WHOLE = [text for text in TEXTS if len(text) < 200]  # texts that no part of the model cuts
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def remote(url: str) -> RemoteModel:
     return RemoteModel(url, KEY)
 
 
-def test_openais_client(url: str, model: Causal2Vec) -> None:
+def test_openais_client_gets_the_models_vectors(url: str, model: Causal2Vec) -> None:
     client = OpenAI(base_url=f"{url}/v1", api_key=KEY)
     for name, expected in (("tiny", model.encode_document(WHOLE)), ("tiny:query", model.encode_query(WHOLE))):
         for encoding in ("float", "base64"):
@@ -67,7 +67,7 @@ def test_openais_client(url: str, model: Causal2Vec) -> None:
         client.embeddings.create(model="text-embedding-3-small", input="x")
 
 
-def test_langchains_openai_embeddings(url: str, model: Causal2Vec) -> None:
+def test_langchains_openai_embeddings_get_the_models_vectors(url: str, model: Causal2Vec) -> None:
     settings: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": KEY, "check_embedding_ctx_length": False}
     documents = OpenAIEmbeddings(model="tiny", **settings).embed_documents(WHOLE)
     np.testing.assert_allclose(documents, model.encode_document(WHOLE), atol=1e-5)
@@ -75,23 +75,23 @@ def test_langchains_openai_embeddings(url: str, model: Causal2Vec) -> None:
     np.testing.assert_allclose([query], model.encode_query(WHOLE[:1]), atol=1e-5)
 
 
-def test_llama_indexs_openai_like_embedding(url: str, model: Causal2Vec) -> None:
+def test_llama_indexs_openai_like_embedding_gets_the_models_vectors(url: str, model: Causal2Vec) -> None:
     settings: dict[str, Any] = {"api_base": f"{url}/v1", "api_key": KEY}
-    texts = [text for text in WHOLE if text.strip()]  # it refuses empty ones
+    texts = [text for text in WHOLE if text.strip()]  # LlamaIndex refuses empty texts
     documents = OpenAILikeEmbedding(model_name="tiny", **settings).get_text_embedding_batch(texts)
     np.testing.assert_allclose(documents, model.encode_document(texts), atol=1e-5)
     query = OpenAILikeEmbedding(model_name="tiny:query", **settings).get_query_embedding(texts[0])
     np.testing.assert_allclose([query], model.encode_query(texts[:1]), atol=1e-5)
 
 
-def test_a_remote_model_is_the_model(remote: RemoteModel, model: Causal2Vec, url: str) -> None:
+def test_a_remote_model_gives_the_results_of_the_served_model(remote: RemoteModel, model: Causal2Vec, url: str) -> None:
     many = [f"{text} {number}" for number in range(30) for text in TEXTS] + ["lone \ud800"]  # more than one request
     np.testing.assert_allclose(remote.encode_document(many), model.encode_document(many), atol=1e-5)
     np.testing.assert_allclose(remote.encode(iter(TEXTS)), model.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(remote.encode_query(TEXTS), model.encode_query(TEXTS), atol=1e-5)
     for options in ({"instruction": ""}, {"instruction": "Find it"}, {"truncate_dim": 6}):
-        asked = remote.encode_query(TEXTS, **options)  # type: ignore[arg-type]
-        np.testing.assert_allclose(asked, model.encode_query(TEXTS, **options), atol=1e-5)  # type: ignore[arg-type]
+        embedded = remote.encode_query(TEXTS, **options)  # type: ignore[arg-type]
+        np.testing.assert_allclose(embedded, model.encode_query(TEXTS, **options), atol=1e-5)  # type: ignore[arg-type]
     assert remote.encode([]).shape == (0, model.embedding_dim)
     assert remote.encode(TEXTS).dtype == np.float32
     assert (remote.embedding_dim, remote.max_tokens) == (model.embedding_dim, model.max_tokens)
@@ -108,7 +108,7 @@ def test_a_remote_model_is_the_model(remote: RemoteModel, model: Causal2Vec, url
     np.testing.assert_allclose(unpickled.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
 
 
-def test_every_integration_takes_a_remote_model(
+def test_every_integration_works_with_a_remote_model(
     remote: RemoteModel, model: Causal2Vec, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents, query = model.encode_document(WHOLE), model.encode_query(WHOLE[:1])
@@ -118,7 +118,7 @@ def test_every_integration_takes_a_remote_model(
     np.testing.assert_allclose(llama.get_text_embedding_batch(WHOLE), documents, atol=1e-5)
     np.testing.assert_allclose([llama.get_query_embedding(WHOLE[0])], query, atol=1e-5)
 
-    # By the address alone, too, which is what Chroma keeps; the key is found in the environment.
+    # By the address alone too, which Chroma saves; the key is read from the environment.
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     np.testing.assert_allclose(Causal2VecEmbeddings(name_or_path=url).embed_documents(WHOLE), documents, atol=1e-5)
     client = chromadb.EphemeralClient()
@@ -132,13 +132,15 @@ def test_every_integration_takes_a_remote_model(
         load_embedder(url, device="cpu")
 
 
-def test_an_index_of_either_is_one_of_the_other(remote: RemoteModel, model: Causal2Vec, tmp_path: Path) -> None:
+def test_a_model_and_its_remote_model_can_share_an_index(
+    remote: RemoteModel, model: Causal2Vec, tmp_path: Path
+) -> None:
     long = Document(" ".join(f"Sentence number {number} of a long text." for number in range(60)), "long.txt")
     report = VectorIndex(tmp_path, remote).add([long, Document("A heap.", "heap.txt")])
     assert report.added > 3
-    here = VectorIndex(tmp_path, model)
-    assert here.add([long]).unchanged == report.added - 1  # cut into the same chunks
-    assert [hit.id for hit in here.search("heap")] == [hit.id for hit in VectorIndex(tmp_path, remote).search("heap")]
+    local = VectorIndex(tmp_path, model)
+    assert local.add([long]).unchanged == report.added - 1  # cut into the same chunks
+    assert [hit.id for hit in local.search("heap")] == [hit.id for hit in VectorIndex(tmp_path, remote).search("heap")]
     app = SearchApp(tmp_path, remote)
     assert app.collections() == ["documents"]
     *_, found = app.search("heap", "documents", "Causal2Vec", "BM25", 3)
@@ -146,7 +148,7 @@ def test_an_index_of_either_is_one_of_the_other(remote: RemoteModel, model: Caus
     assert "Encoder alone" not in app.methods()
 
 
-def test_who_is_away_busy_or_another_is_named(
+def test_an_unreachable_busy_or_replaced_server_is_a_clear_error(
     model: Causal2Vec, url: str, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
@@ -207,18 +209,18 @@ def texts_of(request: httpx.Request) -> list[str]:
 
 
 def vectors(texts: list[str]) -> httpx.Response:
-    """The number in each text, as a vector of one column."""
+    """A response whose vectors have one column: the number in each text."""
     rows = [base64.b64encode(np.array([float(text)], "<f4").tobytes()).decode() for text in texts]
     return httpx.Response(200, json={"data": [{"embedding": row} for row in rows]})
 
 
 def test_requests_of_one_call_run_at_the_same_time_and_keep_their_order() -> None:
-    all_there = threading.Barrier(MAX_PARALLEL_REQUESTS)
+    all_sent = threading.Barrier(MAX_PARALLEL_REQUESTS)
     texts = [str(number) for number in range(2 * MAX_PARALLEL_REQUESTS)]
     last_answered = threading.Event()
 
     def handler(request: httpx.Request) -> httpx.Response:
-        all_there.wait(30)
+        all_sent.wait(30)
         if texts[-1] in texts_of(request):
             last_answered.set()
         assert last_answered.wait(30), "the last request is answered first"
@@ -243,7 +245,7 @@ def test_an_error_of_one_request_is_raised() -> None:
     ("error", "tries"),
     [(httpx.ReadTimeout, 1), (httpx.WriteTimeout, 1), (httpx.ConnectTimeout, 5), (httpx.ReadError, 5)],
 )
-def test_what_the_server_may_be_working_on_is_not_sent_again(
+def test_a_request_that_the_server_may_be_working_on_is_not_sent_again(
     error: type[httpx.TransportError], tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
@@ -259,30 +261,30 @@ def test_what_the_server_may_be_working_on_is_not_sent_again(
 
 
 def test_retries_end_when_the_time_for_a_request_is_over() -> None:
-    given: list[dict[str, float]] = []
+    timeouts: list[dict[str, float]] = []
 
     def handler(request: httpx.Request) -> httpx.Response:
-        given.append(request.extensions["timeout"])
+        timeouts.append(request.extensions["timeout"])
         time.sleep(0.06)
         return httpx.Response(503)
 
     with pytest.raises(ConnectionError, match="answered 503"):
         remote_model(handler, timeout=0.1).encode_query(["1"])
-    assert len(given) <= 2
-    assert all(timeout["read"] <= 0.1 for timeout in given)
+    assert len(timeouts) <= 2
+    assert all(timeout["read"] <= 0.1 for timeout in timeouts)
 
 
-def test_the_key_stays_with_its_server() -> None:
-    asked: list[tuple[str, str]] = []
+def test_the_key_is_not_sent_to_the_target_of_a_redirect() -> None:
+    requests: list[tuple[str, str]] = []
 
     def handler(request: httpx.Request) -> httpx.Response:
-        asked.append((request.url.host, request.headers["Authorization"]))
+        requests.append((request.url.host, request.headers["Authorization"]))
         return httpx.Response(307, headers={"Location": "http://elsewhere.test/v1/embeddings"})
 
     remote = remote_model(handler)
     with pytest.raises(ValueError, match=r"redirects to 'http://elsewhere\.test.* Give the final address"):
         remote.encode_query(["1"])
-    assert asked == [("server.test", f"Bearer {KEY}")]
+    assert requests == [("server.test", f"Bearer {KEY}")]
     assert KEY not in repr(remote)
     with pytest.raises(ValueError, match="user or password") as refused:
         RemoteModel("http://me:secret@server.test")
@@ -292,16 +294,16 @@ def test_the_key_stays_with_its_server() -> None:
 def test_async_methods_give_the_same_vectors_and_leave_the_event_loop_free(
     remote: RemoteModel, model: Causal2Vec
 ) -> None:
-    all_there = threading.Barrier(8)
+    all_sent = threading.Barrier(8)
 
     def handler(request: httpx.Request) -> httpx.Response:
-        all_there.wait(30)
+        all_sent.wait(30)
         return vectors(texts_of(request))
 
-    waiting = remote_model(handler)
+    waits_for_8 = remote_model(handler)
 
     async def ask() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        at_once = await asyncio.gather(*(waiting.aencode_query([str(number)]) for number in range(8)))
+        at_once = await asyncio.gather(*(waits_for_8.aencode_query([str(number)]) for number in range(8)))
         return at_once, await remote.aencode_query(WHOLE, instruction="Find it"), await remote.aencode_document(WHOLE)
 
     at_once, queries, documents = asyncio.run(ask())
@@ -311,7 +313,7 @@ def test_async_methods_give_the_same_vectors_and_leave_the_event_loop_free(
     assert len(pickle.loads(pickle.dumps(remote)).encode(["x"])) == 1
 
 
-def test_a_model_that_was_opened_for_an_address_is_found_while_it_is_used() -> None:
+def test_opened_model_returns_the_newest_model_of_an_address_while_it_is_used() -> None:
     address = "http://once.test"
     assert opened_model(address) is None
     first = RemoteModel(address, KEY)

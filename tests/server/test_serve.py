@@ -1,4 +1,4 @@
-"""`c2v-rag serve` as a process: whom it lets in, how it stops, and what thousands of requests do to it."""
+"""`c2v-rag serve` as a process: its keys, its end after SIGTERM, and its memory after thousands of requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REQUESTS, AT_ONCE = 2_000, 32
 
 @contextmanager
 def serve(folder: str, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The server's address, and its process."""
+    """Start the server, and yield its address and its process."""
     command = [sys.executable, "-m", "c2v_rag.cli", "serve", "--model", folder, "--port", "0", *options]
     with subprocess.Popen([*command, "--dtype", "float32"], stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -41,7 +41,7 @@ def serve(folder: str, *options: str) -> Iterator[tuple[str, subprocess.Popen[st
                 if found := re.search(r"running on (http://\S+)", line):
                     yield found[1], process
                     return
-            raise AssertionError(f"it did not start: {''.join(lines)}")
+            raise AssertionError(f"the server did not start: {''.join(lines)}")
         finally:
             process.kill()
 
@@ -52,7 +52,7 @@ def waiting(url: str) -> float:
     return float(found[1])
 
 
-def test_a_public_address_needs_a_key_or_a_word(tiny_checkpoint: str, tmp_path: Path) -> None:
+def test_a_public_address_needs_a_key_file_or_no_key(tiny_checkpoint: str, tmp_path: Path) -> None:
     refused = run("serve", "--model", tiny_checkpoint, "--host", "0.0.0.0")
     assert refused.returncode == 1
     assert "Give --api-key-file, or say --no-key" in refused.stderr.replace("\n", " ")
@@ -63,13 +63,13 @@ def test_a_public_address_needs_a_key_or_a_word(tiny_checkpoint: str, tmp_path: 
     assert read_keys(tmp_path / "keys") == ["first", "second"]
 
 
-def test_sigterm_finishes_what_was_accepted(tiny_checkpoint: str) -> None:
+def test_accepted_requests_are_answered_after_sigterm(tiny_checkpoint: str) -> None:
     texts = [f"{' '.join(WORDS * 8)} {number}" for number in range(1500)]
     with serve(tiny_checkpoint) as (url, process), ThreadPoolExecutor(1) as pool:
         body = {"model": "tiny", "input": texts, "truncate": True}
         answer = pool.submit(httpx.post, f"{url}/v1/embeddings", json=body, timeout=250)
         while not waiting(url):
-            assert not answer.done(), "it was answered before it could be asked to stop"
+            assert not answer.done(), "the request was answered before SIGTERM could be sent"
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
         answered = answer.result()
@@ -82,7 +82,7 @@ def test_sigterm_finishes_what_was_accepted(tiny_checkpoint: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_thousands_of_mixed_requests(tiny_checkpoint: str) -> None:
+def test_thousands_of_mixed_requests_are_answered_without_a_leak(tiny_checkpoint: str) -> None:
     model = Causal2Vec.from_pretrained(tiny_checkpoint, dtype="float32")
     short, long, empty = "bread and yeast", " ".join(WORDS * 12), ""
     expected = {text: model.encode_document([text])[0] for text in (short, long, empty)}
@@ -149,5 +149,5 @@ def test_thousands_of_mixed_requests(tiny_checkpoint: str) -> None:
     assert good is not None
     assert float(good[1]) == seen["short"] + seen["long"] + seen["empty"]
     assert 'status="500"' not in metrics
-    # Allocators keep what threads freed; in twice as many requests it grew by 76 MiB and then stood still.
+    # Allocators keep freed memory: with twice as many requests it grew by 76 MiB and then no more.
     assert memory[-1] < memory[0] + 100, memory

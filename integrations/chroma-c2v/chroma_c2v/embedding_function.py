@@ -1,4 +1,4 @@
-"""Chroma's `EmbeddingFunction`, answered by a Causal2Vec model."""
+"""An `EmbeddingFunction` for Chroma that embeds with a Causal2Vec model."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ _OPTIONS = ("query_instruction", "document_instruction", "truncate_dim")
 
 @register_embedding_function
 class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
-    """Embeds a collection's documents and queries; a reopened collection finds it by name.
+    """Embeds the documents and queries of a collection. Chroma finds it by its name when a collection is reopened.
 
     Example:
         >>> import chromadb
         >>> from chroma_c2v import Causal2VecEmbeddingFunction
         >>> collection = chromadb.EphemeralClient().create_collection(
-        ...     "notes", embedding_function=Causal2VecEmbeddingFunction()
+        ...     "passages", embedding_function=Causal2VecEmbeddingFunction()
         ... )
         >>> collection.add(ids=["a", "b"], documents=["A heap keeps its smallest item first.", "Bread needs yeast."])
         >>> collection.query(query_texts=["priority queue"], n_results=1)["ids"]
         [['a']]
 
-    `name_or_path`: "default", a checkpoint folder, a Hugging Face Hub id, or the address of a server; or `model`, a
-    loaded embedder, which must have such a name, because Chroma rebuilds the function from its saved settings again
-    and again. Every rebuilt function shares the one model in this process. What is saved says how the model was
-    loaded and which weights it had: other weights under the same name are refused. A saved address of a server is
-    not opened, unless this process made a `RemoteModel` for it; no key is saved.
+    `name_or_path`: "default", a checkpoint folder, a Hugging Face Hub id, or the address of a server. Instead, `model`
+    takes a loaded embedder. It must have such a name, because Chroma builds the function again from saved settings
+    each time that it opens the collection. All functions with the same settings share one model in a process. The
+    saved settings say how the model was loaded and which weights it had: other weights under the same name are refused.
+    A saved address of a server is not opened, unless this process made a `RemoteModel` for it; no key is saved.
 
-    Chroma itself compares functions by name only: a function of another model, given to a collection that exists, is
-    not noticed. `c2v_rag.VectorIndex` remembers the model and refuses.
+    Chroma itself compares functions by name only: it does not notice when an existing collection is opened with a
+    function of another model. `c2v_rag.VectorIndex` compares the models and refuses another one.
 
-    Raises ValueError for a loaded model together with a name, and for one that exists in memory only.
+    Raises ValueError if both a loaded model and a name are given, and for a model that exists in memory only.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
         self.dtype = lazy.spec.dtype
 
     def __call__(self, input: Documents) -> Embeddings:
-        """Embeddings of what is searched."""
+        """Embeddings of documents."""
         return _rows(self._lazy().encode_document(input, **self._options(self.document_instruction)))
 
     def embed_query(self, input: Documents) -> Embeddings:
-        """Embeddings of what is asked."""
+        """Embeddings of queries."""
         return _rows(self._lazy().encode_query(input, **self._options(self.query_instruction)))
 
     def _options(self, instruction: str | None) -> dict[str, Any]:
@@ -95,14 +95,14 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
         return ["cosine", "ip", "l2"]
 
     def get_config(self) -> dict[str, Any]:
-        """What Chroma saves. The model is loaded, to know its weights, unless the settings were saved before."""
+        """The settings that Chroma saves. The model is loaded for its weights' stamp, unless they were saved before."""
         if not self._lazy.spec.is_stored:
             self._lazy()
         return {**self._lazy.current_spec.to_dict(), **{key: getattr(self, key) for key in _OPTIONS}}
 
     @staticmethod
     def build_from_config(config: dict[str, Any]) -> Causal2VecEmbeddingFunction:
-        """The function of saved settings. ValueError for a setting that this version does not know."""
+        """The function with these saved settings. ValueError for a setting that this version does not know."""
         Causal2VecEmbeddingFunction.validate_config(config)
         function = Causal2VecEmbeddingFunction(**{key: config.get(key) for key in _OPTIONS})
         function._set_embedder(LazyEmbedder(_spec(config)))
@@ -110,11 +110,11 @@ class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
 
     @staticmethod
     def validate_config(config: dict[str, Any]) -> None:
-        """ValueError for a setting that this version does not know."""
+        """Raise ValueError for a setting that this version does not know."""
         _spec(config)
 
     def validate_config_update(self, old_config: dict[str, Any], new_config: dict[str, Any]) -> None:
-        """ValueError for a change that would mix vectors of two kinds in one collection."""
+        """Raise ValueError for a change that would mix different vectors in one collection."""
         old, new = ({**_spec(config).to_dict(), **config} for config in (old_config, new_config))
         fixed = (old.keys() | new.keys()) - {"device", "dtype"}
         if changed := sorted(key for key in fixed if old.get(key) != new.get(key)):

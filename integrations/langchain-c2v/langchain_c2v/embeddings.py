@@ -1,4 +1,4 @@
-"""LangChain's `Embeddings`, answered by a Causal2Vec model."""
+"""An `Embeddings` class for LangChain that embeds with a Causal2Vec model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
     Key init args:
         model: str | Embedder
-            "default", a checkpoint folder, or a Hugging Face Hub id; or a loaded model. The name alone may also be
-            given as name_or_path or model_name.
+            "default", a checkpoint folder, a Hugging Face Hub id, or a loaded model. A name can also be given as
+            name_or_path or model_name.
         device: str | None
-            "cuda", "mps" or "cpu"; the first there is unless given.
+            "cuda", "mps" or "cpu"; unless given, the first of them that is available.
         query_instruction: str | None
-            Before every query; the model's own unless given, "" for none.
+            Text before every query; the model's own unless given, "" for none.
         document_instruction: str | None
-            Before every document; none unless given.
+            Text before every document; none unless given.
 
     Instantiate:
         .. code-block:: python
@@ -69,9 +69,9 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
             vector = await embeddings.aembed_query("What keeps its smallest item first?")
 
-    The model is loaded at the first embedding and shared by every object of the same arguments in this process. A
-    pickled object loads it again and refuses other weights than those it embedded with.
-    What the core raises for bad input comes through unchanged.
+    The model is loaded at the first embedding. Objects with the same arguments share one model in a process. A
+    pickled object loads the model again, and raises ValueError if the weights are not those that it embedded with.
+    For bad input the errors are those of `Causal2Vec.encode_document` and `encode_query`.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True)
@@ -81,7 +81,7 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
     device: str | None = None
     dtype: str | None = None
     llm_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the decoder's `from_pretrained`: device_map, quantization_config, ..."""
+    """Arguments for the decoder's `from_pretrained`: device_map, quantization_config, ..."""
     query_instruction: str | None = None
     document_instruction: str | None = None
     batch_tokens: int | None = None
@@ -91,7 +91,7 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
     _lazy: LazyEmbedder | None = PrivateAttr(default=None)
 
     if TYPE_CHECKING:
-        # For editors and type checkers: the fields, and every spelling of the model. At run time pydantic checks them.
+        # For editors and type checkers: all fields and all names of the model argument. At run time pydantic checks.
         def __init__(
             self,
             *,
@@ -112,7 +112,10 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
     @model_validator(mode="wrap")
     @classmethod
     def _accept_model(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Read `model`: a name goes into `name_or_path`, a loaded model is kept. ValueError for a second name."""
+        """Accept `model`: a name is stored in `name_or_path`, a loaded model is kept.
+
+        ValueError if the model is named twice.
+        """
         if not isinstance(data, dict):
             return handler(data)
         model = data.get("model")
@@ -135,19 +138,19 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
         return embeddings
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Embeddings of what is searched."""
+        """Embeddings of documents."""
         vectors: list[list[float]] = (
             self._embedder().encode_document(texts, **self._options(self.document_instruction)).tolist()
         )
         return vectors
 
     def embed_query(self, text: str) -> list[float]:
-        """Embedding of what is asked."""
+        """Embedding of a query."""
         vector: list[float] = self._embedder().encode_query([text], **self._options(self.query_instruction))[0].tolist()
         return vector
 
     async def aembed_query(self, text: str) -> list[float]:
-        """`embed_query`; calls that wait at the same time are embedded together."""
+        """The result of `embed_query`. Calls that wait at the same time are embedded in one batch."""
         embedder = await asyncio.to_thread(self._embedder)
         waiting = gather(embedder, "query", text, **self._options(self.query_instruction))
         vector: list[float] = (await asyncio.wrap_future(waiting)).tolist()
@@ -155,7 +158,10 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
     @property
     def cache_namespace(self) -> str:
-        """For `CacheBackedEmbeddings`: differs whenever document vectors would. Queries need a store of their own."""
+        """A namespace for `CacheBackedEmbeddings`: models with different document vectors get different ones.
+
+        Queries need a separate store.
+        """
         parts = [self._embedder().stamp["weights"], self.truncate_dim, self.document_instruction]
         return "c2v-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -166,7 +172,7 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
         return self._lazy()
 
     def _options(self, instruction: str | None) -> dict[str, Any]:
-        """Only what was set, so that an embedder that knows no options fits too."""
+        """Only the options that are set, so that an embedder without these options works too."""
         options = {
             "instruction": instruction,
             "batch_tokens": self.batch_tokens,

@@ -1,4 +1,4 @@
-"""A Causal2Vec model as the one module of a `SentenceTransformer`.
+"""A Causal2Vec model as the only module of a `SentenceTransformer`.
 
 B texts, P tokens before the Contextual token, S encoder tokens, T decoder tokens of the text.
 """
@@ -20,7 +20,7 @@ from c2v_rag import Causal2Vec, TokenBatch
 
 
 class Causal2VecModule(InputModule):
-    """Tokenises and embeds; what `SentenceTransformer` needs of a first, and only, module.
+    """Tokenises and embeds: the first and only module of a `SentenceTransformer`.
 
     Example:
         >>> from c2v_rag import Causal2Vec
@@ -30,8 +30,8 @@ class Causal2VecModule(InputModule):
         >>> model.encode(["Bread needs yeast."]).shape
         (1, 1152)
 
-    Put together like this the model has no prompts, so that queries get no instruction: use `load`, which sets them.
-    A prompt is tokenised apart from the text behind it, as an instruction is in `Causal2Vec.encode_query`.
+    A model that is built like this has no prompts, so queries get no instruction. `load` sets the prompts.
+    Prompt and text are tokenised separately, as instruction and text are in `Causal2Vec.encode_query`.
     """
 
     def __init__(self, model: Causal2Vec) -> None:
@@ -39,16 +39,16 @@ class Causal2VecModule(InputModule):
         self.model = model
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Features of strings, as `to_features` makes them. Raises TypeError for anything that is no string."""
+        """The features of texts, as `to_features` returns them. TypeError for an input that is not a string."""
         for text in inputs:
             if not isinstance(text, str):
                 raise TypeError(f"A text must be a string, got {type(text).__name__}: {text!r:.80}.")
         return to_features(self.model.tokenizer(inputs, prompt or "").collate(range(len(inputs))))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds "sentence_embedding" (B, embedding_dim), rows of length 1."""
+        """Add "sentence_embedding" (B, embedding_dim) to the features; its rows have length 1."""
         batch = to_token_batch(features)
-        # Training repeats its forward without gradients and must draw the same dropout: nothing may be kept there.
+        # In training without the prefix cache: a cached loss repeats the forward pass and must draw the same dropout.
         features["sentence_embedding"] = self.model(batch) if self.training else self.model.embed(batch).float()
         return features
 
@@ -57,31 +57,31 @@ class Causal2VecModule(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of the decoder. It belongs to the model's config: every door cuts a text at the same place."""
+        """Maximum tokens of a text in the decoder. It is read-only, so that all integrations cut at the same place."""
         return self.model.config.max_length
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
-        """The decoder's."""
+        """The decoder's tokenizer."""
         return self.model.tokenizer.llm
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """For the trainer: trade computing for memory in the decoder."""
+        """Recompute the decoder's activations in the backward pass, which needs less memory. The trainer calls it."""
         self.model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs)  # type: ignore[no-untyped-call]
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write the checkpoint into `output_path`; always safetensors."""
+        """Write the checkpoint into `output_path`, always as safetensors."""
         target = Path(output_path)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
-            made = Path(temporary) / "checkpoint"
-            self.model.save_pretrained(made)
-            # sentence-transformers has written files of its own into the folder already, so it cannot be replaced.
-            for file in sorted(made.rglob("*")):
-                place = target / file.relative_to(made)
+            checkpoint = Path(temporary) / "checkpoint"
+            self.model.save_pretrained(checkpoint)
+            # File by file: sentence-transformers has written files of its own into `target` before.
+            for file in sorted(checkpoint.rglob("*")):
+                destination = target / file.relative_to(checkpoint)
                 if file.is_dir():
-                    place.mkdir(parents=True, exist_ok=True)
+                    destination.mkdir(parents=True, exist_ok=True)
                 elif file.name != "config_sentence_transformers.json":
-                    file.replace(place)
+                    file.replace(destination)
 
     @classmethod
     def load(
@@ -96,10 +96,11 @@ class Causal2VecModule(InputModule):
         model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Causal2VecModule:
-        """Called by `SentenceTransformer(folder, trust_remote_code=True)`.
+        """The module of a saved checkpoint. `SentenceTransformer(folder, trust_remote_code=True)` calls it.
 
-        `model_kwargs`: `dtype`, and what else the decoder's `from_pretrained` takes. `init_defaults` is not used: the
-        checkpoint holds every setting. Errors as in `Causal2Vec.from_pretrained`; pickled weights are never read.
+        `model_kwargs`: `dtype` and other arguments of the decoder's `from_pretrained`. `init_defaults` is not used,
+        because the checkpoint has all settings. Errors as in `Causal2Vec.from_pretrained`; pickled weights are never
+        read.
         """
         folder = cls.load_dir_path(
             model_name_or_path,
@@ -115,11 +116,11 @@ class Causal2VecModule(InputModule):
 
 
 def to_features(batch: TokenBatch) -> dict[str, Tensor]:
-    """A token batch as sentence-transformers carries one: tensors by name, each of B rows.
+    """The features of a token batch for sentence-transformers: tensors by name, each with B rows.
 
-    `input_ids` (B, T) is the only name of that ending: the trainer looks for it to find the columns. The other ids
-    have a dimension more, (B, 1, S) and (B, 1, P): the cached losses cut the padding off every tensor that is as wide
-    as `input_ids`, whatever is in it.
+    Only `input_ids` (B, T) has a name with this ending, because the trainer finds the text columns by it. The ids of
+    encoder and prefix have one more dimension, (B, 1, S) and (B, 1, P), because a cached loss cuts the padding off
+    every tensor that is as wide as `input_ids`.
     """
     rows = len(batch.text_ids)
     return {
@@ -133,7 +134,7 @@ def to_features(batch: TokenBatch) -> dict[str, Tensor]:
 
 
 def to_token_batch(features: Mapping[str, Tensor]) -> TokenBatch:
-    """What `to_features` was made of."""
+    """The token batch from which `to_features` made these features."""
     return TokenBatch(
         prefix_ids=features["prefix_ids"][0, 0],
         text_ids=features["input_ids"],
@@ -153,7 +154,7 @@ def load(
     truncate_dim: int | None = None,
     **llm_kwargs: Any,
 ) -> SentenceTransformer:
-    """A `SentenceTransformer` of a Causal2Vec checkpoint; arguments as in `Causal2Vec.from_pretrained`.
+    """A `SentenceTransformer` with a Causal2Vec checkpoint. Arguments as in `Causal2Vec.from_pretrained`.
 
     Example:
         >>> from sentence_transformers_c2v import load
@@ -162,9 +163,9 @@ def load(
         >>> int(model.similarity(model.encode_query(["priority queue"]), documents).argmax())
         0
 
-    `SentenceTransformer(folder)` opens the same folder, but wants `trust_remote_code=True` for any module class that
-    is not its own. `encode_query` puts the config's instruction before the texts; `encode` and `encode_document` put
-    nothing. `truncate_dim` cuts the columns, without bringing them to length 1 again.
+    `SentenceTransformer(folder)` opens the same folder, but requires `trust_remote_code=True` for any module class that
+    is not its own. `encode_query` puts the config's instruction before the texts; `encode` and `encode_document` add
+    nothing. `truncate_dim` keeps the first columns; such shorter vectors are not normalised to length 1 again.
     """
     model = Causal2Vec.from_pretrained(name_or_path, revision=revision, device=device, dtype=dtype, **llm_kwargs)
     return SentenceTransformer(

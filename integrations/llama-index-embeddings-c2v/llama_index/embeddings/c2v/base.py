@@ -1,4 +1,4 @@
-"""LlamaIndex's `BaseEmbedding`, answered by a Causal2Vec model."""
+"""A `BaseEmbedding` for LlamaIndex that embeds with a Causal2Vec model."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ class Causal2VecEmbedding(BaseEmbedding):
         >>> len(embed_model.get_query_embedding("What keeps its smallest item first?"))
         1152
 
-    `model_name`: "default", a checkpoint folder, or a Hugging Face Hub id; or `model`, a loaded embedder. The model is
-    loaded when the object is made, because its weights' stamp is one of the fields by which LlamaIndex's ingestion
-    cache tells embeddings apart; objects of the same arguments share one model in a process. `weights_stamp` is
-    written by `to_dict`; given, it must be that of the loaded weights.
+    `model_name`: "default", a checkpoint folder, or a Hugging Face Hub id. Instead, `model` takes a loaded embedder.
+    The model is loaded when the object is created, because the stamp of its weights is a field of the object, and
+    LlamaIndex's ingestion cache compares the fields. Objects with the same arguments share one model in a process.
+    `weights_stamp` is written by `to_dict`; if it is given, the loaded weights must have this stamp.
 
-    Raises ValueError for a loaded model together with a name, for a `weights_stamp` of other weights, and for an
-    `embeddings_cache`: LlamaIndex keys it by the text alone, and would give a document's vector to a query, and one
-    model's to another.
+    Raises ValueError if both a loaded model and a name are given, for a `weights_stamp` of other weights, and for an
+    `embeddings_cache`: its only key is the text, so a query would get the vector of a document with the same text, or
+    a vector of another model.
     """
 
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
-    device: str | None = Field(default=None, description="cuda, mps or cpu; the first there is unless given.")
+    device: str | None = Field(default=None, description="cuda, mps or cpu; unless given, the first available.")
     dtype: str | None = Field(default=None, description="float32, bfloat16, ...")
-    llm_kwargs: dict[str, Any] = Field(default_factory=dict, description="For the decoder's from_pretrained.")
-    query_instruction: str | None = Field(default=None, description='The model\'s own unless given; "" for none.')
-    text_instruction: str | None = Field(default=None, description="None unless given.")
-    truncate_dim: int | None = Field(default=None, description="A shorter embedding.")
-    weights_stamp: str = Field(default="", description="Tells the weights apart, for caches.")
+    llm_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments for the decoder's from_pretrained.")
+    query_instruction: str | None = Field(
+        default=None, description='Text before every query; the model\'s own unless given, "" for none.'
+    )
+    text_instruction: str | None = Field(default=None, description="Text before every document; none unless given.")
+    truncate_dim: int | None = Field(default=None, description="Number of columns of a shorter embedding.")
+    weights_stamp: str = Field(default="", description="Hash of the weights, so that caches do not mix models.")
 
     _lazy: Any = PrivateAttr(default=None)
 
@@ -66,8 +68,8 @@ class Causal2VecEmbedding(BaseEmbedding):
     ) -> None:
         if embeddings_cache is not None:
             raise ValueError(
-                "embeddings_cache is keyed by the text alone: a query would get a document's vector, and one model "
-                "another's. Use IngestionPipeline's cache, which asks for the model's fields too."
+                "embeddings_cache is keyed by the text alone: a query would get a document's vector, or one of another "
+                "model. Use IngestionPipeline's cache, whose key includes the model's fields."
             )
         if model_name == "":
             raise ValueError("A model that exists in memory only cannot be loaded by name: give it as model=.")
@@ -82,7 +84,7 @@ class Causal2VecEmbedding(BaseEmbedding):
             weights=weights_stamp,
         )
         spec = lazy.spec
-        # By dict: for type checkers LlamaIndex's own __init__ hides the fields that are added here.
+        # A dict, because LlamaIndex's __init__ declares only its own fields to type checkers.
         fields: dict[str, Any] = {
             "model_name": spec.name_or_path,
             "revision": spec.revision,
@@ -103,10 +105,10 @@ class Causal2VecEmbedding(BaseEmbedding):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
-        """The object that `to_dict` (or `to_json`) described.
+        """The object whose settings `to_dict` or `to_json` saved.
 
-        ValueError where the model has other weights now, and for the address of a server, unless this process made a
-        `RemoteModel` for it: stored data does not choose where texts are sent.
+        Raises ValueError if the model has other weights now, and for the address of a server, unless this process made
+        a `RemoteModel` for it: stored data must not decide where texts are sent.
         """
         fields = {**data, **kwargs}
         fields.pop("class_name", None)
@@ -123,7 +125,7 @@ class Causal2VecEmbedding(BaseEmbedding):
         return embedder
 
     def __getstate__(self) -> dict[str, Any]:
-        """ValueError for a model that exists in memory only; LlamaIndex would drop it without a word."""
+        """The state for pickle. ValueError for a model in memory only: LlamaIndex would drop it silently."""
         if not self.model_name:
             raise ValueError("A model that exists in memory only cannot be pickled: save it and give its folder.")
         state: dict[str, Any] = super().__getstate__()
@@ -146,7 +148,7 @@ class Causal2VecEmbedding(BaseEmbedding):
         rows: list[list[float]] = vectors.tolist()
         return rows
 
-    # Calls that wait at the same time are embedded together.
+    # Async calls that wait at the same time are embedded in one batch.
     async def _aget_query_embedding(self, query: str) -> list[float]:
         vector = gather(self._embedder(), "query", query, **self._options(self.query_instruction))
         row: list[float] = (await asyncio.wrap_future(vector)).tolist()
