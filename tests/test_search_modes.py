@@ -132,7 +132,9 @@ def test_the_lexical_index_follows_every_write_and_is_kept_on_disk(
     assert len(VectorIndex(tmp_path / "store", Letters()).search("bread", top_k=40, mode="lexical")) == 8
 
 
-def test_a_servers_collection_is_followed_too(chroma_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_servers_collection_is_followed_too(
+    chroma_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One chunk is deleted and one is added: the number of chunks stays, the version must not."""
     monkeypatch.setenv("C2V_RAG_CACHE", str(tmp_path))
     writer, reader = (VectorIndex(chroma_server, Letters(), "followed") for _ in "ab")
