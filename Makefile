@@ -1,10 +1,10 @@
-# Each target sets up its own .venv; .ci/run calls the same ones. PYTHON is the interpreter to make it with.
+# Each target installs what it needs into .venv; .ci/run calls the same targets. PYTHON is the interpreter of .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 STORE ?= demo-store
 INTEGRATIONS := $(wildcard integrations/*)
-# What needs no server, no Ray, no training and no package beyond the integrations' own.
+# Tests that need no server, no Ray, no training and no package besides the dependencies of the integrations.
 FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.py tests/test_index.py \
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
@@ -27,11 +27,11 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The five packages, sdist and wheel, each tried in an environment that holds nothing else of this tree.
+# Build sdist and wheel of the five packages, and test each wheel without the source tree.
 wheel: .venv/test
 	$(BIN)/python .ci/wheels.py
 
-# The fast tests with the lowest versions that the five pyproject.toml allow.
+# Run the fast tests with the lowest versions that the five pyproject.toml files allow.
 lowest: .venv/test
 	rm -rf build/lowest
 	$(PYTHON) -m venv build/lowest
@@ -44,7 +44,7 @@ lowest: .venv/test
 	build/lowest/bin/python -m pytest -n 2 -m "not gpu and not slow" $(FAST_TESTS)
 	rm -rf build/lowest
 
-# Known vulnerabilities of what is installed; where their database cannot be reached, it says so and goes on.
+# List known vulnerabilities of the installed packages. If their database cannot be reached, print that and succeed.
 audit: .venv/test
 	@found=$$($(BIN)/pip-audit --progress-spinner off --skip-editable 2>&1) && echo "$$found" || case "$$found" in \
 	    *"Failed to establish"* | *ConnectionError* | *Timeout*) echo "The database cannot be reached: not audited." ;; \
@@ -56,7 +56,7 @@ bench: .venv/test
 quality: .venv/test
 	$(BIN)/python benchmarks/python_docs_quality.py --output benchmarks/results/python_docs_quality.json
 
-# torch first, from the constraints: a later step would bring another build of it.
+# torch first, from the constraints: a later step would install another build of it.
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip

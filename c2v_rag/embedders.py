@@ -1,4 +1,4 @@
-"""Which embedder is meant, and opening it: a model in this process, shared by all who ask for it, or a server's."""
+"""Open an embedder by its name: a model that is loaded once in this process and shared, or a server's model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DEFAULT = "default"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedderSpec:
-    """Which embedder is meant: a name, how it is loaded, and which weights it must have.
+    """The description of an embedder: its name, how to load it, and which weights it must have.
 
     `name_or_path`: "default", a checkpoint folder, a Hugging Face Hub id, or the http(s) address of a server; "" for
     a model that exists in memory only. `llm_kwargs` go to the decoder's `from_pretrained`. `weights`: the expected
-    identity, "weights" of a stamp; "" for any. `is_stored`: it comes out of stored data, not from the person who runs
-    the program, so that an address in it is not opened. A spec never holds a key.
+    identity ("weights" of a stamp); "" accepts any. `is_stored`: True for a spec from stored data, which the person who
+    runs the program did not write; a server's address in it is not opened. A spec never contains an API key.
     """
 
     name_or_path: str = DEFAULT
@@ -39,21 +39,21 @@ class EmbedderSpec:
 
     @classmethod
     def of(cls, embedder: Embedder) -> EmbedderSpec:
-        """How a loaded embedder can be opened again, with the weights that it has now."""
+        """The spec that opens a loaded embedder again, with the weights that it has now."""
         stamp = embedder.stamp
         arguments = getattr(embedder, "load_arguments", {})
         return cls(name_or_path=str(stamp["name"]), weights=str(stamp["weights"]), **arguments)
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any], *, place: str) -> EmbedderSpec:
-        """The spec that `to_dict` wrote. ValueError, naming `place`, for a setting that this version does not know."""
+        """The spec from values of `to_dict`. Raises ValueError, naming their source `place`, for an unknown setting."""
         known = {field.name for field in dataclasses.fields(cls)} - {"is_stored"}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"{place} has unknown settings {unknown}. Upgrade c2v-rag.")
         return cls(**values, is_stored=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values. ValueError where `llm_kwargs` holds something else."""
+        """The settings as JSON values. Raises ValueError if `llm_kwargs` contains other values."""
         values = dataclasses.asdict(self)
         del values["is_stored"]
         try:
@@ -66,10 +66,10 @@ class EmbedderSpec:
         return values
 
     def open(self) -> Embedder:
-        """The embedder, loaded or already in this process.
+        """The embedder. It is loaded unless this process has already loaded it.
 
-        Raises ValueError for an address that comes out of stored data, unless a `RemoteModel` for it was made in this
-        process, which is then used; for other weights than expected; and what loading raises.
+        Raises ValueError for other weights than expected, and the errors of loading. Raises ValueError for a server's
+        address from stored data, unless this process has created a `RemoteModel` for it: that one is returned.
         """
         if not self.name_or_path:
             raise ValueError("This model exists in memory only. Save it with save_pretrained and load it from there.")
@@ -93,7 +93,7 @@ class EmbedderSpec:
         return model
 
     def check(self, embedder: Embedder) -> None:
-        """ValueError where the embedder has other weights than those expected: vectors of both must not be mixed."""
+        """Raise ValueError if the embedder has other weights than expected: their vectors must not be mixed."""
         stamp = embedder.stamp
         if self.weights and not same_weights(self.weights, stamp):
             raise ValueError(
@@ -104,11 +104,11 @@ class EmbedderSpec:
 
 
 class LazyEmbedder:
-    """An embedder that is opened at its first use: what an integration holds.
+    """An embedder that is opened at its first use. Each integration stores one.
 
-    `LazyEmbedder(spec)` opens what the spec says; `LazyEmbedder.of` takes a loaded embedder or a name, as users give
-    them. Pickled, it keeps the spec with the weights that were in use, and opens it again. A `RemoteModel` is kept
-    itself, with its key.
+    `LazyEmbedder(spec)` opens the embedder of a spec. `LazyEmbedder.of` takes the arguments that users pass to an
+    integration: a loaded embedder or a name. A pickle contains the spec with the identity of the weights in use, and
+    the embedder is opened again after loading. A `RemoteModel` is pickled itself, with its key.
     """
 
     def __init__(self, spec: EmbedderSpec, embedder: Embedder | None = None) -> None:
@@ -124,10 +124,10 @@ class LazyEmbedder:
         name_argument: str = "name_or_path",
         **arguments: Any,
     ) -> LazyEmbedder:
-        """A loaded embedder, or the one of this name and these arguments of `EmbedderSpec`.
+        """Wrap a loaded embedder, or the embedder with this name and these other fields of `EmbedderSpec`.
 
-        ValueError where both are given, since one of them would be ignored. `name_argument` is what the caller's own
-        argument for the name is called.
+        Raises ValueError if both are given, because one would be ignored. `name_argument`: the name of the caller's
+        own parameter for `name_or_path`, for this message.
         """
         given = {name: value for name, value in arguments.items() if value}
         if model is None:
@@ -144,13 +144,13 @@ class LazyEmbedder:
 
     @property
     def current_spec(self) -> EmbedderSpec:
-        """The spec, with the weights that are in use where it is open."""
+        """The spec; once the embedder is open, with the identity of its weights."""
         if self._embedder is None:
             return self.spec
         return dataclasses.replace(self.spec, weights=str(self._embedder.stamp["weights"]))
 
     def __getstate__(self) -> dict[str, Any]:
-        """ValueError for a model that exists in memory only: it could not be loaded again."""
+        """State for pickling. Raises ValueError for a model in memory only, which could not be loaded again."""
         from c2v_rag.remote import RemoteModel
 
         if isinstance(self._embedder, RemoteModel):
@@ -168,7 +168,10 @@ def load_embedder(
     dtype: str | None = None,
     **llm_kwargs: Any,
 ) -> Embedder:
-    """A `RemoteModel` for the http(s) address of a server, else `shared_model` with the same arguments."""
+    """A `RemoteModel` for the http(s) address of a server, else `shared_model` with the same arguments.
+
+    Raises ValueError for an address together with arguments that only the server can choose.
+    """
     name = os.fspath(name_or_path)
     if not is_url(name):
         return shared_model(name, revision=revision, device=device, dtype=dtype, **llm_kwargs)
@@ -180,16 +183,16 @@ def load_embedder(
     return RemoteModel(name)
 
 
-class _Loading:
-    """One model of this process: loaded once, while others load theirs."""
+class _SharedModel:
+    """A model of this process, and the lock for loading it. Different models can be loaded at the same time."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.model: Causal2Vec | None = None
 
 
-_loaded: dict[tuple[object, ...], _Loading] = {}
-_loaded_lock = threading.Lock()
+_shared_models: dict[tuple[object, ...], _SharedModel] = {}
+_shared_models_lock = threading.Lock()
 
 
 def shared_model(
@@ -200,10 +203,10 @@ def shared_model(
     dtype: torch.dtype | str | None = None,
     **llm_kwargs: Any,
 ) -> Causal2Vec:
-    """`Causal2Vec.from_pretrained`, or the model it returned to an earlier call that meant the same.
+    """Load a model with `Causal2Vec.from_pretrained`, once: later calls with equal arguments return the same model.
 
-    Frameworks build embedding objects over and over; they all get the one model in this process. `None` means the
-    same as the device or dtype that it stands for.
+    Frameworks create many embedding objects. All of them share one model in this process. The device or dtype `None`
+    equals the default that it stands for.
     """
     import torch
 
@@ -213,17 +216,17 @@ def shared_model(
     resolved = torch.device(device) if device is not None else inference.default_device()
     resolved_dtype = inference.resolve_dtype(dtype, resolved)
     key = (os.fspath(name_or_path), revision, str(resolved), str(resolved_dtype), repr(sorted(llm_kwargs.items())))
-    with _loaded_lock:
-        loading = _loaded.setdefault(key, _Loading())
-    with loading.lock:
-        if loading.model is None:
-            loading.model = Causal2Vec.from_pretrained(
+    with _shared_models_lock:
+        shared = _shared_models.setdefault(key, _SharedModel())
+    with shared.lock:
+        if shared.model is None:
+            shared.model = Causal2Vec.from_pretrained(
                 name_or_path, revision=revision, device=device, dtype=dtype, **llm_kwargs
             )
-        return loading.model
+        return shared.model
 
 
 def release_shared_models() -> None:
-    """Let go of every model that `shared_model` keeps, to free their memory; the next call loads anew."""
-    with _loaded_lock:
-        _loaded.clear()
+    """Remove every model that `shared_model` has stored, to free memory; the next call loads the model again."""
+    with _shared_models_lock:
+        _shared_models.clear()

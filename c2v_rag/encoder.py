@@ -1,4 +1,4 @@
-"""The contextual encoder alone, as an embedder: the baseline to beat, and the vectors that training caches."""
+"""An embedder that uses only the encoder of a model: a baseline, and the source of vectors that training caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 class EncoderEmbedder:
     """Embeds with the encoder of a Causal2Vec model alone, queries and documents in the same way.
 
-    `tokenizer` replaces the model's, to cut texts at other lengths.
+    `tokenizer` replaces the model's, to truncate texts at other lengths.
     """
 
     def __init__(self, model: Causal2Vec, tokenizer: TextTokenizer | None = None) -> None:
@@ -27,7 +27,7 @@ class EncoderEmbedder:
 
     @property
     def encoding_state(self) -> inference.EncodingState:
-        """The model's: whatever embeds with the same parts takes turns."""
+        """The model's state: embedders that use the same parts take turns."""
         return self._model.encoding_state
 
     def modules(self) -> Iterator[nn.Module]:
@@ -46,7 +46,7 @@ class EncoderEmbedder:
         return self._model.stamp | {"part": "encoder", "embedding_dim": self.embedding_dim}
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """The same counts as the whole model's, so that an index of either holds the same chunks."""
+        """The same counts as the whole model's, so that an index made with either has the same chunks."""
         return self._model.count_tokens(texts)
 
     @property
@@ -57,11 +57,11 @@ class EncoderEmbedder:
         return self._tokenizer(texts)
 
     def embed(self, batch: TokenBatch) -> Tensor:
-        """(B, E), rows of length 1."""
+        """Embeddings (B, E), rows of length 1."""
         return normalize(self._model.pooled_by_length(batch), dim=1)
 
     def encode(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
-        """float32 (n, E), in input order; options as in `Causal2Vec.encode`."""
+        """Embeddings (n, E), float32, in input order; options as in `Causal2Vec.encode`."""
         return inference.encode(self, texts, **options)
 
     # The encoder reads no instruction: queries and documents are embedded in the same way.

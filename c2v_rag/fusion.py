@@ -1,18 +1,18 @@
-"""Rankings of several methods made into one."""
+"""Combine the rankings of several search methods into one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 RANK_CONSTANT = 60
-FUSED_DEPTH = 100  # ranks of each method that are looked at
+FUSED_DEPTH = 100  # number of ranks of each method that are used
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, constant: int = RANK_CONSTANT) -> dict[str, float]:
-    """Ids, best first, each with the sum of 1 / (constant + rank) over the rankings that hold it; ranks start at 1.
+    """Ids with their scores, best first: the sum of 1 / (constant + rank) over the rankings that contain the id.
 
-    Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009, whose constant is 60): it needs no scores, so
-    cosine similarities and BM25 go together.
+    Ranks start at 1. The method is from Cormack, Clarke and Buettcher, SIGIR 2009, whose constant is 60. It uses no
+    scores of the methods, so rankings by cosine similarity and by BM25 can be combined.
     """
     scores: dict[str, float] = {}
     for ranking in rankings:

@@ -1,4 +1,4 @@
-"""Batching across callers: single texts of many callers are embedded together, in few calls of the model."""
+"""Batches across callers: single texts of several callers are embedded in one call of the model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 
     from c2v_rag.protocols import Embedder
 
-# The largest batch. The texts behind it wait for the next one: 8,000 tokens take a second or two on a CPU.
+# The largest batch: about 8,000 tokens, which take one or two seconds on a CPU. Further texts wait for the next batch.
 MAX_BATCH_TEXTS = 256
 MAX_BATCH_CHARACTERS = 32_768
 
 
 def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **options: Any) -> Future[np.ndarray]:
-    """The future embedding (embedding_dim,) of one text, by `encode_query` or `encode_document` with `options`.
+    """A future for the embedding (embedding_dim,) of a text by `encode_query` or `encode_document` with `options`.
 
-    A single text is embedded at once. Texts that arrive while the embedder works form the next batch, if kind and
-    options are equal. An error reaches only the text that causes it. A future that is cancelled before its batch
-    starts is not embedded. From a coroutine: `await asyncio.wrap_future(gather(...))`.
+    A text is embedded at once if the embedder is idle. Texts that arrive while the embedder works form the next batch,
+    if kind and options are equal. An error is set on the future of the text that causes it only. If a future is
+    cancelled before its batch starts, its text is not embedded. In a coroutine:
+    `await asyncio.wrap_future(gather(...))`.
     """
     request = _Request(embedder, f"encode_{kind}", text, options)
     with _queues_lock:
@@ -46,9 +47,9 @@ class _Request:
 
 
 class _Queue:
-    """The requests that wait for one embedder, and a thread that embeds them. The thread ends when none is left.
+    """The requests that wait for one embedder, and the thread that embeds them. It ends when no request is left.
 
-    The requests refer to the embedder, the queue does not: an embedder that nobody uses is freed.
+    The requests hold references to the embedder, the queue holds none, so that an unused embedder can be freed.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class _Queue:
             _embed([request for request in batch if request.future.set_running_or_notify_cancel()])
 
     def _next_batch(self) -> list[_Request] | None:
-        """The oldest request and those that can share its batch; None when nothing waits, and the thread then ends."""
+        """The oldest request and those that can share its batch; None, and the thread ends, if no request waits."""
         with self._lock:
             if not self._waiting:
                 self._has_thread = False
@@ -97,7 +98,7 @@ def _embed(batch: list[_Request]) -> None:
     except Exception as error:
         if len(batch) == 1:
             first.future.set_exception(error)
-        else:  # one at a time, so that the error reaches only the text that causes it
+        else:  # embed one text at a time, so that only the text that causes the error gets it
             for request in batch:
                 _embed([request])
         return

@@ -1,4 +1,4 @@
-"""Generate text with the decoder that embeds: one copy of its weights in memory for both."""
+"""Generate text with a model's decoder. Embedding and generation share one copy of its weights in memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from c2v_rag.model import Causal2Vec
 
 
 def causal_lm(model: Causal2Vec) -> PreTrainedModel:
-    """The whole decoder with its head, as `transformers` opens it, on the weights that `model` embeds with.
+    """The complete decoder with its language-model head, as a transformers model that shares weights with `model`.
 
-    All layers are read from where `model`'s decoder came from; the layers that embed then point to the same tensors.
-    A merged LoRA adapter is taken out of them and computed separately, so that embeddings use it and generation does
-    not. Embeddings stay as they were, up to rounding, and cost a little more. Both may be used from different threads.
+    All layers are read from the files of `model`'s decoder. The layers of `model` then use the same tensors in memory.
+    A merged LoRA adapter is removed from these tensors and computed separately: embeddings use it, generation does
+    not. Embeddings do not change, except for rounding, and take a little longer. Different threads may embed and
+    generate at the same time.
 
-    Raises ValueError when there is nothing to share: a decoder that exists in memory only, was changed since it was
-    read, is quantised, or was saved without its later layers or its head.
+    Raises ValueError if the weights cannot be shared: the decoder exists in memory only, was changed after it was
+    read, is quantised, or was saved without its last layers or its head.
     """
     folder = model.base_folder("llm")
     if getattr(model.llm, "is_quantized", False):

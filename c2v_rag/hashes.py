@@ -1,4 +1,4 @@
-"""SHA-256 of files: one at a time, with the hashes of large files kept, and of a whole folder in SHA256SUMS."""
+"""SHA-256 of single files, cached for large ones, and of all files of a folder, in SHA256SUMS."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 SUMS_FILE = "SHA256SUMS"
-# People edit the card, and sentence-transformers writes its two files anew with its own versions.
+# Users may edit the model card (README.md), and sentence-transformers overwrites its two .json files when it saves.
 _NOT_IN_SUMS = {SUMS_FILE, "README.md", ".gitattributes", "modules.json", "config_sentence_transformers.json"}
-_CACHED_FROM_BYTES = 1_000_000
-# A file that was written this recently may be written again without a change of its time stamp.
-_RECENT_S = 2.0
+_MIN_CACHED_BYTES = 1_000_000
+# A file that was written less than 2 s ago may change again with the same time stamp. Its hash is not cached.
+_RECENT_SECONDS = 2.0
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: $C2V_RAG_CACHE, else `c2v_rag` below the user's cache folder."""
+    """The folder for converted weights and hashes: $C2V_RAG_CACHE, else `c2v_rag` in the user's cache folder."""
     if given := os.environ.get("C2V_RAG_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c2v_rag"
@@ -29,25 +29,25 @@ def cache_folder() -> Path:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits.
 
-    The hash of a large file is kept in the cache folder, and used again while path, size and times of the file stay.
+    The hash of a large file is cached. It is used again while the file's path, size and time stamps are the same.
     """
     status = path.stat()
-    if status.st_size < _CACHED_FROM_BYTES:
+    if status.st_size < _MIN_CACHED_BYTES:
         return _hash_file(path)
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    kept = cache_folder() / "hashes" / f"{key}.json"
-    seen = {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
+    cache_file = cache_folder() / "hashes" / f"{key}.json"
+    file_state = {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
     with suppress(OSError, ValueError, KeyError, TypeError):
-        entry = json.loads(kept.read_text(encoding="utf-8"))
-        if {name: entry[name] for name in seen} == seen:
+        entry = json.loads(cache_file.read_text(encoding="utf-8"))
+        if {name: entry[name] for name in file_state} == file_state:
             return str(entry["sha256"])
     digest = _hash_file(path)
-    if time.time() - max(status.st_mtime, status.st_ctime) > _RECENT_S:
-        with suppress(OSError):  # a cache folder that cannot be written costs time only
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False, encoding="utf-8") as file:
-                json.dump({**seen, "sha256": digest}, file)
-            Path(file.name).replace(kept)
+    if time.time() - max(status.st_mtime, status.st_ctime) > _RECENT_SECONDS:
+        with suppress(OSError):  # the cache only saves time: it may be read-only
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, delete=False, encoding="utf-8") as file:
+                json.dump({**file_state, "sha256": digest}, file)
+            Path(file.name).replace(cache_file)
     return digest
 
 
@@ -57,14 +57,20 @@ def _hash_file(path: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS over every file below `folder`, in the format of `sha256sum`; README.md may be edited freely."""
+    """Write SHA256SUMS, in the format of `sha256sum`, of the files in `folder` and its subfolders.
+
+    Files that users and sentence-transformers change are left out.
+    """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in _NOT_IN_SUMS)
     lines = [f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def verify_sums(folder: Path, remedy: str = "Save or fetch the checkpoint again.") -> dict[str, str]:
-    """The checked content of SHA256SUMS, file to hash. ValueError names the first file that does not fit."""
+    """Check the files of a folder against its SHA256SUMS; returns the hash of each file.
+
+    Raises ValueError for the first file that is missing or has another hash; `remedy` ends the message.
+    """
     path = folder / SUMS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {SUMS_FILE}, so its files cannot be checked. {remedy}")

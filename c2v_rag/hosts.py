@@ -1,4 +1,4 @@
-"""Which requests a listening program accepts, by their `Host` and `Origin` headers. Needs no framework."""
+"""`HostCheck`: refuses requests by their `Host` and `Origin` headers. Needs no web framework."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ ANY_HOST = "*"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that is bound to `host`."""
+    """Whether a server that is bound to `host` can be reached from this machine only."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 class HostCheck:
-    """ASGI middleware: 400 for a request whose `Host` header names an unknown host.
+    """ASGI middleware that answers 400 to a request whose `Host` header names an unknown host.
 
-    It protects against DNS rebinding: a web page lets its own name resolve to this machine's address, and its scripts
-    then talk to this server as if it were their own. The `Host` header still holds the page's name.
+    It protects against DNS rebinding: an attacker lets the name of their web page resolve to this machine's address,
+    and the page's scripts can then read this server's answers. The `Host` header still holds the attacker's name.
 
-    Accepted are IP addresses, which cannot be rebound, "localhost", and `allowed_hosts`; "*" among them accepts every
-    name. With `same_origin`, a request that a page of another site sends (its `Origin` header says so) gets a 403.
+    These hosts are accepted: IP addresses, which cannot be rebound, "localhost", and `allowed_hosts`; "*" in
+    `allowed_hosts` accepts every name. With `same_origin`, a request whose `Origin` header names another site gets 403.
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str] = (), same_origin: bool = False) -> None:
@@ -65,7 +65,7 @@ def _normalized(host: str) -> str:
 
 
 def _host_name(host_and_port: bytes) -> str:
-    """The name or address in a `Host` header; "" for one that cannot be read."""
+    """The name or address in a `Host` header; "" if the header cannot be parsed."""
     try:
         return _normalized(urlsplit(f"//{host_and_port.decode('latin-1')}").hostname or "")
     except ValueError:

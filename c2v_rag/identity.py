@@ -1,4 +1,4 @@
-"""The identity of weights: a hash of their values, and a cheap way to notice that they have changed."""
+"""Hash the values of weights, and detect cheaply that weights have changed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _SAMPLED_ELEMENTS = 64
 
 @torch.no_grad()
 def sample_weights(module: nn.Module) -> bytes:
-    """Up to 64 elements of every parameter and buffer, evenly spaced: equal bytes mean that nothing was changed.
+    """The bytes of evenly spaced elements, at least 64 if there are so many, of every parameter and buffer.
 
-    It sees what version counters do not, such as a write through `tensor.data` (moving averages, sharded
-    optimizers). It misses a change of single elements; what must be exact compares or hashes whole tensors.
+    Other bytes mean that the weights have changed, even by a write through `tensor.data` (moving averages, sharded
+    optimizers), which version counters do not show. A change of single elements can be missed: code that must notice
+    every change compares or hashes whole tensors.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.device.type != "meta":  # offloaded: there is nothing to look at
+        if tensor.device.type != "meta":  # offloaded: no values in memory
             flat = tensor.detach().reshape(-1)
             step = max(1, len(flat) // _SAMPLED_ELEMENTS)
             groups.setdefault((tensor.device, tensor.dtype), []).append(flat[::step])
@@ -32,7 +33,7 @@ def sample_weights(module: nn.Module) -> bytes:
 def hash_tensors(tensors: Mapping[str, Tensor], **settings: object) -> str:
     """SHA-256 over the names, shapes and values of tensors, and over `settings` (JSON values).
 
-    Floating-point values are hashed as float32, so that a value has one hash in whatever precision it is stored.
+    Floating-point values are hashed as float32, so that a value has the same hash in every precision that can store it.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

@@ -1,7 +1,8 @@
-"""Texts to a float32 array, for every model that tokenises texts and embeds a token batch.
+"""Embed texts as a float32 array, with any model that tokenises texts and embeds token batches.
 
-A batch holds a budget of tokens, not a number of texts. Texts are sorted by length within a window, so that batches
-have little padding. The next window is tokenised in a thread while this one is computed. Results are in input order.
+A batch is limited by a budget of tokens, not by a number of texts. Texts are sorted by length within a window, so that
+batches have little padding. A thread tokenises the next window while the current one is embedded. Results are in input
+order.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ OnTruncate = Literal["warn", "error", "ignore"]
 
 logger = logging.getLogger(__name__)
 
-# A window holds one text for every 4 tokens of the budget, at least 1,024. Texts are sorted by length within a window,
-# so that a batch finds texts of its own length. Two windows at a time are in memory.
+# A window has one text for every 4 tokens of the batch budget, but at least 1,024 texts, and at most 4 million
+# characters (or one text). Two windows are in memory at the same time.
 WINDOW_BUDGET_SHARE = 4
 WINDOW_TEXTS_AT_LEAST = 1024
 WINDOW_CHARACTERS = 4_000_000
-MUCH_SHORTER = 0.92
+MUCH_SHORTER = 0.92  # of the longest text in a batch
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -45,19 +46,19 @@ class EncodeOptions(TypedDict, total=False):
 class EncodingState:
     """State of a model while it encodes: the lock around its forward, and the batch budget after running out of memory.
 
-    It belongs to the model and is shared by everything that embeds with the same parts. Pickled or copied, it is new.
+    It belongs to the model. All embedders that use the same parts share it. A pickle or copy is a new, empty state.
     """
 
     def __init__(self) -> None:
         self.compute_lock = threading.Lock()
-        self.batch_tokens: int | None = None  # lowered by running out of memory, and kept so
+        self.batch_tokens: int | None = None  # set after running out of memory, and lowered each time
 
     def __reduce__(self) -> tuple[type[EncodingState], tuple[()]]:
         return EncodingState, ()
 
 
 class TokenBatchEmbedder(Protocol):
-    """What `encode` needs of a model. `modules` are those that a forward runs, to switch dropout off."""
+    """The members of a model that `encode` uses. Dropout is switched off in `modules`, those that `embed` runs."""
 
     @property
     def encoding_state(self) -> EncodingState: ...
@@ -71,7 +72,7 @@ class TokenBatchEmbedder(Protocol):
 
 
 def default_device() -> torch.device:
-    """CUDA, else MPS, else the CPU."""
+    """The first available device of CUDA, MPS and CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -94,7 +95,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
-    """What a dtype argument means: a dtype, its name with or without "torch.", "auto", or None for the default.
+    """The dtype for an argument: a dtype, its name with or without "torch.", or None for the default. "auto" stays.
 
     Raises ValueError for a name that torch does not know.
     """
@@ -109,7 +110,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Padded tokens per batch. On a CPU, more than a few thousand do not fit into the caches."""
+    """Padded tokens per batch. On a CPU, more than a few thousand do not fit into the processor's caches."""
     return 32_768 if device.type == "cuda" else 4_096
 
 
@@ -127,7 +128,7 @@ def encode(
 
     `texts` may be any iterable. It is read window by window, so that memory grows with the results only.
     Raises TypeError for a bare string or an item that is not a string, ValueError for a text whose embedding is not
-    finite and, with `on_truncate="error"`, for a text that must be cut; each names the item's index.
+    finite and, with `on_truncate="error"`, for a text that is too long; each names the item's index.
     """
     if isinstance(texts, str | bytes):
         raise TypeError("texts must be a list of strings, got one bare string. Wrap it: [text].")
@@ -147,18 +148,18 @@ def encode(
     bar: tqdm[Any] = tqdm(total=total, unit="text", disable=not show_progress)
     with (
         bar as progress,
-        ThreadPoolExecutor(1, thread_name_prefix="tokenize") as ahead,
+        ThreadPoolExecutor(1, thread_name_prefix="tokenize") as executor,
     ):
         windows = text_windows(texts, window_texts(budget))
         pending = None
         for window in chain(windows, [None]):
-            upcoming = ahead.submit(embedder.tokenize, window, instruction) if window else None
+            upcoming = executor.submit(embedder.tokenize, window, instruction) if window else None
             if pending is not None:
                 tokenized = pending.result()
                 if tokenized.truncated and on_truncate == "error":
                     raise ValueError(
                         f"The text at index {done + tokenized.truncated[0]} is longer than the model reads. "
-                        "Cut it into chunks, or allow cutting with on_truncate='warn'."
+                        "Split it into chunks, or allow truncation with on_truncate='warn'."
                     )
                 num_truncated += len(tokenized.truncated)
                 rows = _embed_window(embedder, tokenized, done, dim, budget, progress)
@@ -166,7 +167,7 @@ def encode(
                 done += len(rows)
             pending = upcoming
     if num_truncated and on_truncate == "warn":
-        logger.warning("%d of %d texts were longer than the model reads and were cut.", num_truncated, done)
+        logger.warning("%d of %d texts were longer than the model reads and were truncated.", num_truncated, done)
     return np.concatenate(results)
 
 
@@ -197,10 +198,10 @@ def text_windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Positions, longest texts first, in batches whose padded size stays within `batch_tokens`.
+    """Batches of text positions, longest texts first. The padded size of a batch is at most `batch_tokens`.
 
-    A text that is longer than the budget gets a batch of its own. A batch that is filled to a quarter takes no text
-    much shorter than its longest one: many short texts fit into a batch, and their lengths vary.
+    A text that is longer than the budget is a batch of its own. A batch that is at least a quarter full takes no text
+    that is much shorter than its longest one, because that text would be mostly padding.
     """
     batches: list[list[int]] = []
     longest = 0
@@ -222,6 +223,7 @@ def _embed_window(
     batch_tokens: int,
     progress: tqdm[Any],
 ) -> np.ndarray:
+    """Embeddings (n, dim) of one window, in its order. `offset`: index of its first text, for error messages."""
     state, lengths = embedder.encoding_state, tokenized.lengths
     rows = np.empty((len(lengths), dim), dtype=np.float32)
     budget = min(batch_tokens, state.batch_tokens or batch_tokens)
@@ -238,7 +240,7 @@ def _embed_window(
         except RuntimeError as error:
             if not _is_out_of_memory(error) or len(positions) == 1:
                 raise
-            # Memory is freed outside the handler: inside, the exception keeps the tensors of the failed forward alive.
+            # Memory is freed after this handler: until then the exception refers to the tensors of the forward.
             values = None
         if values is None:
             _free_cached_memory(embedder.device)
@@ -260,7 +262,7 @@ def _embed_window(
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA raises a class of its own; MPS a plain RuntimeError."""
+    """Whether the device ran out of memory. CUDA raises `OutOfMemoryError`, MPS a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
@@ -273,7 +275,7 @@ def _free_cached_memory(device: torch.device) -> None:
 
 @contextmanager
 def _inference(embedder: TokenBatchEmbedder) -> Iterator[None]:
-    """No gradients and no dropout. Modules that were in training mode, and only those, are in it again afterwards."""
+    """Switch off gradients and dropout inside the `with` block; then restore the training mode of each module."""
     in_training = [module for module in embedder.modules() if module.training]
     for module in in_training:
         module.training = False

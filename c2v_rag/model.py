@@ -51,7 +51,7 @@ class Causal2Vec(nn.Module):
     `encoder` and `llm` are models that `transformers.AutoModel` opens. `llm` must be causal and already have
     `config.num_llm_layers` layers (`from_parts` keeps the first ones).
 
-    Raises ValueError where the parts do not fit each other, or the config's lengths their position embeddings.
+    Raises ValueError if the parts do not fit each other, or have too few positions for the config's lengths.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Causal2Vec(nn.Module):
         self.prefix_cache = PrefixCache()
         self.weights_record = weights.WeightsRecord()
 
-    # What it is
+    # Properties
 
     @property
     def _llm_dim(self) -> int:
@@ -98,7 +98,7 @@ class Causal2Vec(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
-        """2 D for pooling `context_eos`, D for the others; `config.truncate_dim` where that is set."""
+        """Columns of an embedding: `config.truncate_dim` if set, else 2 D for pooling `context_eos`, else D."""
         return self.config.truncate_dim or self._full_dim
 
     @property
@@ -107,28 +107,28 @@ class Causal2Vec(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The decoder's; the projector and adapters are float32."""
+        """The decoder's dtype. The projector and adapters are float32."""
         return parts.token_embeddings(self.llm).weight.dtype
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where the encoder's and the decoder's weights came from, in words."""
+        """For "encoder" and "llm": a description of where the weights came from."""
         return self.weights_record.origins
 
     @property
     def stamp(self) -> dict[str, str | int]:
-        """What an index must remember of the model that made it; JSON values only.
+        """The facts that an index stores about the model that made it, as JSON values.
 
-        `weights` is the identity: a hash of every weight and setting that changes a vector, whatever the place and
-        precision of the weights. `name` is "" for a model that exists in memory only. `weights_0_1`, where it stands,
-        is what version 0.1 called the same weights.
+        `weights` is the model's identity: a hash of every weight and setting that changes a vector. Folder, device and
+        dtype do not change it. `name` is "" for a model that exists in memory only. `weights_0_1`, if present, is the
+        identity that version 0.1 computed for the same weights.
         """
         return weights.stamp(self)
 
     def base_folder(self, part: parts.Part) -> Path:
-        """The folder that the encoder's or the decoder's weights were read from, where they still are what was read.
+        """The folder that the encoder's or the decoder's weights were read from.
 
-        ValueError for weights that exist in memory only.
+        Raises ValueError for weights that exist in memory only or have changed since.
         """
         record = self.weights_record.parts[part]
         if record.base is None or not parts.is_base(getattr(self, part), record):
@@ -136,9 +136,9 @@ class Causal2Vec(nn.Module):
         return record.base.folder
 
     def unmerge_adapter(self, part: parts.Part) -> None:
-        """Take a merged adapter out of a part's weights, which get their base's values again, exactly.
+        """Remove a merged adapter from a part's weights, and restore the exact values of an unchanged base.
 
-        The adapter then acts beside them and can be trained. Embeddings stay as they were, up to rounding.
+        The adapter is then computed separately and can be trained. Embeddings do not change, except for rounding.
         """
         parts.unmerge_adapter(getattr(self, part), self.weights_record.parts[part])
 
@@ -147,23 +147,23 @@ class Causal2Vec(nn.Module):
     def forward(self, batch: TokenBatch, *, pooled: Tensor | None = None, pooling: Pooling | None = None) -> Tensor:
         """Embeddings (B, embedding_dim) of a token batch, differentiable, rows of length 1.
 
-        For training. `pooled` (B, E) replaces the encoder, whose frozen vectors may be cached. `pooling` overrides the
-        config's; with "context" the decoder does not read the text, because the Contextual token's state does not
-        depend on what follows it. The prefix is computed once per batch, with its gradient.
+        For training. `pooled` (B, E): cached states of a frozen encoder, which is then not run. `pooling` overrides the
+        config's. With "context" the decoder does not read the text, because under a causal mask the text cannot change
+        the Contextual token's state. The prefix is computed once per batch, with its gradient.
         """
         prefix = self.compute_prefix(batch.prefix_ids)
-        return self.embed_behind(prefix, batch, pooled=pooled, pooling=pooling or self.config.pooling)
+        return self.embed_with_prefix(prefix, batch, pooled=pooled, pooling=pooling or self.config.pooling)
 
     @torch.no_grad()
     def embed(self, batch: TokenBatch, *, reuse_prefix: bool = True) -> Tensor:
-        """The same embeddings for inference, without gradients.
+        """The same embeddings as `forward`, without gradients, for inference.
 
-        The prefix's keys and values are kept from batch to batch. With `reuse_prefix=False` the prefix is computed
-        with every text.
+        The prefix's keys and values are cached between batches. With `reuse_prefix=False`, the prefix is computed with
+        every text.
         """
         prefix = self.prefix_cache.get(self.llm, batch.prefix_ids) if reuse_prefix else None
         pooled = None if self.config.contextual_token == "none" else self.pooled_by_length(batch)
-        return self.embed_behind(prefix, batch, pooled=pooled, pooling=self.config.pooling)
+        return self.embed_with_prefix(prefix, batch, pooled=pooled, pooling=self.config.pooling)
 
     def pooled_encoder_states(self, batch: TokenBatch) -> Tensor:
         """(B, E): the encoder's pooled states of the texts, float32, not normalised."""
@@ -171,9 +171,9 @@ class Causal2Vec(nn.Module):
         return pool_encoder(hidden, batch.encoder_mask, self.config.encoder_pooling)
 
     def pooled_by_length(self, batch: TokenBatch) -> Tensor:
-        """`pooled_encoder_states`, computed in slices of texts of similar length.
+        """`pooled_encoder_states`, computed in slices of texts with similar lengths in the encoder.
 
-        Batches are made by the decoder's lengths. Without slices, a third of the encoder's tokens was padding.
+        Batches are sorted by length in the decoder. Without slices, a third of the encoder's tokens was padding.
         """
         order = torch.argsort(batch.encoder_mask.sum(dim=1))
         pooled = []
@@ -185,15 +185,15 @@ class Causal2Vec(nn.Module):
         return torch.cat(pooled)[torch.argsort(order)]
 
     def compute_prefix(self, prefix_ids: Tensor) -> DynamicCache | None:
-        """Keys and values of the prefix (P,) with their gradient; None where the decoder keeps none (see prefix.py)."""
+        """Keys and values of the prefix (P,), with gradient; None if the decoder has none (see prefix.py)."""
         return prefix_states(self.llm, prefix_ids)
 
-    def embed_behind(
+    def embed_with_prefix(
         self, prefix: DynamicCache | None, batch: TokenBatch, *, pooled: Tensor | None, pooling: Pooling
     ) -> Tensor:
-        """Embeddings (B, embedding_dim) of a batch behind its prefix's states, which are only read.
+        """Embeddings (B, embedding_dim) of a batch, with the states of its prefix, which do not change.
 
-        Without `prefix`, the prefix's tokens are put before every text. `pooled` as for `forward`.
+        If `prefix` is None, the prefix is computed with every text. `pooled` as for `forward`.
         """
         has_token = self.config.contextual_token != "none"
         text_ids, mask = batch.text_ids, batch.text_mask
@@ -224,14 +224,14 @@ class Causal2Vec(nn.Module):
     # Texts to arrays
 
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
-        """Token ids of the texts, truncated to the config's lengths. ValueError where the instruction is too long."""
+        """Token ids of the texts, truncated to the config's lengths. Raises ValueError for a too long instruction."""
         tokenized = self.tokenizer(texts, self.config.prompt(instruction))
         longest = max(map(len, tokenized.text_ids), default=0)
         parts.check_llm_length(self._llm_positions, self.config, tokenized, longest)
         return tokenized
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Length of each text in this model's tokens. Longer texts than `max_tokens` are truncated."""
+        """Length of each text in tokens. Texts longer than `max_tokens` are truncated."""
         return self.tokenizer.count_tokens(texts)
 
     @property
@@ -253,15 +253,14 @@ class Causal2Vec(nn.Module):
 
         For similarity and clustering. For retrieval use `encode_query` and `encode_document`.
 
-        `texts`: a list or any iterable of strings, read window by window. `instruction`: comes before every text;
-        None and "" mean none here. `batch_tokens`: padded tokens per batch, chosen for the device unless given.
-        `truncate_dim`: keep the first columns only (Matryoshka), normalised again. The columns of the two halves are
-        interleaved, so that the first ones hold both the Contextual token's and EOS's state. `on_truncate`: texts
-        longer than the config's lengths are truncated, EOS is kept; "warn" logs their number once, "error" raises,
-        "ignore" does neither.
+        `texts`: a list or any iterable of strings, read window by window. `instruction`: is put before every text;
+        None and "" mean no instruction. `batch_tokens`: padded tokens per batch; unless given, chosen for the device.
+        `truncate_dim`: use the first columns only (Matryoshka), normalised again. The Contextual token's and EOS's
+        columns alternate, so that the first columns contain both. `on_truncate`: texts longer than the config's
+        lengths are truncated before EOS; "warn" logs their number once, "error" raises, "ignore" does neither.
 
-        Raises TypeError for a bare string or an item that is not a string, and ValueError for a text whose
-        embedding is not finite, each naming the index. Safe to call from several threads: they take turns.
+        Raises TypeError for a bare string or an item that is not a string, ValueError for a text whose embedding is
+        not finite; both name the index. Thread-safe: threads take turns.
         """
         return inference.encode(
             self,
@@ -305,9 +304,8 @@ class Causal2Vec(nn.Module):
     ) -> Causal2Vec:
         """A new, untrained model from an encoder and a decoder: folders, hub ids or installed packages.
 
-        The projector is a random rotation (`seed`). Before any training the Contextual half ranks like the encoder;
-        the other states carry almost no information. `llm_kwargs` as in `from_pretrained`. Raises
-        FileNotFoundError, ValueError as there.
+        The projector is a random rotation (`seed`). Before training, the Contextual half ranks texts as the encoder
+        does, and the other states contain almost no information. `llm_kwargs` and errors as in `from_pretrained`.
         """
         bases: dict[parts.Part, Base] = {
             "encoder": locate_base(encoder, encoder_revision),
@@ -329,12 +327,12 @@ class Causal2Vec(nn.Module):
     ) -> Causal2Vec:
         """Read a checkpoint: "default", a folder written by `save_pretrained`, or a Hugging Face Hub id.
 
-        `device`: CUDA, MPS or CPU, the first there is unless given. `dtype`: bfloat16 where the hardware computes
-        in it, else float32, unless given (a torch.dtype, its name, or "auto" for what the files hold). `llm_kwargs`
-        go to the decoder's `AutoModel.from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...
+        `device`: unless given, the first available of CUDA, MPS and CPU. `dtype`: a torch.dtype, its name, or "auto"
+        for the files' dtype; unless given, bfloat16 if the hardware supports it, else float32. `llm_kwargs` are passed
+        to the decoder's `AutoModel.from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...
 
-        Raises FileNotFoundError when the weights are not on this machine, with the commands that bring them;
-        ValueError when a file is missing, altered, of another shape, or has settings this version does not know.
+        Raises FileNotFoundError, with the commands that install them, if the weights are not on this machine;
+        ValueError if a file is missing or altered, or has unknown settings or tensors of another shape.
         """
         folder = checkpoint.locate(name_or_path, revision)
         config = Causal2VecConfig.load(folder)
@@ -363,7 +361,7 @@ class Causal2Vec(nn.Module):
         llm_kwargs: Mapping[str, Any],
         seed: int,
     ) -> Causal2Vec:
-        """The parts opened, and a fresh projector; in eval mode."""
+        """Open the parts and add a new projector; returns the model in eval mode."""
         opened = weights.open_parts(bases, config.num_llm_layers, device, dtype, llm_kwargs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -373,13 +371,13 @@ class Causal2Vec(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a checkpoint that `from_pretrained` reads back to the same vectors, and SHA256SUMS over it.
+        """Write a checkpoint with its SHA256SUMS. A model loaded from it gives the same vectors.
 
-        An encoder or decoder that came from the Hub or an installed package and was not changed is referenced by
-        name and hash, not copied; any other is written in full. Every tensor is compared with the files it came from,
-        so that no change is lost. The folder appears complete or not at all; an existing one is replaced.
+        An unchanged encoder or decoder from the Hub or an installed package is stored as a reference (name and hash);
+        any other is written in full. Every tensor is compared with the files it was read from, so that no change is
+        lost. The checkpoint is moved to `folder` when it is complete, and replaces an earlier one.
 
-        Raises ValueError when `folder` holds something that is no checkpoint.
+        Raises ValueError if `folder` contains files and is no checkpoint.
         """
         with self.encoding_state.compute_lock:
             weights.save(self, folder)

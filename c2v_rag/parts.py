@@ -1,8 +1,8 @@
-"""The weights of one part of a model: opened, adapted, compared with what was read, and written.
+"""Open, adapt, compare and write the weights of one part of a model.
 
-A part is the encoder or the decoder ("llm"). Its base is what its weights were read from; an adapter (LoRA) may be
-merged into them. A base is never written with an adapter in it: it is named where it can be had again, read again
-from its own files, or, where it was trained, written without the adapter.
+A part is the encoder or the decoder ("llm"). Its base is the source that its weights were read from. An adapter (LoRA)
+may be merged into the weights, but merged weights are never written. An unchanged base is stored as a reference or
+written from its own files. A trained base is written without the adapter.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _ADAPTER_PREFIX = "base_model.model."
 # Opening
 
 
-@torch.inference_mode(False)  # inference tensors could be neither trained nor changed later
+@torch.inference_mode(False)  # inference tensors could not be trained or changed later
 def open_module(base: Base, num_layers: int | None = None, **kwargs: Any) -> PreTrainedModel:
-    """Open weights with transformers' AutoModel; `num_layers` keeps the first layers only.
+    """Open weights with transformers' AutoModel; `num_layers`: use the first layers only.
 
-    `kwargs` go to `AutoModel.from_pretrained`. Raises ValueError where a tensor is missing, the files are damaged, or
-    `kwargs` ask for code that comes with weights.
+    `kwargs` are passed to `AutoModel.from_pretrained`. Raises ValueError if a tensor is missing, if the files are
+    damaged, or for `trust_remote_code`.
     """
     if "trust_remote_code" in kwargs:
         raise ValueError("trust_remote_code is not supported: no code that comes with weights is run.")
@@ -67,7 +67,7 @@ def open_module(base: Base, num_layers: int | None = None, **kwargs: Any) -> Pre
 
 
 def open_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a base's weights."""
+    """Open the tokenizer in the folder of a base's weights."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         base.folder, local_files_only=True, trust_remote_code=False
     )
@@ -79,7 +79,7 @@ def _keep_first_layers(config: Any, num_layers: int) -> None:
     if num_layers > total:
         raise ValueError(f"num_llm_layers is {num_layers}, but the decoder has {total} layers.")
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:  # such as layer_types: one entry a layer
+        if isinstance(value, list) and len(value) == total:  # one entry per layer, such as layer_types
             setattr(config, name, value[:num_layers])
     config.num_hidden_layers = num_layers
 
@@ -90,7 +90,7 @@ def token_embeddings(llm: PreTrainedModel) -> nn.Embedding:
 
 
 def input_device(llm: PreTrainedModel) -> torch.device:
-    """Where the decoder takes its inputs; not "meta" where its token embeddings are offloaded."""
+    """The device for the decoder's inputs. For offloaded token embeddings ("meta"), the device that computes them."""
     table = token_embeddings(llm)
     hook = getattr(table, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) if table.weight.device.type == "meta" else None
@@ -100,17 +100,17 @@ def input_device(llm: PreTrainedModel) -> torch.device:
 
 
 def position_limit(module: PreTrainedModel) -> int | None:
-    """The longest sequence a model has position embeddings for; None where positions are computed (rotary)."""
+    """The longest sequence that a model has position embeddings for; None if positions are computed (rotary)."""
     for name, table in module.named_modules():
         if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
-            # RoBERTa's and MPNet's positions start behind the padding index, OPT's behind an offset.
+            # RoBERTa's and MPNet's positions start after the padding index, OPT's after an offset.
             unused = 0 if table.padding_idx is None else table.padding_idx + 1
             return table.num_embeddings - max(unused, int(getattr(table, "offset", 0)))
     return None
 
 
 def check_encoder_length(encoder: PreTrainedModel, max_length: int) -> None:
-    """ValueError where the encoder has fewer positions than `max_length`."""
+    """Raise ValueError if the encoder has fewer positions than `max_length`."""
     limit = position_limit(encoder)
     if limit is not None and max_length > limit:
         raise ValueError(
@@ -119,7 +119,7 @@ def check_encoder_length(encoder: PreTrainedModel, max_length: int) -> None:
 
 
 def check_llm_length(limit: int | None, config: Causal2VecConfig, tokenized: TokenizedTexts, text_tokens: int) -> None:
-    """ValueError where prefix, Contextual token and a text of so many tokens need more than `limit` positions."""
+    """Raise ValueError if prefix, Contextual token and `text_tokens` tokens need more than `limit` positions."""
     needed = len(tokenized.prefix_ids) + int(config.contextual_token != "none") + text_tokens
     if limit is not None and needed > limit:
         raise ValueError(
@@ -132,18 +132,21 @@ def check_llm_length(limit: int | None, config: Causal2VecConfig, tokenized: Tok
 
 
 def adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
-    """The layers that carry LoRA; each knows whether it is merged."""
+    """The layers with a LoRA adapter; their attribute `merged` says whether it is merged."""
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def adapter_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
-    """The adapter's tensors under the names of peft's format."""
+    """The adapter's tensors, with the names of peft's file format."""
     return {f"{_ADAPTER_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
 
 
 @torch.inference_mode(False)
 def load_adapter(module: PreTrainedModel, folder: Path) -> None:
-    """Inject a LoRA adapter saved in peft's format and, where the weights are not quantised, merge it."""
+    """Add a LoRA adapter that was saved in peft's format, and merge it unless the weights are quantised.
+
+    Raises ValueError if the adapter's files cannot be read or do not fit the module.
+    """
     try:
         lora = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
@@ -162,7 +165,7 @@ def load_adapter(module: PreTrainedModel, folder: Path) -> None:
 
 def _inject(module: PreTrainedModel, lora: Any) -> None:
     inject_adapter_in_model(lora, module)
-    # peft makes them in the base's precision; in bfloat16 a saved adapter would no longer be the one that was read.
+    # peft creates these parameters in the base's dtype. bfloat16 would round the adapter that is loaded next.
     for name, parameter in module.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
@@ -177,10 +180,10 @@ def _set_adapter(module: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None
 
 @dataclasses.dataclass
 class PartRecord:
-    """What is known of a part's own weights, its adapter aside.
+    """Source and identity of a part's weights without its adapter.
 
-    `base`: what they were read from, its first `num_layers` layers; None for weights made in memory. `identity` is
-    valid while `sample` is what `sample_weights` gives.
+    `base`: the source; None for weights that exist in memory only. `num_layers`: the part has only this many first
+    layers of the base; None for all. `identity` is valid while `sample_weights` returns `sample`.
     """
 
     base: Base | None = None
@@ -189,12 +192,12 @@ class PartRecord:
     sample: bytes = b""
 
     def note(self, module: PreTrainedModel, identity: str) -> None:
-        """Remember the identity of the weights as they are now."""
+        """Store `identity` as the identity of the current weights."""
         self.identity, self.sample = identity, sample_weights(module)
 
 
 def part_identity(module: PreTrainedModel, record: PartRecord) -> str:
-    """The base's identity while the weights are the base's, else the hash of their values."""
+    """The base's identity if the weights equal the base's, else the hash of their values."""
     if not record.sample or sample_weights(module) != record.sample:
         base = record.base if is_base(module, record) else None
         record.note(module, base.identity if base else hash_tensors(base_tensors(module)))
@@ -209,40 +212,44 @@ def adapter_identity(module: PreTrainedModel) -> str:
 
 
 def is_base(module: PreTrainedModel, record: PartRecord) -> bool:
-    """Whether the part's own weights are those of its base: every tensor is compared with the base's files.
+    """Whether the part's weights without its adapter equal its base: every tensor is compared with the base's files.
 
-    Where an adapter is merged, the base is read and the adapter merged once more; then differences of a few units in
-    the last place count as rounding.
+    If an adapter is merged, the weights are compared with the base after merging the adapter into it. Differences of a
+    few units in the last part_folder are then accepted as rounding.
     """
     base = record.base
     if base is None or not base.folder.is_dir():
         return False
     if getattr(module, "is_quantized", False):
         return True  # such weights cannot be trained
-    read = open_module(base, record.num_layers, dtype=module.dtype)
+    base_module = open_module(base, record.num_layers, dtype=module.dtype)
     merged = any(layer.merged for layer in adapted_layers(module))
     if merged:
-        _inject(read, module.peft_config["default"])
-        _set_adapter(read, {name: tensor.cpu() for name, tensor in adapter_tensors(module).items()})
-        for layer in adapted_layers(read):
+        _inject(base_module, module.peft_config["default"])
+        _set_adapter(base_module, {name: tensor.cpu() for name, tensor in adapter_tensors(module).items()})
+        for layer in adapted_layers(base_module):
             layer.merge()
-    expected = _without_adapter(read)
-    found = _without_adapter(module)
-    if expected.keys() != found.keys():
+    expected = _without_adapter(base_module)
+    actual = _without_adapter(module)
+    if expected.keys() != actual.keys():
         return False
-    return all(_equal(tensor, expected[name], merged) for name, tensor in found.items() if tensor.device.type != "meta")
+    return all(
+        _is_equal(tensor, expected[name], allow_rounding=merged)
+        for name, tensor in actual.items()
+        if tensor.device.type != "meta"
+    )
 
 
-def _equal(found: Tensor, expected: Tensor, merged: bool) -> bool:
-    found = found.detach().cpu()
-    if found.dtype != expected.dtype or found.shape != expected.shape:
+def _is_equal(actual: Tensor, expected: Tensor, *, allow_rounding: bool) -> bool:
+    actual = actual.detach().cpu()
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return False
-    if torch.equal(found, expected):
+    if torch.equal(actual, expected):
         return True
-    if not merged or not found.is_floating_point():
+    if not allow_rounding or not actual.is_floating_point():
         return False
-    few_units = 4 * torch.finfo(found.dtype).eps
-    return torch.allclose(found, expected, rtol=few_units, atol=few_units * float(expected.abs().max()))
+    tolerance = 4 * torch.finfo(actual.dtype).eps
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def _without_adapter(module: nn.Module) -> dict[str, Tensor]:
@@ -255,30 +262,30 @@ def _without_adapter(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def base_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
-    """The part's own tensors, with what is merged taken out of copies; the module stays as it is."""
+    """The part's tensors without its adapter. A merged adapter is subtracted from copies of them."""
     tensors = _without_adapter(module)
     for name, layer in module.named_modules():
         if not isinstance(layer, BaseTunerLayer) or not layer.merged:
             continue
-        own = dict(layer.get_base_layer().named_parameters())
-        kept = {key: parameter.data.clone() for key, parameter in own.items()}
-        merged = list(layer.merged_adapters)
+        parameters = dict(layer.get_base_layer().named_parameters())
+        merged_values = {key: parameter.data.clone() for key, parameter in parameters.items()}
+        merged_adapters = list(layer.merged_adapters)
         layer.unmerge()
-        for key, parameter in own.items():
+        for key, parameter in parameters.items():
             tensors[f"{name}.{key}"] = parameter.data
-            parameter.data = kept[key]
-        layer.merged_adapters.extend(merged)
+            parameter.data = merged_values[key]
+        layer.merged_adapters.extend(merged_adapters)
     return tensors
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def unmerge_adapter(module: PreTrainedModel, record: PartRecord) -> None:
-    """Take a merged adapter out of the weights. Where they are the base's, they get its values again, exactly."""
+    """Remove a merged adapter from the weights. The exact values of an unchanged base are read again from its files."""
     layers = [layer for layer in adapted_layers(module) if layer.merged]
     if not layers:
         return
-    read = (
+    base_values = (
         _without_adapter(open_module(record.base, record.num_layers, dtype=module.dtype))
         if (record.base is not None and is_base(module, record))
         else {}
@@ -288,8 +295,8 @@ def unmerge_adapter(module: PreTrainedModel, record: PartRecord) -> None:
         for layer in layers:
             layer.unmerge()
     for name, tensor in _without_adapter(module).items():
-        if name in read and tensor.device.type != "meta":
-            tensor.data.copy_(read[name])
+        if name in base_values and tensor.device.type != "meta":
+            tensor.data.copy_(base_values[name])
 
 
 # Saving
@@ -303,36 +310,38 @@ def save_part(
     folder: Path,
     further_bases: Sequence[Mapping[str, Any]] = (),
 ) -> str | None:
-    """Write `folder/PART`: base.json for a base that can be had again, else weights and tokenizer.
+    """Write `folder/PART`: base.json for an unchanged base with a reference, else weights and tokenizer.
 
-    `further_bases` are entries that base.json gets too. Returns the identity of weights that were written; None for
-    base.json.
+    `further_bases`: more entries for base.json. Returns the identity of the weights that were written; None if only
+    base.json was written.
     """
-    place = folder / part
-    place.mkdir()
-    as_read = is_base(module, record)
+    part_folder = folder / part
+    part_folder.mkdir()
+    is_unchanged = is_base(module, record)
     base = record.base
-    if as_read and base is not None and base.reference is not None:
+    if is_unchanged and base is not None and base.reference is not None:
         accepted = list(base.reference.get("accepted", [base.reference]))
         accepted += [entry for entry in further_bases if entry not in accepted]
-        (place / checkpoint.BASE_FILE).write_text(json.dumps({"accepted": accepted}, indent=2) + "\n", encoding="utf-8")
+        (part_folder / checkpoint.BASE_FILE).write_text(
+            json.dumps({"accepted": accepted}, indent=2) + "\n", encoding="utf-8"
+        )
         return None
-    if as_read and base is not None:
-        # From the base's files, in their own precision, whatever the weights were loaded in.
-        open_module(base, record.num_layers, dtype="auto").save_pretrained(place)
+    if is_unchanged and base is not None:
+        # The base's files may have another dtype than the weights in memory: theirs is written.
+        open_module(base, record.num_layers, dtype="auto").save_pretrained(part_folder)
         identity = base.identity
     else:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in base_tensors(module).items()}
         identity = hash_tensors(tensors)
-        module.save_pretrained(place, state_dict=tensors)  # which empties the dict
-    tokenizer.save_pretrained(place)
+        module.save_pretrained(part_folder, state_dict=tensors)  # this call empties the dict
+    tokenizer.save_pretrained(part_folder)
     return identity
 
 
 def save_adapter(part: Part, module: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `folder/PART_adapter` in peft's format, in `dtype` where one is given, where the part has an adapter."""
+    """Write the part's adapter, if it has one, to `folder/PART_adapter` in peft's format, in `dtype` if given."""
     if not adapted_layers(module):
         return
-    place = folder / f"{part}_adapter"
-    module.peft_config["default"].save_pretrained(place)
-    checkpoint.write_tensors(place / "adapter_model.safetensors", adapter_tensors(module), dtype)
+    adapter_folder = folder / f"{part}_adapter"
+    module.peft_config["default"].save_pretrained(adapter_folder)
+    checkpoint.write_tensors(adapter_folder / "adapter_model.safetensors", adapter_tensors(module), dtype)

@@ -1,4 +1,4 @@
-"""Last hidden states to one vector per text.
+"""Pool last hidden states into one vector per text.
 
 B texts, S encoder tokens, N decoder positions after the prefix, E encoder width, D llm width.
 """
@@ -12,7 +12,7 @@ from c2v_rag.config import EncoderPooling, Pooling
 
 
 def pool_encoder(hidden: Tensor, mask: Tensor, pooling: EncoderPooling) -> Tensor:
-    """(B, S, E) states and (B, S) mask -> (B, E), float32."""
+    """Pool the encoder's states (B, S, E), with their mask (B, S), into vectors (B, E), float32."""
     if pooling == "cls":
         return hidden[:, 0].float()
     weights = mask.unsqueeze(-1).float()
@@ -20,11 +20,12 @@ def pool_encoder(hidden: Tensor, mask: Tensor, pooling: EncoderPooling) -> Tenso
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling, text_start: int) -> Tensor:
-    """Last hidden states after the prefix -> one vector per text, float32, not normalised.
+    """Pool the decoder's last hidden states into one vector per text, float32, not normalised.
 
-    `hidden` is (B, N, D): the Contextual token first where there is one, the text from `text_start` on, ending in
-    EOS; `mask` (B, N) is 1 on real tokens, padding on the right. Returns (B, 2 D) for `context_eos`, with interleaved
-    columns c0, e0, c1, e1, ..., so that the first columns hold both halves equally. Others return (B, D).
+    `hidden` (B, N, D) starts after the prefix. The Contextual token is first, if there is one. The text starts at
+    `text_start` and ends in EOS. `mask` (B, N) is 1 on real tokens; padding is on the right. `context_eos` returns
+    (B, 2 D) with interleaved columns c0, e0, c1, e1, ...: the first columns contain both halves equally. Other poolings
+    return (B, D).
     """
     hidden = hidden.float()
     if pooling == "context":

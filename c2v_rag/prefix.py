@@ -1,6 +1,6 @@
-"""The shared prefix (BOS and the instruction): its keys and values, computed once and given to every batch read-only.
+"""Keys and values of the shared prefix (BOS and the instruction), computed once and read by every batch.
 
-Under a causal mask nothing in the prefix sees the text, so that one computation serves every text.
+Under a causal mask the prefix does not attend to the text, so its keys and values are the same for every text.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from c2v_rag.identity import sample_weights
 from c2v_rag.parts import adapted_layers, token_embeddings
 
-_PREFIXES_KEPT = 8
-_PLAIN_LAYERS = {"full_attention", "sliding_attention"}  # among `layer_types` of a decoder's config
+_MAX_CACHED_PREFIXES = 8
+_KEY_VALUE_LAYERS = {"full_attention", "sliding_attention"}  # among `layer_types` of a decoder's config
 
 
 def prefix_states(llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | None:
-    """Keys and values of the prefix (P,), for `past_key_values`; a batch of any size reads them and stores nothing.
+    """Keys and values of the prefix (P,), for `past_key_values`. Batches of any size read them and do not change them.
 
-    None where the decoder keeps something else than keys and values per token (Mamba, LFM2, Qwen3-Next, Falcon-H1):
-    then the prefix is computed with every text.
+    None for a decoder whose cache has other states than keys and values per token (Mamba, LFM2, Qwen3-Next, Falcon-H1).
+    The prefix must then be computed with every text.
     """
     layer_types = getattr(llm.config.get_text_config(), "layer_types", None) or ()
-    if not _PLAIN_LAYERS.issuperset(layer_types):
+    if not _KEY_VALUE_LAYERS.issuperset(layer_types):
         return None
     embeds = token_embeddings(llm)(prefix_ids).unsqueeze(0)
     states = getattr(llm(inputs_embeds=embeds, use_cache=True), "past_key_values", None)
@@ -42,21 +42,21 @@ def prefix_states(llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | No
 
 
 def _read_only_update(layer: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The layer's `update` for a batch (B, heads, T, width), after which the layer is what it was."""
-    kept = dict(vars(layer))
+    """Call the layer's `update` for a batch (B, heads, T, width), then restore the layer; returns keys and values."""
+    original = dict(vars(layer))
     layer.keys = layer.keys.expand(len(keys), -1, -1, -1)
     layer.values = layer.values.expand(len(keys), -1, -1, -1)
     try:
         joined: tuple[Tensor, Tensor] = type(layer).update(layer, keys, values, *args, **kwargs)
     finally:
-        vars(layer).update(kept)
+        vars(layer).update(original)
     return joined
 
 
 class PrefixCache:
-    """The states of the last 8 prefixes, each computed anew only when the decoder's weights have changed since.
+    """A cache of the states of the last 8 prefixes. An entry is computed again if the decoder's weights have changed.
 
-    Pickled or copied, it is empty.
+    A pickle or copy of it is empty.
     """
 
     def __init__(self) -> None:
@@ -67,20 +67,20 @@ class PrefixCache:
         return PrefixCache, ()
 
     def get(self, llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | None:
-        """`prefix_states`, kept."""
+        """`prefix_states`, from the cache if possible."""
         key = tuple(prefix_ids.tolist())
         weights = _llm_state(llm)
         with self._lock:
             if key not in self._states or self._states[key][0] != weights:
                 self._states[key] = weights, prefix_states(llm, prefix_ids)
             self._states.move_to_end(key)
-            if len(self._states) > _PREFIXES_KEPT:
+            if len(self._states) > _MAX_CACHED_PREFIXES:
                 self._states.popitem(last=False)
             return self._states[key][1]
 
 
 def _llm_state(llm: PreTrainedModel) -> object:
-    """Changes whenever what the decoder computes does: weights, device, dtype, an adapter merged or switched off."""
+    """A value that changes with the decoder's weights, device, dtype, and the state of its adapters."""
     adapters = tuple(
         (tuple(layer.merged_adapters), tuple(layer.active_adapters), layer.disable_adapters)
         for layer in adapted_layers(llm)

@@ -1,4 +1,4 @@
-"""The projector, from a pooled encoder vector to a Contextual token, and the initialisation of a fresh one.
+"""The projector turns a pooled encoder vector into a Contextual token. `initialise` prepares it for training.
 
 B texts, E encoder width, D llm width.
 """
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from c2v_rag.parts import token_embeddings
 
-# A fresh projector's output is this many times as long as a token embedding: what the llm's layers add to it is then
-# small, and its last hidden state is the encoder's vector, rotated. SmolLM2-135M (12 layers) and all-MiniLM-L6-v2,
-# untrained: Spearman of the Contextual token's state on STSBenchmark dev 23.8 at 1 x, 49.0 at 16 x, 83.3 at 64 x, 86.4
-# at 256 x, 86.6 at 1024 x. The encoder itself has 86.7, and so has the state divided by the final norm's weight.
+# The norm of a new projector's output, relative to a token embedding. The llm's layers change such a long vector
+# little, so its last hidden state is the rotated encoder vector. SmolLM2-135M (12 layers) and all-MiniLM-L6-v2, before
+# training: Spearman of the Contextual token's state on STSBenchmark dev is 23.8 at 1 x, 49.0 at 16 x, 83.3 at 64 x,
+# 86.4 at 256 x, 86.6 at 1024 x. It is 86.7 for the encoder, and for the state divided by the final norm's weight.
 INITIAL_TOKEN_SCALE = 1024
 _PROBES = 256
 
@@ -25,8 +25,8 @@ _PROBES = 256
 class Projector(nn.Module):
     """Two linear layers from the encoder's width E to the llm's width D: one text, one Contextual token.
 
-    The input is scaled to mean square 1 first, so that the encoder's scale does not matter. A fresh projector is a
-    random rotation: the hidden layer holds x and -x, and gelu(x) - gelu(-x) = x.
+    The input is scaled to mean square 1 first, so that the encoder's scale does not matter. A new projector is a
+    random rotation: its hidden layer computes x and -x, and gelu(x) - gelu(-x) = x.
     """
 
     scale: Tensor
@@ -51,19 +51,19 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def start_at_norm(self, norm: float) -> None:
-        """Set the fixed scale of the outputs so that those of a fresh projector have about this norm."""
+        """Set the fixed scale of the outputs, so that the outputs of a new projector have about this norm."""
         self.scale.fill_(norm / math.sqrt(self.hidden.in_features))
 
     @torch.no_grad()
     def divide_columns(self, norm_weight: Tensor) -> None:
-        """Divide a fresh projector's output columns by `norm_weight` (D,), which the llm's final norm multiplies by."""
+        """Divide a new projector's output columns by `norm_weight` (D,); the llm's final norm multiplies by it."""
         self.output.weight.div_(norm_weight.unsqueeze(1).to(self.output.weight))
 
 
 def initialise(projector: Projector, llm: PreTrainedModel) -> None:
-    """Scale a fresh projector for this decoder, so that the Contextual token's last state is the encoder's vector.
+    """Scale a new projector for this decoder: the Contextual token's last state is then the rotated encoder vector.
 
-    Its outputs are 1,024 times as long as a token embedding, and the final norm's weight is divided out.
+    The outputs get 1,024 times the norm of a token embedding, and are divided by the weight of the final norm.
     """
     token_norm = INITIAL_TOKEN_SCALE * mean_token_norm(llm)
     projector.start_at_norm(token_norm)
@@ -71,7 +71,7 @@ def initialise(projector: Projector, llm: PreTrainedModel) -> None:
 
 
 def mean_token_norm(llm: PreTrainedModel) -> float:
-    """Mean norm of the decoder's token embeddings, over a sample spread over the vocabulary."""
+    """Mean norm of the decoder's token embeddings, from an evenly spaced sample of the vocabulary."""
     table = token_embeddings(llm)
     ids = torch.linspace(0, table.num_embeddings - 1, steps=min(4096, table.num_embeddings)).long()
     with torch.no_grad():
@@ -82,8 +82,9 @@ def mean_token_norm(llm: PreTrainedModel) -> float:
 def final_norm_weight(llm: PreTrainedModel, token_norm: float) -> Tensor:
     """(D,): the weight of the decoder's final norm, up to a factor common to all columns.
 
-    Measured on tokens of this norm, too long for the layers to change much, so that it works for every family. The
-    directions are random. They stand behind a word, because the first token takes the attention sink.
+    It is measured with random input vectors of norm `token_norm`, which works for every decoder family: the layers
+    change such long vectors little. A token embedding comes before each, because the first position is an attention
+    sink.
     """
     table = token_embeddings(llm).weight
     width = table.shape[1]
@@ -93,4 +94,4 @@ def final_norm_weight(llm: PreTrainedModel, token_norm: float) -> Tensor:
     weight: Tensor = (states * directions).sum(dim=0) / directions.float().square().sum(dim=0)
     weight = weight / weight.abs().mean()
     signs = torch.where(weight < 0, -1.0, 1.0)
-    return signs * weight.abs().clamp(min=0.05)  # a column that is shut off stays so
+    return signs * weight.abs().clamp(min=0.05)  # no division by almost 0: a column with such a weight stays small

@@ -1,4 +1,4 @@
-"""The `Embedder` protocol: what the index, the integrations, the server and the app need of a model. No torch."""
+"""The `Embedder` protocol: the members of a model that index, integrations, server and app use. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Whatever embeds: a `Causal2Vec`, a remote model, an encoder alone.
+    """A model that embeds texts, such as `Causal2Vec`, `RemoteModel` or `EncoderEmbedder`.
 
-    `stamp` tells models apart whose vectors must not be mixed; its "name" is what the model can be loaded by, "" for
-    one that exists in memory only.
+    `stamp` identifies the model: vectors of models with different stamps must not be mixed. Its "name" is the name for
+    loading the model, "" for a model that exists in memory only.
 
-    `count_tokens(texts) -> list[int]` and `max_tokens` are used where an embedder has them, to cut documents into
-    chunks that it reads whole.
+    `count_tokens(texts) -> list[int]` and `max_tokens` are optional. With them, documents are split into chunks that
+    the embedder does not truncate.
     """
 
     @property
@@ -35,5 +35,5 @@ def is_url(name_or_path: str | os.PathLike[str]) -> bool:
 
 
 def same_weights(expected: object, stamp: Mapping[str, object]) -> bool:
-    """Whether a stamp is of the weights with this identity, as this version or version 0.1 names them."""
+    """Whether `expected` is the identity of a stamp's weights, as this version or version 0.1 computes it."""
     return expected in (stamp.get("weights"), stamp.get("weights_0_1"))

@@ -1,4 +1,4 @@
-"""An embedder whose model runs in another process: `c2v-rag serve`, reached over HTTP. Needs no torch."""
+"""`RemoteModel`: an embedder whose model runs in another process, `c2v-rag serve`, over HTTP. Needs no torch."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from c2v_rag.inference import EncodeOptions, OnTruncate
 
 API_KEY_VARIABLE = "C2V_RAG_API_KEY"
-WEIGHTS_HEADER = "c2v-weights"  # of every answer: the hash of the weights behind it
-MAX_PARALLEL_REQUESTS = 4  # of one call
-_MAX_ASYNC_CALLS = 32  # that wait for the server at the same time; more of them wait for these
+WEIGHTS_HEADER = "c2v-weights"  # response header: the hash of the weights that made the answer
+MAX_PARALLEL_REQUESTS = 4  # in one call
+_MAX_ASYNC_CALLS = 32  # that run at the same time; further calls wait until one of them ends
 _MAX_REQUEST_TEXTS = 256
 _MAX_REQUEST_CHARACTERS = 1_000_000
 _CONNECT_SECONDS = 10.0
@@ -39,11 +39,11 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ApiKeyError(ValueError):
-    """The server asks for a key, or refuses the one that was sent."""
+    """The server requires a key and got none, or it refused the key that was sent."""
 
 
 class RemoteModel:
-    """The model behind a `c2v-rag serve`; gives its vectors, and can be used wherever a loaded model can.
+    """A model that runs in a `c2v-rag serve` process. It can be used wherever a loaded model can.
 
     Example:
         >>> from c2v_rag import RemoteModel, VectorIndex
@@ -51,29 +51,42 @@ class RemoteModel:
 
     `base_url`: the server's address, without /v1. `api_key`: unless given, the environment variable C2V_RAG_API_KEY is
     read at the first request. The key is sent to this address only; redirects are not followed. `timeout`: seconds for
-    each request, its retries included.
+    each request, its retries included. `transport`: how requests are sent, for a proxy, a certificate authority or a
+    client certificate of your own: `httpx.HTTPTransport(proxy=..., verify=ssl_context)`. Unless given, httpx's default
+    is used, which reads the environment (HTTPS_PROXY, SSL_CERT_FILE).
 
     The first use asks the server for its model. A request that the server could not take (no connection, or the
-    status 429, 502, 503 or 504) is sent again, up to 5 times with growing pauses; one that got no answer in time is
-    not. Long lists of texts are sent in several requests, up to 4 at the same time. Threads may share a `RemoteModel`.
+    status 429, 502, 503 or 504) is sent again, up to 5 times with growing pauses. A request that got no answer in time
+    is not sent again. Long lists of texts are sent in several requests, up to 4 at the same time. Threads may share a
+    `RemoteModel`.
 
-    Pickling keeps a given `api_key`, not the connection: a pickle is as secret as the key. A key from the environment
-    is not kept, it is read again where the pickle is loaded.
+    Pickling keeps a given `api_key`: such a pickle is as secret as the key. A key from the environment is not kept; it
+    is read again where the pickle is loaded. The connection is not kept. A `transport` is kept, so the model can be
+    pickled only if its transport can; an `httpx.HTTPTransport` cannot.
 
     Raises ConnectionError when the server does not answer, `ApiKeyError` (a ValueError) for a missing or wrong key,
-    ValueError for what the server refuses, with its message, and when its model has changed since the first use.
+    ValueError with the server's message when the server refuses a request, and ValueError when the server's model has
+    changed since the first use.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, *, timeout: float = 180.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        timeout: float = 180.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         if not is_url(base_url):
             raise ValueError(f"base_url must start with http:// or https://; got {base_url!r}.")
-        if "@" in urlsplit(base_url).netloc:  # it would be shown, and stored as the model's name
+        if "@" in urlsplit(base_url).netloc:  # the address is printed and stored as the model's name
             raise ValueError("base_url must not hold a user or password. Give the server's key as api_key.")
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._api_key = api_key
         self._timeout = timeout
-        self._weights = ""  # the served model's hash, after the first answer
-        _opened[next(_numbers)] = self
+        self._transport = transport
+        self._weights = ""  # hash of the served model's weights, known after the first answer
+        _opened[next(_serial_numbers)] = self
 
     def __repr__(self) -> str:
         return f"RemoteModel({self.base_url!r})"
@@ -89,7 +102,7 @@ class RemoteModel:
 
     @property
     def max_tokens(self) -> int:
-        """The longest text, in `count_tokens`, that the model reads whole."""
+        """The largest result of `count_tokens` for which no part of a text is cut off."""
         return int(self._model["max_tokens"])
 
     @property
@@ -98,14 +111,16 @@ class RemoteModel:
         return {**self._model["stamp"], "name": self.name}
 
     def count_tokens(self, texts: Iterable[str]) -> list[int]:
-        """Length of each text in the model's tokens."""
+        """The number of tokens of each text."""
         bodies = ({"model": self._model["id"], "input": part} for part in _split(texts, self._max_texts))
         return [count for answer in self._request_all("/v1/tokenize", bodies) for count in answer["counts"]]
 
     def encode(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
-        """As `Causal2Vec.encode`: float32 (n, embedding_dim), in input order. The server chooses its `batch_tokens`.
+        """Embeddings (n, embedding_dim) in float32 and in input order, as `Causal2Vec.encode`.
+
+        `batch_tokens` has no effect: the server chooses its own.
 
         Long texts are truncated without a warning unless `on_truncate` is "error".
         """
@@ -116,16 +131,19 @@ class RemoteModel:
     def encode_query(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
-        """As `Causal2Vec.encode_query`: with the model's own instruction unless given, none with ""."""
+        """Embeddings of queries, as `Causal2Vec.encode_query`.
+
+        `instruction`: the model's own unless given; "" for none.
+        """
         return self._embed("query", texts, instruction, **options)
 
     async def aencode_document(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
-        """`encode_document` without blocking the event loop: it waits for the server in a thread.
+        """The result of `encode_document`; the event loop is not blocked, because a thread waits for the server.
 
-        Up to 32 calls wait at the same time, so that the server can embed their texts together. Cancelling the
-        coroutine does not stop a request that was sent.
+        Up to 32 calls run at the same time, so that the server can embed their texts together. Cancelling the
+        coroutine does not stop a request that was already sent.
         """
         encode = functools.partial(self.encode_document, texts, instruction=instruction, **options)
         return await asyncio.get_running_loop().run_in_executor(self._async_threads, encode)
@@ -133,7 +151,7 @@ class RemoteModel:
     async def aencode_query(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]
     ) -> np.ndarray:
-        """`encode_query` without blocking the event loop, as `aencode_document`."""
+        """The result of `encode_query`; the event loop is not blocked, as in `aencode_document`."""
         encode = functools.partial(self.encode_query, texts, instruction=instruction, **options)
         return await asyncio.get_running_loop().run_in_executor(self._async_threads, encode)
 
@@ -177,10 +195,10 @@ class RemoteModel:
 
     @functools.cached_property
     def _model(self) -> dict[str, Any]:
-        found: list[dict[str, Any]] = self._request("/v1/models", None)["data"]
-        if len(found) != 1 or "stamp" not in found[0]:
-            raise ValueError(f"{self.base_url} is no c2v-rag server: its list of models says nothing of their vectors.")
-        return found[0]
+        models: list[dict[str, Any]] = self._request("/v1/models", None)["data"]
+        if len(models) != 1 or "stamp" not in models[0]:
+            raise ValueError(f"{self.base_url} is no c2v-rag server: its list of models has no stamp of their weights.")
+        return models[0]
 
     @functools.cached_property
     def _client(self) -> httpx.Client:
@@ -188,14 +206,14 @@ class RemoteModel:
 
         key = (self._api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.base_url, headers=headers, follow_redirects=False)
+        return httpx.Client(base_url=self.base_url, headers=headers, follow_redirects=False, transport=self._transport)
 
     @functools.cached_property
     def _async_threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(_MAX_ASYNC_CALLS, "c2v-remote-async")
 
     def _request_all(self, path: str, bodies: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The answers to `bodies` in their order. A few requests run at the same time; the first error is raised."""
+        """The answers to `bodies` in their order. Up to 4 requests run at the same time; the first error is raised."""
         running: deque[Future[dict[str, Any]]] = deque()
         threads = ThreadPoolExecutor(MAX_PARALLEL_REQUESTS, "c2v-remote")
         try:
@@ -209,7 +227,7 @@ class RemoteModel:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """The server's answer to one request, sent again while the server cannot take it."""
+        """The server's answer to one request. The request is sent again while the server cannot take it."""
         import httpx
         from tenacity import (
             Retrying,
@@ -252,7 +270,7 @@ class RemoteModel:
         raise _error(self.base_url, response)
 
     def _check_weights(self, weights: str) -> None:
-        """ValueError when another model answers than before: a server may have been restarted with it."""
+        """Raise ValueError if the weights differ from those of the first answer: the server was restarted."""
         if self._weights and weights != self._weights:
             raise ValueError(
                 f"The model at {self.base_url} is another one now (weights {weights}, before {self._weights}). "
@@ -261,21 +279,21 @@ class RemoteModel:
         self._weights = weights
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without connection and threads, and without the served model's description, which is asked for again."""
+        """The state without connection, threads and the served model's description, which is requested again."""
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_client", "_model", "_async_threads")
         }
 
 
 def _was_not_received(error: BaseException) -> bool:
-    """Whether a request may be sent again: after a timeout the server may still be working on it."""
+    """Whether the server did not get the request. After a read or write timeout it may still be working on it."""
     import httpx
 
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout)
 
 
 def _error(base_url: str, response: httpx.Response) -> Exception:
-    """The exception for an answer other than 200, with the server's message."""
+    """The exception for an answer whose status is not 200. It has the server's message."""
     status = response.status_code
     if response.is_redirect:
         return ValueError(
@@ -295,7 +313,7 @@ def _error(base_url: str, response: httpx.Response) -> Exception:
 
 
 def _split(texts: Iterable[str], max_texts: int) -> Iterator[list[str]]:
-    """The texts of one request each: limited in number and in characters."""
+    """Lists of texts, one for each request, limited in number of texts and of characters."""
     part: list[str] = []
     characters = 0
     for index, text in enumerate(texts):
@@ -304,17 +322,17 @@ def _split(texts: Iterable[str], max_texts: int) -> Iterator[list[str]]:
         if part and (len(part) == max_texts or characters + len(text) > _MAX_REQUEST_CHARACTERS):
             yield part
             part, characters = [], 0
-        part.append(_LONE_SURROGATE.sub("\ufffd", text))  # JSON has none; the model reads them as this character
+        part.append(_LONE_SURROGATE.sub("\ufffd", text))  # JSON cannot hold one; the model reads it as U+FFFD
         characters += len(text)
     if part:
         yield part
 
 
-_opened: WeakValueDictionary[int, RemoteModel] = WeakValueDictionary()  # by the order in which they were made
-_numbers = itertools.count()
+_opened: WeakValueDictionary[int, RemoteModel] = WeakValueDictionary()  # keys: serial numbers, oldest first
+_serial_numbers = itertools.count()
 
 
 def opened_model(address: str) -> RemoteModel | None:
-    """The latest `RemoteModel` that this process made for this address and still uses; None where there is none."""
-    made = sorted(_opened.items(), key=lambda item: item[0])
-    return next((model for _, model in reversed(made) if model.base_url == address), None)
+    """The newest `RemoteModel` for this address that this process still uses; None if there is none."""
+    newest_first = sorted(_opened.items(), key=lambda item: item[0], reverse=True)
+    return next((model for _, model in newest_first if model.base_url == address), None)

@@ -1,4 +1,4 @@
-"""Texts (and an instruction) to the two token batches: the encoder's, and the decoder's that ends in EOS.
+"""Tokenise texts (and an instruction) for the encoder and for the decoder, whose texts end in EOS.
 
 B texts, P prefix tokens, S encoder tokens, T decoder tokens of the text (EOS included).
 """
@@ -27,7 +27,7 @@ class TokenBatch:
     """One padded batch. Masks are 1 on real tokens; padding is on the right.
 
     `prefix_ids` (P,) comes before the Contextual token and is the same for every text. `text_ids` (B, T) comes after
-    it. Where the config places the instruction after the token, its `num_prompt_tokens` tokens start `text_ids`.
+    it. If the config places the instruction after the token, `text_ids` starts with its `num_prompt_tokens` tokens.
     """
 
     prefix_ids: Tensor
@@ -59,16 +59,17 @@ class TokenizedTexts:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of a batch budget that each text takes: those of the decoder or of the encoder, whichever are more.
+        """The part of a batch's token budget that each text uses: its tokens in the decoder or encoder, the larger.
 
-        The decoder's are the Contextual token, the text, EOS, and a quarter of the prefix, whose keys and values are
-        read for every text but not computed again.
+        The decoder's tokens are the Contextual token, the text and EOS. A quarter of the prefix is added, because its
+        keys and values are read for every text, but not computed again.
         """
         shared = 1 + len(self.prefix_ids) // 4
         pairs = zip(self.text_ids, self.encoder_ids, strict=True)
         return [max(shared + len(ids), len(encoder_ids)) for ids, encoder_ids in pairs]
 
     def collate(self, positions: Sequence[int]) -> TokenBatch:
+        """A padded batch of the texts at these positions, in this order."""
         text_ids, text_mask = _pad([self.text_ids[i] for i in positions], self.text_pad)
         encoder_ids, encoder_mask = _pad([self.encoder_ids[i] for i in positions], self.encoder_pad)
         return TokenBatch(
@@ -82,13 +83,13 @@ class TokenizedTexts:
 
 
 class TextTokenizer:
-    """The encoder's and the decoder's tokenizer behind one call.
+    """The encoder's and the decoder's tokenizer, in one call.
 
-    Padding is done here, on the right, whatever side the tokenizers were saved with. Text that spells a special
-    token ("<|im_end|>") is tokenised as the text it is. Lone surrogates become U+FFFD, the replacement character.
+    Padding is on the right; the tokenizers' own padding side is ignored. A text that contains a special token's name
+    ("<|im_end|>") is tokenised as ordinary text. Lone surrogates become U+FFFD, the replacement character.
 
-    Safe from several threads, and together with other TextTokenizers over the same two tokenizers: each of them has
-    one lock in this process, because a call sets its truncation.
+    Thread-safe, also if several `TextTokenizer` use the same two tokenizers: each of these has one lock in this
+    process, because a call sets its truncation.
     """
 
     def __init__(
@@ -112,35 +113,35 @@ class TextTokenizer:
                 f"Set encoder_max_length to {limit} or less."
             )
         self.eos: int = llm_tokenizer.eos_token_id
-        # A first token that is always the same takes the attention sink, where Llama-like models put massive
-        # activations; the Contextual token would drown in it at position 0.
+        # The first position is an attention sink: Llama-like models have massive activations there. A fixed token takes
+        # this position, because the Contextual token's information would be lost in them.
         self.bos: int = self.eos if llm_tokenizer.bos_token_id is None else llm_tokenizer.bos_token_id
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> TokenizedTexts:
         """Token ids of `texts`, truncated to the config's lengths. EOS and the encoder's special tokens are kept.
 
-        `prompt` (`config.prompt(instruction)`) is read by the decoder before each text, and tokenised separately.
+        The decoder reads `prompt` (`config.prompt(instruction)`) before each text. It is tokenised separately.
         """
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
         prompt_ids = self._ids([prompt])[0] if prompt else []
-        after_token = self.config.contextual_token == "before_instruction"
+        prompt_follows_token = self.config.contextual_token == "before_instruction"
 
-        # Truncation is a slice, so that truncated texts can be counted.
+        # Texts are tokenised in full and truncated afterwards, so that truncated texts can be counted.
         plain = self._ids(clean)
-        room = self.config.max_length - 1
+        max_ids = self.config.max_length - 1
         encoder_ids = self._encoder_ids(clean, truncation=False)
         too_long = [i for i, ids in enumerate(encoder_ids) if len(ids) > self.config.encoder_max_length]
         if too_long:
-            # The tokenizer itself knows which of its special tokens must be kept.
+            # Only the tokenizer knows which special tokens must be kept.
             shorter = self._encoder_ids([clean[i] for i in too_long], truncation=True)
             for i, ids in zip(too_long, shorter, strict=True):
                 encoder_ids[i] = ids
         return TokenizedTexts(
-            prefix_ids=[self.bos] + ([] if after_token else prompt_ids),
-            num_prompt_tokens=len(prompt_ids) if after_token else 0,
-            text_ids=[(prompt_ids if after_token else []) + ids[:room] + [self.eos] for ids in plain],
+            prefix_ids=[self.bos] + ([] if prompt_follows_token else prompt_ids),
+            num_prompt_tokens=len(prompt_ids) if prompt_follows_token else 0,
+            text_ids=[(prompt_ids if prompt_follows_token else []) + ids[:max_ids] + [self.eos] for ids in plain],
             encoder_ids=encoder_ids,
-            truncated=sorted({i for i, ids in enumerate(plain) if len(ids) > room}.union(too_long)),
+            truncated=sorted({i for i, ids in enumerate(plain) if len(ids) > max_ids}.union(too_long)),
             text_pad=self.eos,
             encoder_pad=self.encoder.pad_token_id or 0,
         )
@@ -179,7 +180,7 @@ _locks_lock = threading.Lock()
 
 
 def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
-    """The one lock of a tokenizer. It is kept here, because a tokenizer that holds a lock could not be pickled."""
+    """The one lock of a tokenizer. It is not an attribute, because a tokenizer with a lock could not be pickled."""
     with _locks_lock:
         return _locks.setdefault(tokenizer, threading.Lock())
 
@@ -190,7 +191,7 @@ def _input_ids(encoding: Any) -> list[list[int]]:
 
 
 def _pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded (B, longest) ids and mask; at least one column, so that a mean over it exists."""
+    """Right-padded ids and mask (B, longest), with at least one column, so that a mean over columns is defined."""
     width = max(1, *(len(row) for row in rows)) if rows else 1
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

@@ -1,7 +1,7 @@
-"""A model's weights as a whole: opened from their bases, identified, saved.
+"""Open, identify and save all weights of a model.
 
 The identity of a model is one hash over its settings, the values of projector and adapters, and the identities of its
-encoder and decoder. It is the same in memory and in a checkpoint, on every device and in every precision.
+encoder and decoder. It is the same in memory and in a checkpoint, on every device and in every dtype.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from c2v_rag.tokenization import TextTokenizer
 
 @dataclasses.dataclass
 class WeightsRecord:
-    """What is known of a model's weights: of each part, and of all together.
+    """Source and identity of a model's weights: of each part, and of the whole model.
 
-    `identity` is valid while `sample` is what `sample_weights` gives. `read_identity` and `identity_0_1` belong to
-    the checkpoint that was read: its identity, and the one that version 0.1 gave it.
+    `identity` is valid while `sample_weights` returns `sample`. `read_identity` and `identity_0_1` belong to the
+    checkpoint that the model was read from: its identity in this version, and in version 0.1.
     """
 
     parts: dict[Part, PartRecord] = dataclasses.field(default_factory=lambda: {part: PartRecord() for part in PARTS})
@@ -43,11 +43,11 @@ class WeightsRecord:
 
     @property
     def origins(self) -> dict[str, str]:
-        """Where each part's weights came from, in words."""
+        """For each part: a description of where its weights came from."""
         return {part: record.base.origin if record.base else "in memory" for part, record in self.parts.items()}
 
     def note_checkpoint(self, model: HasWeights, sums: Mapping[str, str]) -> None:
-        """Remember what was read: `model` is as its files are, whose hashes are `sums`."""
+        """Store the identity of a model that was just read from a checkpoint; `sums` are the hashes of its files."""
         bases = {part: record.base for part, record in self.parts.items()}
         for part, base in bases.items():
             assert base is not None
@@ -63,7 +63,7 @@ class WeightsRecord:
 
 
 class HasWeights(Protocol):
-    """A model of an encoder, a decoder and a projector."""
+    """The attributes of a `Causal2Vec` that this module uses."""
 
     name: str
     config: Causal2VecConfig
@@ -79,7 +79,7 @@ class HasWeights(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OpenedParts:
-    """An encoder and a decoder in memory, with their tokenizers; `input_device` is where inputs go."""
+    """An encoder and a decoder in memory, with their tokenizers; `input_device` is the device for inputs."""
 
     encoder: PreTrainedModel
     llm: PreTrainedModel
@@ -123,7 +123,7 @@ def read_trained(model: HasWeights, folder: Path) -> None:
 def load_tokenizer(
     name_or_path: str | os.PathLike[str] = checkpoint.DEFAULT, *, revision: str | None = None
 ) -> TextTokenizer:
-    """A checkpoint's tokenizers alone, to count tokens where nothing is embedded.
+    """Load only the tokenizers of a checkpoint, to count tokens without its weights.
 
     Raises what `Causal2Vec.from_pretrained` raises.
     """
@@ -133,7 +133,7 @@ def load_tokenizer(
 
 
 def identity(model: HasWeights) -> str:
-    """Hash of every weight and setting that changes a vector, whatever the place and precision of the weights."""
+    """Hash of every weight and setting that changes a vector. Folder, device and dtype do not change it."""
     record = model.weights_record
     sample = b"".join(sample_weights(part) for part in (model.encoder, model.llm, model.projector))
     if sample != record.sample:
@@ -152,7 +152,7 @@ def identity(model: HasWeights) -> str:
 
 
 def stamp(model: HasWeights) -> dict[str, str | int]:
-    """What an index must remember of the model that made it, as `Causal2Vec.stamp` says."""
+    """The facts that an index stores about the model that made it; see `Causal2Vec.stamp`."""
     record = model.weights_record
     values: dict[str, str | int] = {
         "name": model.name,
@@ -178,35 +178,35 @@ def save(
     trained_dtype: torch.dtype | None = None,
     further_bases: Mapping[Part, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Write a checkpoint, as `Causal2Vec.save_pretrained` says.
+    """Write a checkpoint; see `Causal2Vec.save_pretrained`.
 
-    `trained_dtype` stores projector and adapters in another precision (float16 halves them). `further_bases` adds
-    entries to a part's base.json: more places that hold the same weights.
+    `trained_dtype`: dtype of the stored projector and adapters (float16 halves their size). `further_bases`: more
+    entries for a part's base.json, which are other sources of the same weights.
     """
     target = Path(folder)
     checkpoint.check_target(target)
     tokenizers = {"encoder": model.tokenizer.encoder, "llm": model.tokenizer.llm}
     identities: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
-        made = Path(temporary) / target.name
-        made.mkdir()
-        model.config.save(made)
-        checkpoint.write_tensors(made / "projector.safetensors", model.projector.state_dict(), trained_dtype)
+        staging = Path(temporary) / target.name
+        staging.mkdir()
+        model.config.save(staging)
+        checkpoint.write_tensors(staging / "projector.safetensors", model.projector.state_dict(), trained_dtype)
         for part in PARTS:
             module: PreTrainedModel = getattr(model, part)
-            parts.save_adapter(part, module, made, trained_dtype)
+            parts.save_adapter(part, module, staging, trained_dtype)
             further = (further_bases or {}).get(part, ())
-            saved = parts.save_part(part, module, model.weights_record.parts[part], tokenizers[part], made, further)
+            saved = parts.save_part(part, module, model.weights_record.parts[part], tokenizers[part], staging, further)
             if saved is not None:
                 identities[part] = saved
-        checkpoint.write_identities(made, identities)
-        checkpoint.write_sentence_transformers(made, {"query": model.config.prompt(model.config.instruction)})
+        checkpoint.write_identities(staging, identities)
+        checkpoint.write_sentence_transformers(staging, {"query": model.config.prompt(model.config.instruction)})
         facts = {
             "encoder": model.weights_record.origins["encoder"],
             "decoder": model.weights_record.origins["llm"],
             "embedding": f"{model.embedding_dim} columns, pooling `{model.config.pooling}`",
             "instruction": model.config.instruction,
         }
-        checkpoint.write_card(made, facts)
-        write_sums(made)
-        checkpoint.replace_folder(made, target)
+        checkpoint.write_card(staging, facts)
+        write_sums(staging)
+        checkpoint.replace_folder(staging, target)

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-# Nothing in the tests may reach for a hub; set before transformers is imported.
+# Tests must not use the Hub. This must be set before transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The developer's own key and cluster are not the tests'.
+# Tests must not use the developer's API key and Ray cluster.
 for variable in ("C2V_RAG_API_KEY", "RAY_ADDRESS"):
     os.environ.pop(variable, None)
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One thread a worker: two workers of two threads on two cores wait for each other most of the time.
+    # One thread per worker: two workers with two threads each on two cores mostly wait for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 NO_CHROMIUM = "no Chromium"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line where browser tests were skipped: their skips are easily missed in a long run."""
+    """Print one line if browser tests were skipped, because single skips are easily overlooked in a long run."""
     reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
     if count := sum(NO_CHROMIUM in reason for reason in reasons):
         terminalreporter.write_line(
@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model's folder, "tiny", for processes to load."""
+    """The folder of a tiny model's checkpoint, named "tiny"."""
     from tests.tiny import tiny_model  # imports transformers
 
     path: Path = tmp_path_factory.mktemp("checkpoint") / "tiny"
@@ -43,7 +43,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Chroma server, one for all tests of a process: each uses collections of its own."""
+    """The address of a Chroma server that all tests of a process share. Each test uses its own collections."""
     path = tmp_path_factory.mktemp("chroma")
     for _ in range(10):  # another program may take the port before the server does
         with socket.socket() as free:
@@ -61,7 +61,7 @@ def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
-    """Whether this server answers; False once it has ended."""
+    """Wait until this server answers; False if it ends first."""
     import chromadb
 
     while process.poll() is None:
@@ -76,7 +76,7 @@ def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port of this machine that refuses connections while the test runs: bound, and not listened to."""
+    """A port of this machine that refuses connections during the test: it is bound, but nothing listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]

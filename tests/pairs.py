@@ -1,10 +1,10 @@
-"""Questions and answers that are the same on every machine: each of 14 actions on each of 15 things, in other words."""
+"""Questions and answers, equal on every machine: 14 actions with 15 things, in other words in question and answer."""
 
 from __future__ import annotations
 
 import itertools
 
-# As the question says it, as the answer says it.
+# (words of the question, words of the answer)
 ACTIONS = [
     ("repair", "fixing"),
     ("clean", "washing"),
@@ -41,9 +41,9 @@ THINGS = [
 
 
 def pairs() -> list[tuple[str, str]]:
-    """210 (question, answer), no two alike, in an order that mixes actions and things."""
-    made = [
+    """210 different (question, answer), in an order that mixes actions and things."""
+    in_order = [
         (f"How do I {action} my {thing}?", f"A guide to {other_action} {other_thing}, step by step.")
         for (action, other_action), (thing, other_thing) in itertools.product(ACTIONS, THINGS)
     ]
-    return [made[i * 97 % len(made)] for i in range(len(made))]  # 97 and 210 have no common divisor
+    return [in_order[i * 97 % len(in_order)] for i in range(len(in_order))]  # 97 and 210 have no common divisor

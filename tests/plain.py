@@ -1,4 +1,4 @@
-"""An embedder that needs no model and no torch: for tests in which processes start, and their documents."""
+"""An embedder without a model and without torch, for tests that start processes; documents and a server for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from c2v_rag import Document
 
 
 class Letters:
-    """Unit vectors (N, 64) of the letters in a text, earlier ones weighing more."""
+    """An embedder: unit vectors (N, 64) that count the letters of a text. Earlier letters have a larger weight."""
 
     embedding_dim = 64
     stamp: dict[str, str | int] = {"name": "letters", "weights": "0", "embedding_dim": 64}  # noqa: RUF012
@@ -22,8 +22,8 @@ class Letters:
         rows = []
         for text in texts:
             row = np.full(self.embedding_dim, 1e-3, dtype=np.float32)
-            for place, letter in enumerate(text):
-                row[ord(letter) % self.embedding_dim] += 1 / (1 + place)
+            for position, letter in enumerate(text):
+                row[ord(letter) % self.embedding_dim] += 1 / (1 + position)
             rows.append(row / np.linalg.norm(row))
         return np.array(rows).reshape(-1, self.embedding_dim)
 
@@ -31,13 +31,13 @@ class Letters:
 
 
 def numbered(count: int) -> list[Document]:
-    """Short documents, three to a source."""
+    """`count` short documents, three with each source."""
     return [Document(f"{i}: a passage about topic {i % 7}.", f"source-{i // 3}", {"n": i}) for i in range(count)]
 
 
 @contextmanager
 def recording_server() -> Iterator[tuple[str, list[str]]]:
-    """An HTTP server's address, and the Authorization of each request that reached it. It answers 404."""
+    """Run an HTTP server that answers 404; yields its address, and the Authorization header of each request."""
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

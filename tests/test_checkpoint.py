@@ -51,7 +51,7 @@ def test_save_then_load_gives_equal_vectors(llm: str, adapted: bool, tmp_path: P
     again = load(tmp_path / "one")
     assert again.config == model.config
     assert_same(again.encode_query(TEXTS), expected, at_least=1 - 1e-6)
-    # Loaded, an adapter is merged; saved once more, base and adapter must come apart again.
+    # A loaded adapter is merged. Saving must separate base and adapter again.
     again.save_pretrained(tmp_path / "two")
     assert (tmp_path / "two" / "llm_adapter").is_dir() is adapted
     assert_same(load(tmp_path / "two").encode_query(TEXTS), expected, at_least=1 - 1e-6)
@@ -100,7 +100,7 @@ def test_num_llm_layers_keeps_the_first_layers_and_the_final_norm(folder: Path) 
         Causal2Vec.from_parts(folder / "encoder", folder / "llm", config=Causal2VecConfig(num_llm_layers=9))
 
 
-def test_layer_types_are_cut_with_the_layers(tmp_path: Path) -> None:
+def test_layer_types_have_one_entry_per_layer_that_is_used(tmp_path: Path) -> None:
     tiny_model(llm="gemma3").save_pretrained(tmp_path / "model")
     config = Causal2VecConfig(num_llm_layers=2, encoder_max_length=64)
     parts = tmp_path / "model" / "encoder", tmp_path / "model" / "llm"
@@ -118,7 +118,7 @@ def test_options_for_large_models_reach_transformers(folder: Path) -> None:
         Causal2Vec.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_stamp_follows_weights_and_settings_not_place_or_precision(folder: Path, tmp_path: Path) -> None:
+def test_stamp_depends_on_weights_and_settings_not_on_folder_or_dtype(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     shutil.copytree(folder, tmp_path / "copy")
     copy, half = load(tmp_path / "copy"), Causal2Vec.from_pretrained(folder, dtype="bfloat16", device="cpu")
@@ -140,7 +140,7 @@ def test_shared_model_is_loaded_once(folder: Path) -> None:
     assert shared_model(folder, dtype="bfloat16") is not shared_model(folder, dtype="float32")
 
 
-def test_not_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a Causal2Vec checkpoint: it has no c2v_config.json.*from_parts"):
         load(folder / "encoder")
     (tmp_path / "full").mkdir()
@@ -233,7 +233,7 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         load(folder)
 
 
-def test_sums_cannot_point_outside(folder: Path) -> None:
+def test_sums_cannot_name_files_outside_the_folder(folder: Path) -> None:
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  ../../etc/passwd\n")
     with pytest.raises(ValueError, match="SHA256SUMS:1: expected"):
         load(folder)
@@ -274,7 +274,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_saved_by_name(
     assert asked[2:] == [("someone/encoder", commit), ("someone/llm", commit)]
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
 
-    # The base changed on the hub: its hash is no longer the accepted one.
+    # The base has changed on the hub: its hash is not the accepted one.
     path = tmp_path / "hub" / "llm" / commit / "model.safetensors"
     original = path.read_bytes()
     tensors = load_file(path)
@@ -283,7 +283,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_saved_by_name(
     with pytest.raises(ValueError, match=r"is not the file that .*base.json accepts: expected SHA-256"):
         load(tmp_path / "saved")
     path.write_bytes(original)
-    # A part that was trained in full is no longer its base: it is written out.
+    # A part that was trained in full differs from its base: it is written in full.
     with torch.no_grad():
         model.encoder.embeddings.word_embeddings.weight.mul_(1.01)
     model.save_pretrained(tmp_path / "trained")
@@ -291,7 +291,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_saved_by_name(
     assert not (tmp_path / "trained" / "llm" / "model.safetensors").exists()
 
 
-def test_what_cannot_be_found_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_model_names_where_it_was_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> str:
         raise LocalEntryNotFoundError("no network")
 
@@ -340,7 +340,7 @@ def test_push_to_hub_uploads_a_complete_checkpoint(monkeypatch: pytest.MonkeyPat
 def test_a_gguf_that_another_process_converts_is_waited_for_and_not_converted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Needs no weights: `_convert_gguf` is replaced, in a process that stops half-way until it is told to go on."""
+    """`write_converted_gguf` is replaced, so no weights are needed; the other process waits until told to go on."""
     program = """
 import sys
 from pathlib import Path
@@ -350,12 +350,12 @@ def convert(path, folder):
     print("converting", flush=True)
     sys.stdin.readline()
     (made / "model.safetensors").write_bytes(b"w"); hashes.write_sums(made); made.rename(folder)
-bases._convert_gguf = convert
+bases.write_converted_gguf = convert
 print(bases.convert_gguf(Path("model.gguf"), "a" * 64))
 """
     monkeypatch.setenv("C2V_RAG_CACHE", str(tmp_path / "cache"))
     converted: list[Path] = []
-    monkeypatch.setattr(bases, "_convert_gguf", lambda path, folder: converted.append(folder))
+    monkeypatch.setattr(bases, "write_converted_gguf", lambda path, folder: converted.append(folder))
     pipe = subprocess.PIPE
     with (
         subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True) as other,
@@ -372,7 +372,7 @@ print(bases.convert_gguf(Path("model.gguf"), "a" * 64))
     assert converted == []
 
 
-def test_a_damaged_conversion_is_named_and_can_be_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_conversion_is_named_and_can_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("C2V_RAG_CACHE", str(tmp_path))
     folder = tmp_path / f"gguf-{'a' * 16}"
     folder.mkdir()

@@ -28,13 +28,13 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def requests() -> list[tuple[str, dict[str, str]]]:
-    """(path, headers) of what the fake server was asked."""
+    """(path, headers) of each request to the fake server."""
     return []
 
 
 @pytest.fixture
 def port(requests: list[tuple[str, dict[str, str]]]) -> Iterator[int]:
-    """A fake Chroma server behind a path /chroma, which has a tenant "team" with an empty database "notes"."""
+    """The port of a fake Chroma server at the path /chroma, with a tenant "team" and its empty database "notes"."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

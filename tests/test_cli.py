@@ -27,14 +27,14 @@ FILES = {
 
 
 @dataclasses.dataclass
-class Done:
+class Result:
     returncode: int
     stdout: str
     stderr: str
 
 
-def run(*arguments: str | Path, stdin: str = "") -> Done:
-    """The program in this process, so that torch is imported once."""
+def run(*arguments: str | Path, stdin: str = "") -> Result:
+    """Run the program in this process, so that torch is imported once."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["c2v-rag", *map(str, arguments)])
@@ -44,13 +44,13 @@ def run(*arguments: str | Path, stdin: str = "") -> Done:
             cli.main()
         except SystemExit as exit:
             code = exit.code
-    return Done(code if isinstance(code, int) else 0, stdout.getvalue(), stderr.getvalue())
+    return Result(code if isinstance(code, int) else 0, stdout.getvalue(), stderr.getvalue())
 
 
-def run_process(*arguments: str | Path) -> Done:
+def run_process(*arguments: str | Path) -> Result:
     command = [sys.executable, "-m", "c2v_rag.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return Done(done.returncode, done.stdout, done.stderr)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return Result(result.returncode, result.stdout, result.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,17 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
     store = folder.parent / "store"
-    done = run("index", folder, "--store", store, "--model", model)
-    assert done.returncode == 0, done.stderr
-    assert "3 chunks added, 0 unchanged" in done.stdout
+    result = run("index", folder, "--store", store, "--model", model)
+    assert result.returncode == 0, result.stderr
+    assert "3 chunks added, 0 unchanged" in result.stdout
     return folder, store
 
 
 def test_search_prints_json_and_nothing_else(indexed: tuple[Path, Path]) -> None:
     folder, store = indexed
-    done = run_process("search", FILES["heap.txt"], "--store", store, "-k", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    hits = json.loads(done.stdout)
+    result = run_process("search", FILES["heap.txt"], "--store", store, "-k", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    hits = json.loads(result.stdout)
     assert len(hits) == 2
     assert hits[0].keys() == {"id", "score", "text", "metadata"}
     assert hits[0]["score"] >= hits[1]["score"]
@@ -85,11 +85,11 @@ def test_search_prints_json_and_nothing_else(indexed: tuple[Path, Path]) -> None
 
 
 def test_search_prints_a_table_for_people(indexed: tuple[Path, Path]) -> None:
-    done = run("search", "[bold]heap[/bold]", "--store", indexed[1])
-    assert done.returncode == 0, done.stderr
-    assert "[bold]heap[/bold]" in done.stdout, "a query is text, not markup"
-    assert "3 of 3 chunks" in done.stdout
-    assert "smallest item" in done.stdout
+    result = run("search", "[bold]heap[/bold]", "--store", indexed[1])
+    assert result.returncode == 0, result.stderr
+    assert "[bold]heap[/bold]" in result.stdout, "a query is text, not markup"
+    assert "3 of 3 chunks" in result.stdout
+    assert "smallest item" in result.stdout
 
 
 def test_index_again_follows_changes_and_says_so(tmp_path: Path, model: Path) -> None:
@@ -101,12 +101,12 @@ def test_index_again_follows_changes_and_says_so(tmp_path: Path, model: Path) ->
     (tmp_path / "files" / "heap.txt").write_text("A queue keeps its oldest item first.", encoding="utf-8")
     (tmp_path / "files" / "museum.txt").unlink()
     (tmp_path / "files" / "latin.txt").write_bytes(b"caf\xe9")
-    done = run(*arguments)
-    report = json.loads(done.stdout)
+    result = run(*arguments)
+    report = json.loads(result.stdout)
     assert (report["added"], report["unchanged"], report["replaced"], report["removed"]) == (1, 1, 1, 1)
     assert report["chunks"] == 2
     assert [Path(path).name for path in report["left_out"]] == ["latin.txt"]
-    assert "latin.txt is not UTF-8" in done.stderr
+    assert "latin.txt is not UTF-8" in result.stderr
 
 
 def test_a_folder_that_is_not_mounted_keeps_its_chunks_unless_pruned(tmp_path: Path, model: Path) -> None:
@@ -135,13 +135,13 @@ def test_a_folder_that_is_not_mounted_keeps_its_chunks_unless_pruned(tmp_path: P
     ],
 )
 def test_an_error_is_one_message_and_exit_code_1(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
+    result = run(*arguments)
     assert not Path("missing").exists()
-    assert done.returncode == 1
-    assert done.stderr.lstrip().startswith("Error: ")
-    assert message in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    assert result.returncode == 1
+    assert result.stderr.lstrip().startswith("Error: ")
+    assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
     with pytest.raises((OSError, ValueError)):
         run("--debug", *arguments)
 
@@ -151,10 +151,10 @@ def test_an_unexpected_error_is_one_message_too(monkeypatch: pytest.MonkeyPatch,
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(Causal2Vec, "from_pretrained", broken)
-    done = run("info", "--model", model)
-    assert done.returncode == 1
-    assert "Error: ZeroDivisionError: by zero" in done.stderr
-    assert "--debug" in done.stderr
+    result = run("info", "--model", model)
+    assert result.returncode == 1
+    assert "Error: ZeroDivisionError: by zero" in result.stderr
+    assert "--debug" in result.stderr
     with pytest.raises(ZeroDivisionError):
         run("--debug", "info", "--model", model)
 
@@ -162,13 +162,13 @@ def test_an_unexpected_error_is_one_message_too(monkeypatch: pytest.MonkeyPatch,
 def test_another_model_is_refused(indexed: tuple[Path, Path], tmp_path: Path) -> None:
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     for command in (["search", "q"], ["index", str(indexed[0])]):
-        done = run(*command, "--store", indexed[1], "--model", tmp_path / "other")
-        assert done.returncode == 1
-        assert "was made with another model" in done.stderr
+        result = run(*command, "--store", indexed[1], "--model", tmp_path / "other")
+        assert result.returncode == 1
+        assert "was made with another model" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["search", "q"], ["app"]])
-def test_an_address_that_a_store_names_as_its_model_is_not_asked(
+def test_an_address_that_a_store_names_as_its_model_gets_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     class Elsewhere:
@@ -183,9 +183,9 @@ def test_an_address_that_a_store_names_as_its_model_is_not_asked(
     VectorIndex(tmp_path, Elsewhere()).add([Document("Bread.", "a.txt")])
     monkeypatch.setattr("httpx.Client.request", lambda *arguments, **options: pytest.fail("a request was sent"))
     monkeypatch.setenv("C2V_RAG_API_KEY", "secret")
-    done = run(*command, "--store", tmp_path)
-    assert done.returncode == 1
-    assert "--model http://evil.example:8000" in done.stderr.replace("\n", " ")
+    result = run(*command, "--store", tmp_path)
+    assert result.returncode == 1
+    assert "--model http://evil.example:8000" in result.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -196,26 +196,24 @@ def test_an_address_that_a_store_names_as_its_model_is_not_asked(
         (["serve", "--name", "foo:query"], "cannot be called 'foo:query'"),
     ],
 )
-def test_what_must_not_be_served_is_refused_before_a_model_is_loaded(
+def test_invalid_server_options_are_refused_before_a_model_is_loaded(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("load_model", "open_embedder"):
         monkeypatch.setattr(f"c2v_rag.cli.serve.{name}", lambda *arguments: pytest.fail("loaded"))
-    done = run(*arguments)
-    assert done.returncode == 1
-    assert message in done.stderr.replace("\n", " ")
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert message in result.stderr.replace("\n", " ")
 
 
-def test_logins_keys_and_hosts_reach_what_is_served(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logins_keys_and_hosts_reach_the_server(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: dict[str, object] = {}
     monkeypatch.setattr("c2v_rag.app.page.SearchApp.launch", lambda self, **options: launched.update(options))
     (tmp_path / "logins").write_text("ann:secret\n")
     options = ("--host", "0.0.0.0", "--allowed-host", "a.example", "--allowed-host", "b.example", "--port", "0")
     store = ("--store", tmp_path / "s", "--model", model)
-    done = run("app", *store, *options, "--auth-file", tmp_path / "logins")
-    assert done.returncode == 0, done.stderr
+    result = run("app", *store, *options, "--auth-file", tmp_path / "logins")
+    assert result.returncode == 0, result.stderr
     hosts = ["a.example", "b.example"]
     assert launched == {"host": "0.0.0.0", "port": None, "auth": [("ann", "secret")], "allowed_hosts": hosts}
 
@@ -223,8 +221,8 @@ def test_logins_keys_and_hosts_reach_what_is_served(
     monkeypatch.setattr("uvicorn.run", lambda app, **options: served.append(app))
     (tmp_path / "keys").write_text("sesame\n")
     options = ("--host", "c.example", "--allowed-host", "a.example", "--api-key-file", tmp_path / "keys")
-    done = run("serve", "--model", model, *options)
-    assert done.returncode == 0, done.stderr
+    result = run("serve", "--model", model, *options)
+    assert result.returncode == 0, result.stderr
     for host, status in (("a.example", 200), ("c.example", 200), ("evil.example", 400)):
         assert TestClient(served[0], f"http://{host}").get("/health").status_code == status
     assert TestClient(served[0], "http://a.example").get("/v1/models").status_code == 401
@@ -235,8 +233,8 @@ def test_embed_writes_the_vectors_of_the_core(tmp_path: Path, model: Path, suffi
     texts = ["A heap keeps its smallest item first.", "Bread needs yeast."]
     expected = Causal2Vec.from_pretrained(model).encode_query(texts)
     output = tmp_path / f"out{suffix}"
-    done = run("embed", "-", "-o", output, "--model", model, "--query", stdin="\n".join(texts) + "\n")
-    assert done.returncode == 0, done.stderr
+    result = run("embed", "-", "-o", output, "--model", model, "--query", stdin="\n".join(texts) + "\n")
+    assert result.returncode == 0, result.stderr
     if suffix == ".npy":
         vectors = np.load(output)
     elif suffix == ".jsonl":
@@ -253,7 +251,7 @@ def test_embed_writes_the_vectors_of_the_core(tmp_path: Path, model: Path, suffi
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
-def test_info_says_what_runs(model: Path) -> None:
+def test_info_describes_the_model(model: Path) -> None:
     rows = json.loads(run("info", "--model", model, "--json", "--dtype", "float32").stdout)
     assert rows["dimensions"] == 64
     assert rows["dtype"] == "float32"

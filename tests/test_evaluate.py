@@ -80,7 +80,7 @@ def test_the_hybrid_is_the_fusion_of_both_rankings(folders: Path, model: Causal2
     assert scores["hybrid"] == pytest.approx(np.mean(gained), abs=0.02)
 
 
-def test_scores_are_the_definitions_from_either_format(folders: Path, model: Causal2Vec) -> None:
+def test_scores_equal_their_definitions_in_either_format(folders: Path, model: Causal2Vec) -> None:
     result = evaluate(model, [read_task(folders / name) for name in ("Docs", "Beir", "Pairs")])
     scores = result["tasks"]["Docs"]["scores"]["model"]
     assert result["tasks"]["Beir"]["scores"]["model"] == pytest.approx(scores)
@@ -107,7 +107,7 @@ def test_scores_are_the_definitions_from_either_format(folders: Path, model: Cau
     assert result["tasks"]["Pairs"]["scores"]["model"]["cosine_spearman"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_baselines_stand_beside_it_with_an_interval(folders: Path, model: Causal2Vec, tmp_path: Path) -> None:
+def test_baselines_are_reported_with_an_interval(folders: Path, model: Causal2Vec, tmp_path: Path) -> None:
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     tasks = [read_task(folders / name) for name in ("Docs", "Pairs")]
     result = evaluate(model, tasks, ["encoder", "contextual", "eos", "bm25"])
@@ -141,7 +141,7 @@ def test_baselines_stand_beside_it_with_an_interval(folders: Path, model: Causal
     assert next(row for row in rows if row[0] == "Pairs")[header.index("bm25")] == "-"
 
 
-def test_a_model_leads_over_itself_by_nothing(folders: Path, tmp_path: Path) -> None:
+def test_the_encoder_alone_scores_the_same_through_sentence_transformers(folders: Path, tmp_path: Path) -> None:
     model = tiny_model(encoder_max_length=256)
     model.encoder.save_pretrained(tmp_path / "st")
     model.tokenizer.encoder.save_pretrained(tmp_path / "st")
@@ -153,7 +153,7 @@ def test_a_model_leads_over_itself_by_nothing(folders: Path, tmp_path: Path) -> 
     assert encoder.embedding_dim == result["systems"]["st"]["dimension"]
 
 
-def test_the_command_prints_a_table_and_writes_what_it_rests_on(folders: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_writes_model_command_and_versions(folders: Path, tmp_path: Path) -> None:
     tiny_model(max_length=200).save_pretrained(tmp_path / "model")
     output = tmp_path / "result.json"
     arguments = [

@@ -1,4 +1,4 @@
-"""Losses equal their equations, data is checked and drawn as promised, training finds more, and survives a kill."""
+"""Losses equal their equations, data is checked and sampled by weight, training improves search, killed runs resume."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def unit_vectors(rows: int, seed: int = 0, columns: int = 8) -> Tensor:
 
 
 def test_info_nce_matches_a_loop() -> None:
-    queries, documents = unit_vectors(3), unit_vectors(5, seed=1)  # two hard negatives behind the positives
+    queries, documents = unit_vectors(3), unit_vectors(5, seed=1)  # two hard negatives after the positives
     by_hand = [-torch.log_softmax(queries[i] @ documents.T / 0.05, dim=0)[i] for i in range(3)]
     torch.testing.assert_close(info_nce(queries, documents, temperature=0.05), torch.stack(by_hand).mean())
 
@@ -193,7 +193,7 @@ def test_a_stage_draws_sets_by_weight_and_repeats_for_a_seed() -> None:
     assert without.keys() == {"a", "b"}
 
 
-def test_vectors_are_computed_once_and_kept(tmp_path: Path) -> None:
+def test_vectors_are_computed_once_and_cached(tmp_path: Path) -> None:
     asked: list[str] = []
 
     def embed(texts: Any) -> np.ndarray:
@@ -306,8 +306,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_finds_held_out_answers_and_leaves_the_rest_as_it_was(data: Path, tmp_path: Path) -> None:
-    """Two layers of the real decoder, the real encoder, and the EOS half alone, which is untrained at first."""
+def test_training_finds_held_out_answers_and_changes_trained_parts_only(data: Path, tmp_path: Path) -> None:
+    """Two layers of the real decoder, the real encoder, and only the EOS half, which is untrained at the start."""
     held_out = read_pair_set(data, "held_out").pairs
     assert len(held_out) == 60
 
@@ -344,7 +344,7 @@ def test_training_finds_held_out_answers_and_leaves_the_rest_as_it_was(data: Pat
     again = Causal2Vec.from_pretrained(tmp_path / "out", dtype=torch.float32)
     texts = [pair.positive for pair in held_out[:20]]
     cosines = (again.encode(texts, on_truncate="ignore") * trained.encode(texts, on_truncate="ignore")).sum(axis=1)
-    assert cosines.min() > 0.9999, "saved in half precision and merged, it must embed alike"
+    assert cosines.min() > 0.9999, "after saving in half precision and merging, embeddings must be nearly equal"
     with pytest.raises(FileExistsError, match="--resume"):
         train(recipe, data, tmp_path / "out", device="cpu")
     other = recipe.model_copy(update={"seed": 5})
@@ -352,19 +352,19 @@ def test_training_finds_held_out_answers_and_leaves_the_rest_as_it_was(data: Pat
         train(other, data, tmp_path / "out", device="cpu", resume=True)
 
 
-# Runs the command line in a process that kills itself: stage 2, behind the end of its checkpoint at step 4.
+# Runs the command line in a process that kills itself: in stage 2, after it has written the checkpoint of step 4.
 KILLED_IN_STAGE_2 = """
 import os, signal, sys
 from c2v_rag.finetune.trainer import ProgressCallback
 
 on_save = ProgressCallback.on_save
 
-def on_save_and_die(self, args, state, control, **kwargs):
+def on_save_then_kill(self, args, state, control, **kwargs):
     on_save(self, args, state, control, **kwargs)
     if args.output_dir.endswith("2-full") and state.global_step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-ProgressCallback.on_save = on_save_and_die
+ProgressCallback.on_save = on_save_then_kill
 from c2v_rag.cli import main
 main()
 """
@@ -384,7 +384,7 @@ def test_a_killed_run_resumes_to_the_same_weights(checkpoint: Path, data: Path, 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "killed.training" / "2-full" / "checkpoint-4" / "complete").is_file()
     assert not (tmp_path / "killed").exists()
-    # A checkpoint that was being written when the process died is no checkpoint.
+    # An incomplete checkpoint of the killed process must not be used.
     (tmp_path / "killed.training" / "2-full" / "checkpoint-5").mkdir()
     resumed = CliRunner().invoke(app, arguments("killed", "--resume"))
     assert resumed.exit_code == 0, resumed.output
@@ -417,7 +417,9 @@ def test_the_encoder_can_be_trained_too(part: str, checkpoint: Path, data: Path,
     assert ((again.encode(TEXTS) * model.encode(TEXTS)).sum(axis=1) > 0.999).all()
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
     values = recipe_for(checkpoint)
     values["stages"][0]["learning_rate"] = {"projector": 1e30, "llm_adapter": 1e30}
     result = CliRunner().invoke(app, ["--debug", "train", *map(str, _files(values, data, tmp_path))])
@@ -446,7 +448,7 @@ def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: P
     assert np.isfinite(trained.encode(TEXTS)).all()
 
 
-def test_teachers_are_distilled_from_vectors_that_are_kept(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_teachers_are_distilled_from_cached_vectors(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     teacher = tiny_model(encoder_max_length=48, seed=1)
     teacher.encoder.save_pretrained(tmp_path / "teacher")
     teacher.tokenizer.encoder.save_pretrained(tmp_path / "teacher")
@@ -470,7 +472,7 @@ def word_lists(number: int, seed: int) -> list[str]:
     return [" ".join(rng.choice(WORDS, size=4, replace=False)) for _ in range(number)]
 
 
-def test_the_words_loss_makes_eos_say_which_words_a_text_holds(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_words_loss_teaches_the_eos_half_the_words_of_a_text(checkpoint: Path, tmp_path: Path) -> None:
     lists, unseen = word_lists(400, seed=0), word_lists(60, seed=1)
     write(tmp_path / "lists.jsonl", [{"query": q, "positive": p} for q, p in zip(lists[::2], lists[1::2], strict=True)])
     values = recipe_for(checkpoint, steps=40) | {"data": {"sets": {"lists": 1.0}}, "lora": {"rank": 16}}
@@ -502,7 +504,7 @@ def test_the_words_loss_makes_eos_say_which_words_a_text_holds(checkpoint: Path,
         train(Recipe.model_validate(values), tmp_path, tmp_path / "other", device="cpu")
 
 
-def test_lexical_vectors_know_words_and_rare_ones_better() -> None:
+def test_lexical_vectors_ignore_case_and_weigh_rare_words_more() -> None:
     torch.manual_seed(0)
     table, tokenizer = torch.randn(400, 64) + 3, tiny_tokenizer("bpe")
     corpus = ["the heap", "the bread", "the museum", "the queue"]
@@ -510,12 +512,14 @@ def test_lexical_vectors_know_words_and_rare_ones_better() -> None:
     found = embed(["heap", "HEAP", "the heap the", "zzz", ""])
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     similarities = found @ found.T
-    assert similarities[0, 1] == pytest.approx(1, abs=1e-5)  # case is no difference
+    assert similarities[0, 1] == pytest.approx(1, abs=1e-5)  # case is ignored
     assert similarities[0, 2] > 0.6
     assert abs(similarities[0, 3]) < 0.5
 
 
-def test_the_commands_mine_and_say_what_is_missing(checkpoint: Path, case_blind: Path, tmp_path: Path) -> None:
+def test_the_mine_command_mines_and_the_train_command_names_missing_arguments(
+    checkpoint: Path, case_blind: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint)))
     result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert isinstance(result.exception, ValueError)
@@ -572,7 +576,7 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
     torch.testing.assert_close(cached_gradient, gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_sequence_that_ends_at_the_contextual_token_gives_its_state_in_the_full_one(tmp_path: Path) -> None:
+def test_a_sequence_that_ends_at_the_contextual_token_gives_the_same_state_as_the_full_one(tmp_path: Path) -> None:
     model = tiny_model(encoder_max_length=48)
     texts = TextVectors(tmp_path / "v", EncoderEmbedder(model).encode_document)
     texts.prepare(TEXTS)

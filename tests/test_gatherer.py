@@ -1,4 +1,4 @@
-"""Many callers, few batches; an error stays with its text; nothing is kept alive."""
+"""Many callers share few batches; an error reaches its own text only; unused embedders are freed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import pytest
 from c2v_rag import gather, gatherer
 
 
-class Held:
-    """An embedder that notes what it is asked for in one call; its first call goes on when it is released."""
+class PausedEmbedder:
+    """An embedder that records its calls. Its calls wait until `released` is set."""
 
     embedding_dim = 2
     stamp: dict[str, str | int] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[str], dict[str, Any]]] = []
-        self.begun, self.released = threading.Event(), threading.Event()
+        self.started, self.released = threading.Event(), threading.Event()
 
     def _encode(self, kind: str, texts: Iterable[str], options: dict[str, Any]) -> np.ndarray:
         texts = list(texts)
         self.calls.append((kind, texts, options))
-        self.begun.set()
+        self.started.set()
         assert self.released.wait(60)
         if "bad" in texts:
             raise ValueError("bad is not a text")
@@ -42,16 +42,18 @@ class Held:
         return self._encode("document", texts, options)
 
 
-def held_with(text: str, kind: Literal["query", "document"] = "query") -> tuple[Held, Future[np.ndarray]]:
-    """An embedder in its first call, which embeds `text`; what is asked for now waits."""
-    embedder = Held()
+def paused_embedder(
+    text: str, kind: Literal["query", "document"] = "query"
+) -> tuple[PausedEmbedder, Future[np.ndarray]]:
+    """An embedder that waits in its first call, which embeds `text`; later requests form the next batches."""
+    embedder = PausedEmbedder()
     first = gather(embedder, kind, text)
-    assert embedder.begun.wait(60)
+    assert embedder.started.wait(60)
     return embedder, first
 
 
-def test_sixty_four_at_once_are_two_calls_and_each_gets_its_own() -> None:
-    embedder = Held()
+def test_sixty_four_simultaneous_texts_need_two_calls_and_each_gets_its_own_vector() -> None:
+    embedder = PausedEmbedder()
     texts = ["x" * i for i in range(64)]
 
     async def ask() -> list[np.ndarray]:
@@ -62,12 +64,12 @@ def test_sixty_four_at_once_are_two_calls_and_each_gets_its_own() -> None:
     rows = asyncio.run(ask())
     assert [row.tolist() for row in rows] == [[i, 1] for i in range(64)]
     assert len(embedder.calls) <= 2
-    assert sorted(text for _, some, _ in embedder.calls for text in some) == sorted(texts)
+    assert sorted(text for _, call_texts, _ in embedder.calls for text in call_texts) == sorted(texts)
 
 
-def test_kinds_and_options_are_not_mixed_and_a_call_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_has_one_kind_and_one_set_of_options_and_a_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gatherer, "MAX_BATCH_TEXTS", 4)
-    embedder, first = held_with("first")
+    embedder, first = paused_embedder("first")
     rest = [gather(embedder, "query", f"q{i}") for i in range(6)]
     rest += [gather(embedder, "document", "d"), gather(embedder, "query", "other", instruction="i")]
     embedder.released.set()
@@ -82,9 +84,9 @@ def test_kinds_and_options_are_not_mixed_and_a_call_has_an_end(monkeypatch: pyte
     ]
 
 
-def test_long_texts_are_few_to_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_has_a_limited_number_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gatherer, "MAX_BATCH_CHARACTERS", 10)
-    embedder, first = held_with("first")
+    embedder, first = paused_embedder("first")
     rest = [gather(embedder, "query", "x" * length) for length in (4, 6, 20, 5)]
     embedder.released.set()
     for future in (first, *rest):
@@ -92,8 +94,8 @@ def test_long_texts_are_few_to_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [[len(text) for text in texts] for _, texts, _ in embedder.calls] == [[5], [4, 6], [20], [5]]
 
 
-def test_an_error_stays_with_its_text_and_a_cancelled_one_costs_nothing() -> None:
-    embedder, first = held_with("first", "document")
+def test_an_error_reaches_its_own_text_only_and_a_cancelled_text_is_not_embedded() -> None:
+    embedder, first = paused_embedder("first", "document")
     futures = {text: gather(embedder, "document", text) for text in ("a", "bad", "gone", "b")}
     assert futures["gone"].cancel()
     embedder.released.set()
@@ -104,15 +106,15 @@ def test_an_error_stays_with_its_text_and_a_cancelled_one_costs_nothing() -> Non
     assert all("gone" not in texts for _, texts, _ in embedder.calls)
 
 
-def test_an_embedder_nobody_uses_is_let_go() -> None:
-    embedder, first = held_with("a")
+def test_an_embedder_that_is_not_used_is_freed() -> None:
+    embedder, first = paused_embedder("a")
     embedder.released.set()
     first.result(timeout=60)
     for thread in threading.enumerate():
-        if thread.name == "c2v-gatherer":  # ends with its work
+        if thread.name == "c2v-gatherer":  # it ends after its last request
             thread.join(60)
             assert not thread.is_alive()
-    alive = weakref.ref(embedder)
+    reference = weakref.ref(embedder)
     del embedder
     gc.collect()
-    assert alive() is None
+    assert reference() is None

@@ -1,4 +1,4 @@
-"""One decoder in memory: it generates as the plain one does, and embeds as before."""
+"""One decoder in memory generates as the plain decoder does, and embeds as before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES = ("llama", "gpt2", "gemma3")
 
 
 def shared_bytes(left: torch.nn.Module, right: torch.nn.Module) -> int:
-    """Bytes of the parameters that both modules hold in the same memory."""
+    """Bytes of the parameters that both modules share in memory."""
     places = {parameter.data_ptr() for parameter in left.parameters()}
     found = {p.data_ptr(): p.numel() * p.element_size() for p in right.parameters() if p.data_ptr() in places}
     return sum(found.values())
@@ -38,7 +38,7 @@ def parts(folder: Path, family: str) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_generates_as_the_plain_decoder_and_embeds_as_before(family: str, tmp_path: Path) -> None:
+def test_generation_equals_the_plain_decoder_and_embeddings_do_not_change(family: str, tmp_path: Path) -> None:
     encoder, llm = parts(tmp_path, family)
     model = Causal2Vec.from_parts(encoder, llm, config=Causal2VecConfig(num_llm_layers=2), dtype="float32")
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), model.llm)
@@ -59,7 +59,7 @@ def test_it_generates_as_the_plain_decoder_and_embeds_as_before(family: str, tmp
     assert shared_bytes(model, plain) == 0
 
 
-def test_what_cannot_be_shared_is_an_error(tmp_path: Path) -> None:
+def test_weights_that_cannot_be_shared_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in memory only"):
         causal_lm(tiny_model())
     encoder, llm = parts(tmp_path, "llama")

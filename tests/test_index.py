@@ -1,4 +1,4 @@
-"""The index: what is added, skipped, replaced and removed; killed and resumed; refused to another model."""
+"""The index: chunks are added, skipped, replaced and removed; killed runs resume; other models are refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ids(index: VectorIndex) -> set[str]:
     return {chunk.id for chunk in index.chunks()}
 
 
-def test_search_finds_what_brute_force_finds(tmp_path: Path, model: Counting) -> None:
+def test_search_equals_brute_force(tmp_path: Path, model: Counting) -> None:
     index = VectorIndex(tmp_path, model)
     report = index.add(DOCUMENTS)
     assert (report.added, report.unchanged, report.replaced, report.removed) == (30, 0, 0, 0)
@@ -128,9 +128,7 @@ def test_equal_texts_are_kept_apart(tmp_path: Path, model: Counting) -> None:
     assert len(index) == 2
 
 
-def test_sources_that_come_scattered_lose_nothing(
-    tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sources_in_mixed_order_lose_no_chunk(tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("c2v_rag.index.vector_index.DOCUMENTS_READ_AHEAD", 4)
     scattered = [Document(f"text {i}", f"source-{i % 3}") for i in range(20)]
     index = VectorIndex(tmp_path, model)
@@ -139,7 +137,7 @@ def test_sources_that_come_scattered_lose_nothing(
     assert len(index) == 20
 
 
-def test_long_documents_are_cut_into_chunks_the_model_reads_whole(tmp_path: Path, model: Counting) -> None:
+def test_long_documents_are_split_into_chunks_that_are_not_truncated(tmp_path: Path, model: Counting) -> None:
     text = "\n\n".join(f"Paragraph {i} speaks about the thing numbered {i}, at some length." for i in range(60))
     index = VectorIndex(tmp_path, model)
     report = index.add([Document(text, "long"), Document("x" * 5000, "one word"), Document("🙂\ud800\x00", "odd")])
@@ -152,7 +150,7 @@ def test_long_documents_are_cut_into_chunks_the_model_reads_whole(tmp_path: Path
     assert index.add([Document(text, "long")]).added == 0
 
 
-def test_files_that_change_or_vanish_are_followed(tmp_path: Path, model: Counting) -> None:
+def test_changed_and_deleted_files_update_the_index(tmp_path: Path, model: Counting) -> None:
     folder = tmp_path / "files"
     (folder / "below").mkdir(parents=True)
     for name in ("one.txt", "two.txt", "below/three.txt"):
@@ -194,7 +192,7 @@ def test_reading_a_mistyped_store_or_collection_creates_nothing(tmp_path: Path, 
     assert other.add(DOCUMENTS[:3]).added == len(other.search("anything")) == 3
 
 
-def test_a_folder_that_is_not_mounted_costs_no_chunks(
+def test_a_folder_that_is_not_mounted_loses_no_chunks(
     tmp_path: Path, model: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, moved = tmp_path / "notes" / "disk", tmp_path / "elsewhere"
@@ -255,7 +253,7 @@ def test_a_source_that_cannot_be_read_any_more_keeps_its_chunks(tmp_path: Path, 
 def test_a_sample_reads_only_the_chunks_that_it_draws(
     tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("c2v_rag.index.vector_index._PAGE", 7)
+    monkeypatch.setattr("c2v_rag.index.vector_index.PAGE_SIZE", 7)
     index = VectorIndex(tmp_path, model)
     index.add(DOCUMENTS)
     with_embeddings: list[int] = []
@@ -319,7 +317,7 @@ def test_a_collection_made_by_others_and_a_missing_index_are_named(tmp_path: Pat
         stored_stamp(tmp_path, "nothing")
 
 
-def test_any_embedder_fits(tmp_path: Path, tiny: Causal2Vec) -> None:
+def test_any_embedder_can_be_used(tmp_path: Path, tiny: Causal2Vec) -> None:
     class Fixed:
         embedding_dim = 3
         stamp = {"name": "fixed", "weights": "0", "embedding_dim": 3}  # noqa: RUF012
@@ -353,8 +351,8 @@ VectorIndex(sys.argv[1], Stuck()).add(numbered(240), write_every=30)
 """
 
 
-def test_killed_half_way_it_goes_on_and_ends_with_the_same_ids(tmp_path: Path) -> None:
-    for _ in range(2):  # each writes 60 more, and is killed while it embeds the next
+def test_a_killed_run_continues_and_ends_with_the_same_ids(tmp_path: Path) -> None:
+    for _ in range(2):  # each run writes 60 more chunks, and is killed while it embeds the next ones
         command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -391,7 +389,7 @@ print("done", VectorIndex(sys.argv[1], Letters()).add(documents()).added, flush=
 def test_a_second_writer_is_told_who_writes_and_a_reader_sees_what_was_written(tmp_path: Path) -> None:
     reader = VectorIndex(tmp_path, Letters())
     reader.add(numbered(3))
-    assert len(reader.search("passage", top_k=50)) == 3  # the graph is in this process's memory now
+    assert len(reader.search("passage", top_k=50)) == 3  # this process has loaded the vectors
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None

@@ -1,4 +1,4 @@
-"""encode: order, budgets, back-off, bad input, threads."""
+"""encode: order, token budgets, smaller batches after running out of memory, bad input, threads."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_iterators_are_streamed_a_window_at_a_time(model: Causal2Vec, monkeypatc
         (["fine", "fine", 3.5], r"texts\[2\] must be a string, got float"),
     ],
 )
-def test_what_is_no_text_is_a_type_error_that_names_it(model: Causal2Vec, texts: Sequence[str], message: str) -> None:
+def test_an_item_that_is_no_string_is_a_type_error_that_names_it(
+    model: Causal2Vec, texts: Sequence[str], message: str
+) -> None:
     for encode in (model.encode, model.encode_query, model.encode_document):
         with pytest.raises(TypeError, match=message):
             encode(texts)
@@ -127,39 +129,39 @@ def test_special_tokens_spelled_in_a_text_are_text(model: Causal2Vec) -> None:
     assert not specials & set(tokenized.encoder_ids[0][1:-1])
 
 
-def test_cutting_keeps_eos_and_is_reported_once(model: Causal2Vec, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncation_keeps_eos_and_is_reported_once(model: Causal2Vec, caplog: pytest.LogCaptureFixture) -> None:
     long = "word " * 500
     tokenized = model.tokenize(["short", long])
     assert tokenized.truncated == [1]
     assert len(tokenized.text_ids[1]) == model.config.max_length
     assert tokenized.text_ids[1][-1] == model.tokenizer.eos
     assert len(tokenized.encoder_ids[1]) == model.config.encoder_max_length
-    assert tokenized.encoder_ids[1][-1] == 2, "the encoder's own end token must survive the cut"
+    assert tokenized.encoder_ids[1][-1] == 2, "truncation must keep the encoder's own end token"
 
     with caplog.at_level(logging.WARNING):
-        cut = model.encode(["short", long, long])
+        truncated = model.encode(["short", long, long])
     assert [record.message for record in caplog.records] == [
-        "2 of 3 texts were longer than the model reads and were cut."
+        "2 of 3 texts were longer than the model reads and were truncated."
     ]
     caplog.clear()
-    np.testing.assert_array_equal(model.encode(["short", long, long], on_truncate="ignore"), cut)
+    np.testing.assert_array_equal(model.encode(["short", long, long], on_truncate="ignore"), truncated)
     assert not caplog.records
     with pytest.raises(ValueError, match="index 1 is longer"):
         model.encode(["short", long], on_truncate="error")
 
 
-def test_count_tokens_tells_what_will_be_cut(model: Causal2Vec) -> None:
+def test_count_tokens_tells_which_texts_are_truncated(model: Causal2Vec) -> None:
     texts = ["word " * n for n in range(1, 40)]
     within = [i for i, count in enumerate(model.count_tokens(texts)) if count <= model.max_tokens]
-    cut = model.tokenize(texts).truncated
+    truncated = model.tokenize(texts).truncated
     assert within
-    assert cut
-    assert not set(within) & set(cut)
-    assert min(cut) - max(within) <= 5, "counts must not be far above what is cut"
+    assert truncated
+    assert not set(within) & set(truncated)
+    assert min(truncated) - max(within) <= 5, "counts must not be far above the real limit"
 
 
 class ScarceMemory:
-    """An embedder whose device holds only so many padded tokens; each text's vector is its length."""
+    """An embedder that runs out of memory above `most` padded tokens; each text's vector is its length."""
 
     embedding_dim, device = 2, torch.device("cpu")
 
@@ -191,7 +193,7 @@ def test_running_out_of_memory_halves_the_budget_keeps_it_and_loses_nothing(capl
     assert 0 < len(caplog.records) <= 4
     caplog.clear()
     inference.encode(embedder, texts, batch_tokens=2000)
-    assert not caplog.records, "the smaller budget must be kept"
+    assert not caplog.records, "later calls must use the smaller budget"
     with pytest.raises(torch.OutOfMemoryError):
         inference.encode(ScarceMemory(most=10), ["x" * 50])
 
@@ -207,7 +209,7 @@ def test_mps_out_of_memory_is_recognised_and_other_errors_are_not_hidden() -> No
 
 
 def test_the_budget_counts_the_encoders_tokens_where_they_are_more() -> None:
-    """An encoder that reads 8 thousand tokens beside a decoder that is cut at 512."""
+    """The encoder truncates at many more tokens than the decoder."""
     model = tiny_model(max_length=16, encoder_max_length=1024)
     sizes: list[int] = []
     model.encoder.register_forward_pre_hook(
@@ -278,7 +280,7 @@ def test_cuda_and_cpu_agree_and_bf16_is_close() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_out_of_memory_is_survived() -> None:
+def test_encoding_continues_after_cuda_runs_out_of_memory() -> None:
     model = tiny_model().to("cuda")
     texts = [text + str(i) for i in range(300) for text in TEXTS]
     expected = model.encode(texts, on_truncate="ignore")

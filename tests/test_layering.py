@@ -1,4 +1,4 @@
-"""Who may import whom, and what importing costs."""
+"""Which module may import which, and which packages an import loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "c2v_rag"
 
 # What each module of the core may import of the package, by the module's dotted name. "index" stands for the whole
-# package `index`, which its own modules may not import: they name each other, as listed. Packages above the core
+# package `index`, which its own modules may not import: they import each other, as listed. Packages above the core
 # (finetune, evaluate, scale, server, app) may import all of it, and it never imports them.
 CORE = {
     "__init__": {
@@ -137,7 +137,7 @@ def test_every_core_module_has_a_rule() -> None:
     assert {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files} == CORE.keys()
 
 
-def test_rules_of_the_core_have_no_circle() -> None:
+def test_rules_of_the_core_have_no_cycle() -> None:
     def above(module: str, chain: tuple[str, ...] = ()) -> None:
         assert module not in chain, " -> ".join((*chain, module))
         for name in CORE[f"{module}.__init__"] if module in CORE_PACKAGES else CORE[module]:
@@ -185,7 +185,7 @@ def test_nothing_outside_the_standard_library_is_needed_by_config_and_sources() 
 
 
 def run(program: str) -> str:
-    """What a fresh interpreter prints; one start is shared by all that can be looked at in one process."""
+    """The output of `program` in a new interpreter."""
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
 
@@ -223,9 +223,9 @@ def test_integrations_use_public_names_only_and_nothing_uses_them() -> None:
                 assert name.removeprefix("c2v_rag.") in {*c2v_rag.__all__, "__version__"}, f"{path} imports {name}"
     for path in PACKAGE.rglob("*.py"):
         above = path.parent.name in ("finetune", "evaluate")  # these train and score through sentence-transformers
-        theirs = {"langchain_c2v", "chroma_c2v", "llama_index"} | (set() if above else {"sentence_transformers_c2v"})
+        packages = {"langchain_c2v", "chroma_c2v", "llama_index"} | (set() if above else {"sentence_transformers_c2v"})
         for name, _ in imports(path):
-            assert name.split(".")[0] not in theirs, f"{path} imports {name}"
+            assert name.split(".")[0] not in packages, f"{path} imports {name}"
 
 
 EXTRAS = {  # by integration: the package that its extra installs, and the extra
@@ -261,6 +261,6 @@ for module in {[*EXTRAS]}:
     except ImportError as error:
         print(error)
 """
-    said = run(program).splitlines()
-    for (_, extra), line in zip(EXTRAS.values(), said, strict=True):
+    lines = run(program).splitlines()
+    for (_, extra), line in zip(EXTRAS.values(), lines, strict=True):
         assert f'pip install "c2v-rag[{extra}]"' in line

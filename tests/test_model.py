@@ -20,7 +20,7 @@ from tests.tiny import ENCODERS, INSTRUCTION, LLMS, TEXTS, WITHOUT_KEY_VALUE_CAC
 
 
 def by_hand(model: Causal2Vec, text: str, instruction: str = "") -> Tensor:
-    """One text, no batch, no padding, no mask, no cache: the definition, written out."""
+    """The definition in plain code: one text, no batch, no padding, no mask, no cache."""
     config = model.config
     encoder_ids = model.tokenizer.encoder(text, truncation=True, max_length=config.encoder_max_length)["input_ids"]
     if any(special in text for special in ("<|im_end|>", "[SEP]", "</s>")):
@@ -85,7 +85,7 @@ def test_batches_equal_the_definition_for_every_encoder(family: str, pooling: st
 
 @pytest.mark.parametrize("pooling", ["context_eos", "eos", "context", "mean"])
 @pytest.mark.parametrize("place", ["after_instruction", "before_instruction", "none"])
-def test_every_pooling_and_place_equals_the_definition(pooling: str, place: str) -> None:
+def test_every_pooling_and_place_of_the_token_equals_the_definition(pooling: str, place: str) -> None:
     if place == "none" and pooling in ("context", "context_eos"):
         with pytest.raises(ValueError, match="contextual_token is 'none'"):
             tiny_model(pooling=pooling, contextual_token=place)
@@ -106,9 +106,9 @@ def test_prefix_reuse_equals_the_full_forward(family: str) -> None:
     with torch.no_grad():
         trained = model(batch)
     kept = model.prefix_cache.get(model.llm, batch.prefix_ids)
-    assert kept is not None, "the prefix was not kept, so nothing was shown"
+    assert kept is not None, "the prefix was not cached, so the test proves nothing"
     assert kept.layers[0].keys is not None
-    assert len(kept.layers[0].keys) == 1, "a batch must leave nothing in the kept prefix"
+    assert len(kept.layers[0].keys) == 1, "a batch must not change the cached prefix"
     for vectors in (first, again, trained):
         assert_same(vectors, full)
 
@@ -147,7 +147,7 @@ def test_decoders_without_keys_and_values_run_without_reuse(family: str) -> None
 
 
 def test_prefix_follows_weights_written_through_data() -> None:
-    """As moving averages and sharded optimizers write them: no version counter moves."""
+    """Moving averages and sharded optimizers write in this way, which changes no version counter."""
     model = tiny_model()
     model.encode_query(TEXTS)
     weight = model.llm.layers[0].self_attn.v_proj.weight
@@ -157,7 +157,7 @@ def test_prefix_follows_weights_written_through_data() -> None:
     assert_same(model.encode_query(TEXTS), written_out(model, TEXTS, INSTRUCTION))
 
 
-def test_embed_works_with_gradients_on_and_keeps_none() -> None:
+def test_embed_works_with_gradients_on_and_returns_none() -> None:
     model = tiny_model()
     batch = model.tokenize(TEXTS, INSTRUCTION).collate(range(len(TEXTS)))
     assert torch.is_grad_enabled()
@@ -165,7 +165,7 @@ def test_embed_works_with_gradients_on_and_keeps_none() -> None:
         assert not model.embed(batch).requires_grad
 
 
-def test_lengths_that_a_part_has_no_positions_for_are_refused() -> None:
+def test_lengths_beyond_the_positions_of_a_part_are_refused() -> None:
     with pytest.raises(ValueError, match="encoder_max_length is 4000, but the encoder has 1024 positions"):
         tiny_model(encoder_max_length=4000)
     with pytest.raises(ValueError, match=r"The decoder has 1024 positions, but 1\d\d\d are needed: 1024 for a text"):
@@ -174,7 +174,7 @@ def test_lengths_that_a_part_has_no_positions_for_are_refused() -> None:
     assert np.isfinite(model.encode_query(["word " * 2000], on_truncate="ignore")).all()
     with pytest.raises(ValueError, match="shorten the instruction"):
         model.encode_query(["word " * 2000], instruction="find " * 200, on_truncate="ignore")
-    # Positions that are computed have no limit; RoBERTa's start behind its padding index.
+    # Computed positions have no limit; RoBERTa's positions start after its padding index.
     assert np.isfinite(
         tiny_model(llm="llama", max_length=1024).encode_query(["word " * 2000], on_truncate="ignore")
     ).all()
@@ -234,7 +234,7 @@ def test_training_forward_reaches_encoder_and_projector_and_llm() -> None:
 
 
 def test_a_sequence_that_ends_at_the_contextual_token_gives_the_same_state() -> None:
-    """Under a causal mask nothing behind the token can change its state; training relies on it."""
+    """Under a causal mask nothing after the token can change its state. Training relies on this."""
     model = tiny_model()
     batch = model.tokenize(TEXTS, INSTRUCTION).collate(range(len(TEXTS)))
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_instruction_rules() -> None:
     assert_same(model.encode_document(TEXTS, instruction="find"), written_out(model, TEXTS, "find"))
 
 
-def test_the_contextual_token_matters_and_the_text_behind_it_too() -> None:
+def test_the_contextual_token_changes_both_halves() -> None:
     model = tiny_model()
     before = model.encode_document(TEXTS)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The five packages of this repository belong together: one version, one licence, one another's bounds."""
+"""The five packages of this repository have one version and one licence, and require each other's version."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_a_table_gives_a_document_a_row_with_its_columns_as_metadata(tmp_path: P
         list(read_sources([path], text_column="body"))
 
 
-def test_what_cannot_be_read_is_named_and_can_be_left_out(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_and_can_be_skipped(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 and then nothing")
@@ -111,7 +111,7 @@ def test_a_library_error_inside_a_reader_is_that_files_error(tmp_path: Path, mon
         list(read_sources([tmp_path / "a_locked.pdf"]))
 
 
-def test_a_csv_field_of_any_usual_length_is_read_and_an_endless_one_is_that_files_error(
+def test_long_csv_fields_are_read_and_an_unclosed_quote_is_that_files_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = csv.field_size_limit(131_072)
@@ -119,7 +119,7 @@ def test_a_csv_field_of_any_usual_length_is_read_and_an_endless_one_is_that_file
         (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n", encoding="utf-8")
         assert [len(document.text) for document in read_sources([tmp_path / "long.csv"])] == [200_000]
         csv.field_size_limit(131_072)
-        monkeypatch.setattr("c2v_rag.sources.formats._CSV_FIELD_CHARACTERS", 140_000)
+        monkeypatch.setattr("c2v_rag.sources.formats.CSV_FIELD_CHARACTERS", 140_000)
         problems: list[str] = []
         assert not list(read_sources([tmp_path], on_error=lambda path, error: problems.append(str(error))))
         assert f"{tmp_path / 'long.csv'}: not valid CSV after line 1 (field larger than field limit" in problems[0]
@@ -127,7 +127,7 @@ def test_a_csv_field_of_any_usual_length_is_read_and_an_endless_one_is_that_file
         csv.field_size_limit(before)
 
 
-def test_a_table_that_changes_while_it_is_read_gives_the_rows_of_one_moment(tmp_path: Path) -> None:
+def test_a_table_that_changes_during_reading_gives_the_rows_of_one_version(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("text\n" + "".join(f"row {i}\n" for i in range(5000)), encoding="utf-8")
     documents = read_sources([tmp_path], on_error=lambda path, error: pytest.fail(str(error)))
@@ -142,7 +142,7 @@ def test_an_empty_file_gives_an_empty_document(tmp_path: Path) -> None:
     assert [document.text for document in read_sources([tmp_path])] == ["", ""]
 
 
-def test_python_docs_hold_the_names_people_know() -> None:
+def test_python_docs_have_the_public_names() -> None:
     documents = {document.source: document for document in python_docs()}
     assert len(documents) > 5000
     known = ["urllib.parse.urlparse", "asyncio.gather", "os.cpu_count", "os.path.join", "str.split", "sorted"]
@@ -152,13 +152,13 @@ def test_python_docs_hold_the_names_people_know() -> None:
     assert documents["os.cpu_count"].text == f"os.cpu_count()\n\n{inspect.getdoc(os.cpu_count)}"
 
 
-def test_python_docs_are_the_same_everywhere_and_tell_nothing_of_the_machine() -> None:
+def test_python_docs_are_equal_everywhere_and_contain_nothing_of_the_machine() -> None:
     for document in python_docs():
         assert os.environ["PATH"] not in document.text, document.source
         assert " object at 0x" not in document.text.partition("\n")[0], document.source
 
 
-def test_every_question_has_answers_in_python_docs_that_it_does_not_name() -> None:
+def test_every_question_has_answers_in_python_docs_without_naming_them() -> None:
     path = Path(__file__).parent.parent / "benchmarks" / "python_docs_questions.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     names = {document.source for document in python_docs()}

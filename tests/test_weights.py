@@ -32,7 +32,7 @@ def load(folder: Path | str, **options: Any) -> Causal2Vec:
 
 
 def adapted_model(**settings: Any) -> Causal2Vec:
-    """A tiny model with an adapter of its own in both parts, in memory."""
+    """A tiny model in memory with an adapter in each part."""
     model = tiny_model(**settings)
     for part in (model.llm, model.encoder):
         torch.manual_seed(2)
@@ -69,7 +69,7 @@ def from_parts(parts: tuple[Path, Path], **options: Any) -> Causal2Vec:
 def test_one_element_written_through_data_is_saved(
     part: str, plain_parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No version counter moves, and no sample of a few elements need see it: every tensor is compared."""
+    """No version counter changes, and a sample of a few elements may miss it: every tensor is compared."""
     model = from_parts(plain_parts)
     for record in model.weights_record.parts.values():
         assert record.base is not None
@@ -197,15 +197,15 @@ def test_an_adapters_scale_belongs_to_the_identity(folder: Path) -> None:
     assert load(folder).stamp["weights"] != before
 
 
-def test_checkpoints_and_stamps_of_version_0_1_are_understood(tmp_path: Path) -> None:
-    """The folder and its vectors were written by version 0.1; so was the identity below, which its stores hold."""
+def test_checkpoints_and_stamps_of_version_0_1_are_read(tmp_path: Path) -> None:
+    """Version 0.1 wrote the folder, its vectors, and the identity below, which its stores contain."""
     model = load(DATA / "checkpoint_0_1")
     assert model.stamp["weights_0_1"] == "41cfc2b7f4e274a9"
     np.testing.assert_allclose(model.encode_query(TEXTS), np.load(DATA / "checkpoint_0_1_queries.npy"), atol=1e-5)
     np.testing.assert_allclose(model.encode_document(TEXTS), np.load(DATA / "checkpoint_0_1_documents.npy"), atol=1e-5)
 
     class Former:
-        """The same model as version 0.1 stamped it."""
+        """The same model, with the stamp of version 0.1."""
 
         embedding_dim, encode_query, encode_document = model.embedding_dim, model.encode_query, model.encode_document
         stamp = {key: value for key, value in model.stamp.items() if key != "weights_0_1"} | {
@@ -252,7 +252,7 @@ def test_dtype_auto_takes_what_the_files_hold_and_a_wrong_dtype_is_named(folder:
             load(folder, dtype=wrong)
 
 
-def test_an_offloaded_embedding_table_takes_inputs_where_its_hook_says(folder: Path, tmp_path: Path) -> None:
+def test_the_input_device_of_an_offloaded_embedding_table_is_the_one_of_its_hook(folder: Path, tmp_path: Path) -> None:
     places = {"embed_tokens": "disk", "layers": "cpu", "norm": "cpu", "rotary_emb": "cpu"}
     tiny_model().save_pretrained(tmp_path / "plain")
     model = load(tmp_path / "plain", device_map=places, offload_folder=str(tmp_path / "offloaded"))
@@ -264,7 +264,7 @@ def test_an_offloaded_embedding_table_takes_inputs_where_its_hook_says(folder: P
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral3"])
 def test_num_llm_layers_reaches_nested_configurations(family: str, tmp_path: Path) -> None:
-    """Models of text and images keep the decoder's settings in `text_config`."""
+    """Models of text and images have the decoder's settings in `text_config`."""
     from transformers import AutoModel, Gemma3Config, Mistral3Config
 
     text = LLMS["gemma3" if family == "gemma3" else "mistral"][1]
@@ -290,7 +290,7 @@ def test_num_llm_layers_reaches_nested_configurations(family: str, tmp_path: Pat
     assert_same(load(tmp_path / "saved").encode_query(TEXTS, on_truncate="ignore"), expected, at_least=1 - 1e-6)
 
 
-def test_a_shared_model_is_one_however_its_device_and_dtype_are_spelled(folder: Path) -> None:
+def test_a_shared_model_is_loaded_once_for_every_spelling_of_device_and_dtype(folder: Path) -> None:
     model = shared_model(folder, dtype="float32")
     assert shared_model(str(folder), dtype=torch.float32, device="cpu") is model
     assert shared_model(folder, dtype="torch.float32", device=torch.device("cpu")) is model
@@ -298,7 +298,7 @@ def test_a_shared_model_is_one_however_its_device_and_dtype_are_spelled(folder: 
     assert shared_model(folder) is shared_model(folder, dtype=weights.inference.default_dtype(torch.device("cpu")))
 
 
-def test_a_model_that_loads_does_not_hold_up_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_one_model_does_not_block_loading_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = shared_model(folder, dtype="float32")
     started, go_on = threading.Event(), threading.Event()
 
@@ -321,7 +321,7 @@ def test_a_model_that_loads_does_not_hold_up_another(folder: Path, monkeypatch: 
 # State
 
 
-def test_what_belongs_to_a_running_model_is_neither_pickled_nor_copied() -> None:
+def test_locks_budget_and_prefix_cache_are_neither_pickled_nor_copied() -> None:
     model = tiny_model()
     model.encode_query(TEXTS)
     model.encoding_state.batch_tokens = 100

@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models of every family, and texts to try them on. Built in code; no network."""
+"""Tiny, randomly initialised models of every family, and texts for them. Built in code; no network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = [
     "   \n\t ",
     "The museum opens at nine in the morning and closes at six in the evening, except on Mondays. " * 6,
     "Übermäßig naïve façade 東京タワー Привет мир 🙂👍🏽",
-    "A document may spell <|im_end|>, [SEP] or </s>, and goes on behind it.",
+    "A document may spell <|im_end|>, [SEP] or </s>, and goes on after it.",
 ]
 WORDS = "heap bread yeast museum morning queue knead flour nine closes item first warm place hour".split()
 _OPENINGS = ("A recipe for", "The history of", "How to mend", "Four songs about", "A letter from")
@@ -42,7 +42,7 @@ INSTRUCTION = "Given a question, retrieve passages that answer it"
 
 
 def passages(count: int) -> list[str]:
-    """Distinct passages, at most 280: the same on every machine and for every Python."""
+    """Distinct passages, at most 280, equal on every machine and in every version of Python."""
     assert count <= len(_OPENINGS) * len(_THINGS) * len(_ENDINGS)
     return [
         f"{_OPENINGS[i % len(_OPENINGS)]} {_THINGS[i % len(_THINGS)]}. {_ENDINGS[i % len(_ENDINGS)]}"
@@ -51,16 +51,16 @@ def passages(count: int) -> list[str]:
 
 
 def assert_ranked(found: Sequence[int], scores: np.ndarray, tolerance: float = 1e-5) -> None:
-    """`found` are the places of the highest of `scores` (N,), best first.
+    """Assert that `found` are the positions of the highest of `scores` (N,), best first.
 
-    Scores that differ by less than the tolerance may stand in either order: which of them comes first is rounding.
+    Scores that differ by less than the tolerance may be in either order, because rounding decides which is higher.
     """
     assert len({*found}) == len(found) > 0
-    assert np.ptp(scores) > 100 * tolerance, "all scores are alike: nothing was shown"
+    assert np.ptp(scores) > 100 * tolerance, "all scores are nearly equal, so their order proves nothing"
     np.testing.assert_allclose(scores[[*found]], np.sort(scores)[::-1][: len(found)], rtol=0, atol=tolerance)
 
 
-# Two layers wide as a thumb; heads of 8, so that every family's rotary embedding has something to turn.
+# Heads have 8 columns, so that the rotary embedding of every family has columns to rotate.
 _SIZE: dict[str, Any] = {
     "vocab_size": 400,
     "hidden_size": 32,
@@ -89,7 +89,7 @@ _HYBRID = _SIZE | _GQA | {"layer_types": ["conv", "full_attention", "conv"]}
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 _MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
-# These keep other states than keys and values per token.
+# The caches of these families have other states than keys and values per token.
 WITHOUT_KEY_VALUE_CACHE: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", _HYBRID),
     "qwen3_next": ("Qwen3NextConfig", _SIZE | _GQA | _LINEAR | _MOE),
@@ -101,7 +101,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet": ("MPNetConfig", _SIZE | {"hidden_size": 24}),
     "roberta": ("RobertaConfig", _SIZE | {"hidden_size": 24}),
     "modernbert": ("ModernBertConfig", _SIZE | {"hidden_size": 24, "cls_token_id": 1, "sep_token_id": 2}),
-    "xlm_roberta": ("XLMRobertaConfig", _SIZE | {"hidden_size": 24}),  # what multilingual E5 is
+    "xlm_roberta": ("XLMRobertaConfig", _SIZE | {"hidden_size": 24}),  # the family of multilingual E5
 }
 
 
@@ -109,7 +109,7 @@ def tiny_module(table: dict[str, tuple[str, dict[str, Any]]], family: str, **cha
     name, settings = table[family]
     torch.manual_seed(0)
     model = AutoModel.from_config(getattr(transformers, name)(**settings | changes))
-    # Freshly initialised weights are so small that every text would look alike.
+    # With the small initial weights, all texts would have nearly the same vector.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -122,7 +122,7 @@ _SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<|im_end|>", "[SEP]"]
 
 @functools.cache
 def _backend(kind: str) -> Tokenizer:
-    """Vocabularies written down, not trained: training breaks ties differently in every process."""
+    """A tokenizer with a fixed vocabulary; training would order ties differently in each process."""
     if kind == "bpe":
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         merges = [("e", "r"), ("t", "h"), ("i", "n"), ("th", "e"), ("a", "n")]
@@ -145,7 +145,7 @@ def _backend(kind: str) -> Tokenizer:
 
 
 def tiny_tokenizer(kind: str, *, padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """ "bpe" (byte-level, as decoders have) or "wordpiece" (with ends, as encoders have)."""
+    """A tokenizer of `kind` "bpe" (byte-level, for decoders) or "wordpiece" (adds <s> and </s>, for encoders)."""
     return PreTrainedTokenizerFast(
         tokenizer_object=copy.deepcopy(_backend(kind)),
         pad_token="<pad>",
@@ -160,7 +160,7 @@ def tiny_tokenizer(kind: str, *, padding_side: str = "right") -> PreTrainedToken
 def tiny_model(
     llm: str = "llama", encoder: str = "bert", *, padding_side: str = "right", seed: int = 0, **settings: Any
 ) -> Causal2Vec:
-    """A whole model, float32, in eval mode."""
+    """A tiny `Causal2Vec`, float32, in eval mode."""
     config = Causal2VecConfig(**{"max_length": 256, "encoder_max_length": 64, "instruction": INSTRUCTION} | settings)
     parts = tiny_module(ENCODERS, encoder), tiny_module(LLMS | WITHOUT_KEY_VALUE_CACHE, llm)
     tokenizers = (

@@ -1,1 +1,1 @@
-"""The search app: a page to search what was indexed, and to see why it was found. Needs the extra [demo]."""
+"""The search app: a web page to search an index, compare search methods and add documents. Needs the extra [demo]."""

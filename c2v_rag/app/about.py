@@ -1,4 +1,4 @@
-"""What the page says about model and collection."""
+"""The facts on the page's tab "About": model, device, collection, speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPEED_TEXTS = 64
 
 
 def facts(model: Embedder, store: StoreAddress, index: VectorIndex | None) -> dict[str, Any]:
-    """Model, device, dimensions, and a speed measured now on the collection's own passages."""
+    """Rows of the tab "About", by label. The speed is measured now, on passages of the collection."""
     rows: dict[str, Any] = {"c2v-rag": __version__, "store": store_name(store)}
     rows |= {name: value for name, value in model.stamp.items() if value != ""}
     if isinstance(model, Causal2Vec):

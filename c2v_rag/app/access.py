@@ -1,4 +1,4 @@
-"""Who may open the page: logins from a file, and which addresses need them."""
+"""Access to the page: reads logins from a file and refuses a public address without logins."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Logins = Sequence[tuple[str, str]]  # user and password
 
 
 def read_logins(path: Path) -> list[tuple[str, str]]:
-    """The logins in a file, USER:PASSWORD a line, without empty lines and those that start with #.
+    """The logins in a file: USER:PASSWORD on each line, empty lines and lines that start with # are skipped.
 
-    Raises ValueError when there is none, and for a line without a user or a password.
+    Raises ValueError if there is no login, and for a line without a user or a password.
     """
     logins = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -21,7 +21,9 @@ def read_logins(path: Path) -> list[tuple[str, str]]:
             continue
         user, _, password = line.strip().partition(":")
         if not user or not password:
-            raise ValueError(f"{path}:{number}: expected USER:PASSWORD.")  # the line may hold a password
+            raise ValueError(
+                f"{path}:{number}: expected USER:PASSWORD."
+            )  # the line is not shown: it may hold a password
         logins.append((user, password))
     if not logins:
         raise ValueError(f"{path} holds no login. Write USER:PASSWORD, one a line.")
@@ -29,12 +31,12 @@ def read_logins(path: Path) -> list[tuple[str, str]]:
 
 
 def is_only_local(host: str, allowed_hosts: Sequence[str] = ()) -> bool:
-    """Whether only this machine reaches a page bound to `host`; a name in `allowed_hosts` is that of a proxy."""
+    """Whether only this machine can reach a page bound to `host`. A name in `allowed_hosts` means a proxy."""
     return is_loopback(host) and not allowed_hosts
 
 
 def check_access(host: str, allowed_hosts: Sequence[str], logins: Logins) -> None:
-    """ValueError for a page that others reach without a login: it adds documents to the store."""
+    """Raise ValueError if other machines reach the page without a login: visitors can add documents to the store."""
     if not is_only_local(host, allowed_hosts) and not logins:
         raise ValueError(
             f"Others than this computer could open the page at {', '.join([host, *allowed_hosts])} and write to the "

@@ -1,4 +1,4 @@
-"""Adds uploaded files and sources to an index, with progress and a way to stop (`Task`)."""
+"""Adds uploaded files and sources to an index. A `Task` shows the progress and can stop the run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from c2v_rag.app.task import Task
 from c2v_rag.index import IndexReport, VectorIndex, remove_vanished
 from c2v_rag.sources import PYTHON_DOCS, Document, files_below, python_docs, read_sources
 
-UPLOAD = "upload/"  # the start of an upload's source
-FILE_NAME = "file_name"  # metadata of an upload
+UPLOAD = "upload/"  # prefix of an upload's source
+FILE_NAME = "file_name"  # metadata key of an upload
 WAIT_S = 2.0
-WRITE_EVERY = 32  # chunks: a second or two on a CPU, so that stopping is quick
+WRITE_EVERY = 32  # chunks; one or two seconds of work on a CPU, so that stopping is quick
 
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """What `add` did.
+    """The result of `add`.
 
-    `left_out`: a line for each file that could not be read. `empty`: names of files that hold no text. `kept`: names
-    of uploads whose earlier versions are still in the collection.
+    `left_out`: a message for each file that could not be read. `empty`: names of files without text. `kept`: names of
+    uploads whose earlier versions are still in the collection.
     """
 
     report: IndexReport
@@ -42,19 +42,20 @@ def add(
 ) -> Added:
     """Index uploaded files, and `sources` as `c2v-rag index` does.
 
-    An upload's source is `upload/HASH/NAME`, with the hash of its content, and its metadata has `file_name`. So the
-    same file again changes nothing, and another file of the same name stands beside it. With `replace_uploads`,
-    earlier uploads of the same names are deleted after the new ones were read.
+    An upload's source is `upload/HASH/NAME`, with the hash of its content; its metadata has `file_name`. If the same
+    file is uploaded again, nothing changes; another file of the same name is added, and both stay. With
+    `replace_uploads`, earlier uploads of the same names are deleted after the new ones were read.
 
-    While another process writes to the store, it waits. Raises FileNotFoundError for a source that does not exist.
+    The call waits while another process writes to the store. Raises FileNotFoundError for a source that does not exist.
     """
     left_out: list[str] = []
     empty: list[str] = []
     read_uploads: dict[str, str] = {}  # source -> file name
 
     def leave_out(path: Path, error: Exception) -> None:
-        shown = str(error).replace(str(path), path.name) if path in uploads else str(error)
-        left_out.append(shown if path.name in shown else f"{path.name}: {shown}")
+        # Visitors need not know in which temporary folder an upload is.
+        message = str(error).replace(str(path), path.name) if path in uploads else str(error)
+        left_out.append(message if path.name in message else f"{path.name}: {message}")
 
     def documents() -> Iterator[Document]:
         for path in uploads:
@@ -65,7 +66,7 @@ def add(
                     name = source.rpartition("/")[2]
                     read_uploads[source] = name
                     yield dataclasses.replace(document, source=source, metadata={**document.metadata, FILE_NAME: name})
-            except (OSError, ValueError) as error:  # it is gone, or its kind cannot be read
+            except (OSError, ValueError) as error:  # the file was deleted, or its type cannot be read
                 leave_out(path, error)
         yield from read_sources(sources, on_error=leave_out)
 
@@ -76,11 +77,11 @@ def add(
             yield document
 
     def report_progress(read: int, added: int) -> None:
-        of = f" of {total:,}" if read <= total else ""  # a table holds more documents than one
+        of = f" of {total:,}" if read <= total else ""  # a table has many documents: `total` counts it as one
         task.report(f"{read:,}{of} documents read, {added:,} passages embedded …", read / total if of else None)
 
     for source in sources:
-        next(read_sources([source], limit=0), None)  # a wrong path is an error before anything is written
+        next(read_sources([source], limit=0), None)  # a wrong path is reported before anything is written
     total = len(uploads) + sum(
         len(python_docs()) if source == PYTHON_DOCS else sum(1 for _ in files_below(Path(source))) for source in sources
     )
@@ -89,7 +90,7 @@ def add(
             report = index.add(documents_with_empty_noted(), on_progress=report_progress, write_every=WRITE_EVERY)
             break
         except PermissionError as error:
-            if error.errno is not None:  # from the operating system: waiting does not help
+            if error.errno is not None:  # an error of the operating system, not the store's lock: waiting does not help
                 raise
             task.report(f"Waiting for another run to end. {error}")
             task.wait(WAIT_S)
@@ -102,15 +103,15 @@ def add(
 
 
 def upload_source(path: Path) -> str:
-    """`upload/HASH/NAME`: files of the same name and other content have different sources."""
+    """The source `upload/HASH/NAME` of an uploaded file. Files with different content have different sources."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    name = path.name.encode("utf-8", "replace").decode("utf-8")  # a file's name need not be UTF-8; Chroma's texts must
+    name = path.name.encode("utf-8", "replace").decode("utf-8")  # Chroma needs valid UTF-8
     return f"{UPLOAD}{digest}/{name}"
 
 
 def _earlier_uploads(index: VectorIndex, read_uploads: dict[str, str]) -> list[str]:
-    """Sources of other uploads that have the same file names as these."""
+    """Sources of earlier uploads with other content and the same file names as `read_uploads`."""
     if not read_uploads:
         return []
     names = set(read_uploads.values())

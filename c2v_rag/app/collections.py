@@ -10,9 +10,9 @@ from c2v_rag.protocols import Embedder, same_weights
 
 
 class Collections:
-    """One `Searcher` for each collection of a store, opened at its first use.
+    """Opens a `Searcher` for each collection of a store at its first use.
 
-    `first`: the collection that the page was started with; it is made when documents are added.
+    `first`: the collection that the page shows first; it is created when documents are added.
 
     Raises ValueError for a name that ends in ".encoder".
     """
@@ -26,7 +26,7 @@ class Collections:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """The store's collections that this model made, without those of the encoder's vectors."""
+        """Names of the store's collections that this model made, without those of the encoder's vectors."""
         return sorted(
             name
             for name, stamp in stored_stamps(self._store).items()
@@ -34,15 +34,15 @@ class Collections:
         )
 
     def to_search(self, name: str) -> Searcher:
-        """A collection of the store; nothing is created. ValueError for another name."""
+        """The searcher of an existing collection; nothing is created. ValueError if there is no such collection."""
         if name not in self._open and name not in self.names():
             raise ValueError(f"This store has no collection {name!r} of this model.")
         return self._searcher(name)
 
     def to_add(self, name: str, *, may_be_new: bool) -> Searcher:
-        """A collection of the store, the first one, or with `may_be_new` a new one.
+        """The searcher of an existing collection or of `first`; with `may_be_new`, of a new one too.
 
-        Raises ValueError for a name that is not allowed.
+        Raises ValueError for any other name, and for a reserved one.
         """
         check_collection_name(name)
         if not may_be_new and name != self.first and name not in self.names():

@@ -1,4 +1,4 @@
-"""The page: search, add documents, map, about. Gradio; nothing on it comes from another server."""
+"""The page, made with Gradio: search, add documents, map, about. It loads nothing from other servers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import gradio as gr
 import numpy as np
@@ -36,7 +36,8 @@ PYTHON_QUESTIONS = (
 MAP_POINTS = 1500
 NO_COMPARISON = "(nothing)"
 _FILE_TYPES = [".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".py"]
-# A click on a circle tells Python its chunk; the listener sits on the element, so that it outlives a new map.
+# A click on a circle of the map sends its chunk's id to Python. The listener is on the element around the map, so that
+# it still works after the map was drawn again.
 _MAP_CLICK = (
     "element.addEventListener('click', event => { const id = event.target.dataset && event.target.dataset.id; "
     "if (id) trigger('click', {id: id}); });"
@@ -44,12 +45,12 @@ _MAP_CLICK = (
 
 
 class SearchApp:
-    """The page over one store; `model` embeds new collections, and the store's collections must be of it.
+    """The search page of one store. It shows the store's collections that `model` made, and adds documents with it.
 
-    `collection`: the one that is shown first; it is made when documents are added. `is_local`: only this machine
-    reaches the page. Only then may its folders be typed in to be indexed, and new collections be named.
+    `collection`: the collection that is shown first; it is created when documents are added. `is_local`: only this
+    machine reaches the page. Only then can a visitor index its folders and create new collections.
 
-    Raises ValueError for a collection name that the page reserves for the encoder's vectors.
+    Raises ValueError for a collection name that ends in ".encoder": the encoder's own vectors use such names.
     """
 
     def __init__(
@@ -60,20 +61,29 @@ class SearchApp:
         collection: str = DEFAULT_COLLECTION,
         is_local: bool = True,
     ) -> None:
-        self._store = store
-        self._model = model
+        self.store: Final = store
+        self.model: Final = model
         self._is_local = is_local
         self._collections = Collections(store, model, collection)
-        self._runs: dict[str, Task[Added]] = {}  # by session: the run that its Cancel button stops
+        self._runs: dict[str, Task[Added]] = {}  # by session id: the run that the Cancel button of this session stops
 
     # The page
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a visitor can index folders of this machine and create new collections."""
+        return self._is_local
 
     def collections(self) -> list[str]:
         """Names of the store's collections that this model made."""
         return self._collections.names()
 
+    def methods(self) -> list[str]:
+        """Names of the search methods. "Encoder alone" is among them only if the model runs in this process."""
+        return [name for name in METHODS if isinstance(self.model, Causal2Vec) or name != ENCODER]
+
     def blocks(self) -> gr.Blocks:
-        """The page, to be launched or mounted. Mounted, it is the caller who must ask for a login."""
+        """The page as Gradio blocks, to launch or to mount in another app, which must then ask for a login itself."""
         with gr.Blocks(title="Causal2Vec search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
             gr.Markdown("# Search what you have")
             collection = gr.Dropdown(label="Collection", choices=[], scale=1, render=False)
@@ -87,13 +97,13 @@ class SearchApp:
                     example_buttons = [gr.Button(text, size="sm") for text in PYTHON_QUESTIONS]
                 with gr.Row():
                     collection.render()  # type: ignore[no-untyped-call]
-                    methods = self._methods()
+                    methods = self.methods()
                     method = gr.Dropdown(label="Method", choices=methods, value=CAUSAL2VEC)
                     other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
                 found = gr.HTML(elem_id="results")
                 search_inputs = [query, collection, method, other, top_k]
-                # One listener for all of them, and the last request wins: results never arrive in another order.
+                # One listener for all inputs; only the latest request is answered, so that no older result replaces it.
                 gr.on(
                     [query.submit, search_button.click, collection.input, method.input, other.input, top_k.release],
                     self.search,
@@ -113,7 +123,7 @@ class SearchApp:
                     label="Files: txt, md, rst, html, pdf, py", file_count="multiple", file_types=_FILE_TYPES
                 )
                 folder = gr.Textbox(
-                    label="or a folder of this computer", placeholder="/home/me/notes", visible=self._is_local
+                    label="or a folder of this computer", placeholder="/home/me/notes", visible=self.is_local
                 )
                 python = gr.Checkbox(label="and the documentation of Python's standard library")
                 replace = gr.Checkbox(label="replace earlier uploads of the same file names")
@@ -132,7 +142,9 @@ class SearchApp:
                 stop.click(self.cancel, None, None, queue=False)
                 event.then(self.choices, into, [collection, examples])
             with gr.Tab("Map") as map_tab:
-                gr.Markdown("Passages near each other mean alike. Colours are sources; click a point to read it.")
+                gr.Markdown(
+                    "Near points are passages of similar meaning. Colours are sources. Click a point to read it."
+                )
                 plot = gr.HTML(elem_id="map", js_on_load=_MAP_CLICK)
                 chosen = gr.HTML(elem_id="chosen")
                 map_tab.select(self.map, collection, plot)
@@ -153,13 +165,12 @@ class SearchApp:
         auth: Logins = (),
         allowed_hosts: Sequence[str] = (),
     ) -> tuple[gr.Blocks, str]:
-        """Serve the page; returns it and its address. With `wait`, it returns after Ctrl-C.
+        """Serve the page, and return it and its address. With `wait`, the call returns after Ctrl-C.
 
-        `auth`: pairs of user and password, one of which the page asks for. `allowed_hosts`: names of this server
-        besides `host`, localhost and IP addresses, for a proxy in front of it; other `Host` headers are refused.
+        `auth`: pairs of user and password; if there are any, the page asks for a login. `allowed_hosts`: names of this
+        server besides `host`, localhost and IP addresses, such as a proxy's; other `Host` headers are refused.
 
-        Raises ValueError when others than this machine reach the page and there is no `auth`, OSError when the port is
-        taken.
+        Raises ValueError if other machines reach the page and there is no `auth`, OSError if the port is taken.
         """
         check_access(host, allowed_hosts, auth)
         self._is_local = self._is_local and is_only_local(host, allowed_hosts)
@@ -171,8 +182,8 @@ class SearchApp:
             server_port=port,
             auth=list(auth) or None,
             app_kwargs={"middleware": [hosts]},
-            ssr_mode=False,  # Node would be in front, and answer without the middleware
-            num_workers=0,  # so would workers for static files
+            ssr_mode=False,  # Node would answer first, without the middleware
+            num_workers=0,  # static file workers would do the same
             prevent_thread_lock=True,
             share=False,
             quiet=True,
@@ -186,13 +197,10 @@ class SearchApp:
             page.block_thread()
         return page, address
 
-    def _methods(self) -> list[str]:
-        return [name for name in METHODS if isinstance(self._model, Causal2Vec) or name != ENCODER]
-
     # Handlers
 
     def choices(self, wanted: str) -> tuple[Any, Any]:
-        """Updates of the list of collections, and of the example questions: shown for Python's documentation only."""
+        """Updates of the collection list and of the example questions, which only Python's documentation has."""
         names = self.collections()
         value = wanted if wanted in names else (names[0] if names else None)
         about_python = False
@@ -203,7 +211,7 @@ class SearchApp:
         return gr.update(choices=names, value=value), gr.update(visible=about_python)
 
     def search(self, query: str, collection: str | None, method: str, other: str, top_k: int) -> Iterator[str]:
-        """Yields progress messages while a method is prepared, then the results; an error is a message too."""
+        """Yield progress messages while a method is prepared, then the results. An error is shown as a message."""
         query = query.strip()
         if not query:
             yield render.message("Type a question or a few words first, then press Enter.")
@@ -242,7 +250,7 @@ class SearchApp:
         )
 
     def _notices(self, query: str) -> list[str]:
-        model = self._model
+        model = self.model
         if not isinstance(model, Causal2Vec):
             return []
         (length,) = model.count_tokens([query])
@@ -256,8 +264,8 @@ class SearchApp:
     def add(
         self, files: list[str] | None, folder: str, python: bool, into: str, replace: bool, request: gr.Request
     ) -> Iterator[str]:
-        """Index uploaded files, a folder, Python's documentation; yields progress messages, at the end a report."""
-        sources = [folder.strip()] if self._is_local and folder.strip() else []
+        """Index uploaded files, a folder or Python's documentation. Yield progress messages, then a report."""
+        sources = [folder.strip()] if self.is_local and folder.strip() else []
         sources += [PYTHON_DOCS] if python else []
         uploads = [Path(file) for file in files or []]
         if not uploads and not sources:
@@ -268,7 +276,7 @@ class SearchApp:
             yield render.message("This page is adding documents already. Cancel that first, or wait for its end.")
             return
         try:
-            searcher = self._collections.to_add(into.strip(), may_be_new=self._is_local)
+            searcher = self._collections.to_add(into.strip(), may_be_new=self.is_local)
             run = Task[Added](lambda task: add(task, searcher.index, uploads, sources, replace_uploads=replace))
         except Exception as error:
             yield render.message(_reason(error), "error")
@@ -287,12 +295,12 @@ class SearchApp:
             del self._runs[session]
 
     def cancel(self, request: gr.Request) -> None:
-        """Stop this page's run; passages that were written stay."""
+        """Stop the run of this session. Passages that are written already stay."""
         if run := self._runs.get(str(request.session_hash)):
             run.stop()
 
     def map(self, collection: str | None) -> str:
-        """Two principal components of the embeddings; a sample of a large collection."""
+        """A map of the collection: two principal components of its embeddings, or of a sample of them."""
         if collection is None:
             return render.message("Nothing is indexed yet.")
         from sklearn.decomposition import PCA
@@ -317,10 +325,10 @@ class SearchApp:
         return render.chunk(chunk)
 
     def about(self, collection: str | None) -> str:
-        """Model, device, dimensions, and a speed measured now on the collection's own passages."""
+        """A table of model, device and dimensions, and of the speed on passages of the collection, measured now."""
         try:
             index = None if collection is None else self._collections.to_search(collection).index
-            return render.table(facts(self._model, self._store, index))
+            return render.table(facts(self.model, self.store, index))
         except Exception as error:
             return render.message(_reason(error), "error")
 
@@ -349,4 +357,4 @@ def _reason(error: Exception) -> str:
         return "Stopped."
     if isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
         return str(error)
-    return f"{type(error).__name__}: {error}"  # a library's own kind of error: its text alone may say little
+    return f"{type(error).__name__}: {error}"  # the text of a library's own exception may not be enough

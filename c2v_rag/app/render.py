@@ -1,4 +1,4 @@
-"""Results, map and messages as HTML. Every text is escaped here."""
+"""HTML of results, map and messages. All texts are escaped in this module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from c2v_rag.app.adding import FILE_NAME, UPLOAD
 from c2v_rag.index import Chunk, Hit
 
-# Okabe and Ito's palette, which colour-blind people can tell apart, and grey for the rest.
+# Okabe and Ito's palette, which colour-blind people can tell apart; grey for all further groups.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#b8a500", "#795548")
 OTHER_COLOUR = "#9e9e9e"
 PASSAGE_SHOWN = 600  # characters
@@ -53,12 +53,12 @@ CSS = """
 
 
 def message(text: str, kind: str = "") -> str:
-    """A box; `kind` is "error", "done" or "". Line breaks stay."""
+    """A message box. `kind` is "error", "done" or "". Line breaks are kept."""
     return f'<div class="c2v-message c2v-{kind}" role="status">{escape(text).replace(chr(10), "<br>")}</div>'
 
 
 def progress(text: str, done: float | None) -> str:
-    """A message with a bar under it, filled to the share `done`; moving, where that is not known."""
+    """A message with a progress bar, filled to the share `done`. If that is None, the bar moves without an end."""
     value = "" if done is None else f' value="{done:.3f}"'
     return (
         f'<div class="c2v-message c2v-busy" role="status">{escape(text or "Starting …")}'
@@ -69,7 +69,7 @@ def progress(text: str, done: float | None) -> str:
 def results(
     columns: Sequence[tuple[str, str, str, Sequence[Hit], Sequence[tuple[int, int]]]], notices: Sequence[str] = ()
 ) -> str:
-    """One or two columns of hits: (method, how it scores, a line on time, hits, spans to highlight)."""
+    """One or two columns of hits; each is (method, its scoring, its timing, hits, spans to highlight)."""
     parts = []
     for number, (method, how, timing, hits, spans) in enumerate(columns):
         others = {hit.id: rank for rank, hit in enumerate(columns[1 - number][3], 1)} if len(columns) == 2 else None
@@ -108,7 +108,7 @@ def _hit(rank: int, hit: Hit, span: tuple[int, int], badge: str) -> str:
 
 
 def passage(text: str, span: tuple[int, int] = (0, 0)) -> str:
-    """A text with the sentence at `span` marked. Of a long text the part around it, and the whole after a click."""
+    """A text with the sentence at `span` marked. A long text is cut around it; a click shows the whole text."""
     if len(text) <= PASSAGE_SHOWN:
         return f'<div class="c2v-text">{_marked(text, span, 0, len(text))}</div>'
     first = max(0, min(span[0] - PASSAGE_SHOWN // 3, len(text) - PASSAGE_SHOWN))
@@ -121,7 +121,7 @@ def passage(text: str, span: tuple[int, int] = (0, 0)) -> str:
 
 
 def _marked(text: str, span: tuple[int, int], first: int, last: int) -> str:
-    """text[first:last], escaped, with the sentence at `span` inside it marked."""
+    """text[first:last], escaped, with the sentence at `span` marked."""
     start, end = span
     if end <= start:
         return escape(text[first:last])
@@ -129,7 +129,7 @@ def _marked(text: str, span: tuple[int, int], first: int, last: int) -> str:
 
 
 def chunk(one: Chunk) -> str:
-    """A passage of the map, with its source."""
+    """A passage with its source, for a click on the map."""
     return (
         f'<article class="c2v-hit"><div class="c2v-head"><span class="c2v-source">{escape(source_name(one.metadata))}'
         f"</span></div>{passage(one.text)}</article>"
@@ -137,22 +137,22 @@ def chunk(one: Chunk) -> str:
 
 
 def source_name(metadata: Mapping[str, Any]) -> str:
-    """A passage's source for people: an upload's file name, else the source as it is."""
+    """A passage's source as the page shows it: the file name of an upload, else the source unchanged."""
     source = str(metadata["source"])
     return str(metadata.get(FILE_NAME, source)) if source.startswith(UPLOAD) else source
 
 
 def source_group(source: str) -> str:
-    """The group that shares a colour on the map: a file's folder, else the first part of a dotted name."""
+    """The group of a source; a group has one colour on the map: a file's folder, or the first part of a dotted name."""
     if "/" in source or "\\" in source:
         return PurePath(source).parent.name or source
     return source.partition(".")[0]
 
 
 def map_svg(chunks: Sequence[Chunk], points: np.ndarray) -> str:
-    """A scatter plot of `points` (n, 2), coloured by the most frequent groups of sources; data-id names the chunk."""
+    """An SVG scatter plot of `points` (n, 2), coloured by group of source; each circle's data-id is its chunk's id."""
     groups = [source_group(source_name(chunk.metadata)) for chunk in chunks]
-    if len(set(groups)) == 1:  # one folder: its files
+    if len(set(groups)) == 1:  # all in one folder: one colour for each file
         groups = [PurePath(source_name(chunk.metadata)).name for chunk in chunks]
     named = [group for group, _ in Counter(groups).most_common(len(COLOURS))]
     colour = dict(zip(named, COLOURS, strict=False))

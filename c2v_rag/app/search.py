@@ -1,4 +1,4 @@
-"""One collection searched in several ways: Causal2Vec, the encoder inside it, BM25, and both kinds fused."""
+"""`Searcher`: searches a collection with Causal2Vec, its encoder alone, BM25, or a fusion of Causal2Vec and BM25."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
 from c2v_rag.index import Chunk, Hit, StoreAddress, VectorIndex
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
@@ -21,15 +20,15 @@ CAUSAL2VEC, ENCODER, BM25, HYBRID = "Causal2Vec", "Encoder alone", "BM25", "Hybr
 METHODS = {
     CAUSAL2VEC: "cosine similarity of the embeddings",
     ENCODER: "cosine similarity of the contextual encoder's own vectors",
-    BM25: "words in common, rare ones counting more",
-    HYBRID: "reciprocal rank fusion of Causal2Vec and BM25",
+    BM25: "words in common; rare words count more",
+    HYBRID: "0.7 x Causal2Vec + 0.3 x BM25, both standardised",
 }
 ENCODER_SUFFIX = ".encoder"
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
 
 
 def check_collection_name(name: str) -> None:
-    """ValueError for a name that is reserved for the encoder's vectors of another collection."""
+    """Raise ValueError for a name that ends in ".encoder": such collections hold the encoder's vectors."""
     if name.endswith(ENCODER_SUFFIX):
         raise ValueError(
             f"{name!r} cannot be the name of a collection here: names that end in {ENCODER_SUFFIX!r} are for the "
@@ -42,10 +41,11 @@ def _ignore_progress(message: str, done: float | None) -> None:
 
 
 class Searcher:
-    """Searches a `VectorIndex` by any of `METHODS`.
+    """Searches a `VectorIndex` with any of `METHODS`.
 
-    `prepare` builds what a method needs besides the index: the encoder's vectors, in a second collection of the same
-    store; BM25's word counts, in memory. It also updates them after documents were added or removed.
+    `prepare` builds the data that a method needs besides the index, and updates it after documents were added or
+    deleted: the encoder's vectors, in a second collection of the same store (`encoder_index`, None until then), and
+    the lexical index.
 
     Raises ValueError for a collection name that ends in ".encoder".
     """
@@ -57,38 +57,38 @@ class Searcher:
         self.collection = collection
         self._store = store
         self._preparing = threading.Lock()
-        self._encoder_index: VectorIndex | None = None
-        self._bm25: _Bm25 | None = None
-        self._prepared: dict[str, str] = {}  # method -> the version of the index that it was prepared for
+        self.encoder_index: VectorIndex | None = None
+        self._prepared: dict[str, str] = {}  # method -> version of the index at its preparation
 
     def is_prepared(self, method: str) -> bool:
         """Whether `search` by this method can answer at once."""
         return method == CAUSAL2VEC or self._prepared.get(_needs(method)) == self.index.version
 
     def prepare(self, method: str, report: Report = _ignore_progress) -> None:
-        """Build what `method` needs, unless it is up to date; `report` gets the progress and may raise to stop it."""
+        """Build the data that `method` needs, unless it is up to date.
+
+        `report(message, share done or None)` gets the progress; if it raises, the preparation stops.
+        """
         with self._preparing:
             if self.is_prepared(method):
                 return
             version = self.index.version
-            chunks = list(self.index.chunks())
             if method == ENCODER:
-                self._prepare_encoder(chunks, report)
+                self._prepare_encoder(list(self.index.chunks()), report)
+                # Writing the encoder's collection changes the folder's version too; the documents are the same.
+                version = self.index.version
             else:
-                report(f"Counting the words of {len(chunks):,} passages for BM25 …", None)
-                self._bm25 = _Bm25(chunks)
-            # Writing the encoder's collection changes the folder's version too; the documents are the same.
-            self._prepared[_needs(method)] = self.index.version if method == ENCODER else version
+                report(f"Counting the words of {len(self.index):,} passages for BM25 …", None)
+                self.index.lexical_index()
+            self._prepared[_needs(method)] = version
 
     def _prepare_encoder(self, chunks: Sequence[Chunk], report: Report) -> None:
-        if self._encoder_index is None:
+        if self.encoder_index is None:
             assert isinstance(self.model, Causal2Vec)
-            self._encoder_index = VectorIndex(
-                self._store, EncoderEmbedder(self.model), self.collection + ENCODER_SUFFIX
-            )
-        for vanished in self._encoder_index.sources() - {str(chunk.metadata["source"]) for chunk in chunks}:
-            self._encoder_index.delete(vanished)
-        self._encoder_index.add(
+            self.encoder_index = VectorIndex(self._store, EncoderEmbedder(self.model), self.collection + ENCODER_SUFFIX)
+        for vanished in self.encoder_index.sources() - {str(chunk.metadata["source"]) for chunk in chunks}:
+            self.encoder_index.delete(vanished)
+        self.encoder_index.add(
             [
                 Document(
                     chunk.text,
@@ -105,24 +105,18 @@ class Searcher:
         )
 
     def search(self, method: str, query: str, top_k: int) -> list[Hit]:
-        """The best passages, by a method that is prepared; `score` is on the method's own scale."""
+        """The best passages by `method`, which must be prepared. Each method has its own scale of `score`."""
         if method == CAUSAL2VEC:
             return self.index.search(query, top_k)
         if method == ENCODER:
-            assert self._encoder_index is not None
-            return self._encoder_index.search(query, top_k)
-        assert self._bm25 is not None
-        if method == BM25:
-            return self._bm25.search(query, top_k)
-        dense, sparse = self.index.search(query, FUSED_DEPTH), self._bm25.search(query, FUSED_DEPTH)
-        found = {hit.id: hit for hit in (*dense, *sparse)}
-        fused = reciprocal_rank_fusion([[hit.id for hit in dense], [hit.id for hit in sparse]])
-        return [Hit(id, score, found[id].text, found[id].metadata) for id, score in list(fused.items())[:top_k]]
+            assert self.encoder_index is not None
+            return self.encoder_index.search(query, top_k)
+        return self.index.search(query, top_k, mode="lexical" if method == BM25 else "hybrid")
 
     def best_sentences(self, query: str, texts: Sequence[str]) -> list[tuple[int, int]]:
         """For each text the span (start, end) of the sentence that is most similar to the query.
 
-        The encoder alone compares them where there is one, because it is fast.
+        A Causal2Vec model uses its encoder alone for this, because it is fast.
         """
         spans = [sentences(text) for text in texts]
         pieces = [text[start:end] for text, of_text in zip(texts, spans, strict=True) for start, end in of_text]
@@ -140,7 +134,7 @@ class Searcher:
 
 
 def _needs(method: str) -> str:
-    """The method under which the preparation of `method` is noted: hybrid search needs BM25's."""
+    """The method whose preparation `method` needs: hybrid search needs BM25's, any other method its own."""
     return BM25 if method == HYBRID else method
 
 
@@ -154,34 +148,3 @@ def sentences(text: str) -> list[tuple[int, int]]:
             spans.append((first, start + len(piece.rstrip())))
         start = following
     return spans
-
-
-class _Bm25:
-    """BM25 over the chunks, by bm25s with the English Snowball stemmer."""
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        import bm25s
-        import Stemmer
-
-        self._chunks = chunks
-        self._stemmer = Stemmer.Stemmer("english")
-        self._index: Any = None
-        if any(chunk.text.strip() for chunk in chunks):
-            self._index = bm25s.BM25()
-            self._index.index(self._tokens([chunk.text for chunk in chunks]), show_progress=False)
-
-    def _tokens(self, texts: list[str]) -> Any:
-        import bm25s
-
-        return bm25s.tokenize(texts, stopwords="en", stemmer=self._stemmer, show_progress=False)
-
-    def search(self, query: str, top_k: int) -> list[Hit]:
-        """Chunks that share a word with the query; there may be none."""
-        if self._index is None:
-            return []
-        rows, scores = self._index.retrieve(self._tokens([query]), k=min(top_k, len(self._chunks)), show_progress=False)
-        return [
-            Hit(self._chunks[row].id, float(score), self._chunks[row].text, self._chunks[row].metadata)
-            for row, score in zip(rows[0], scores[0], strict=True)
-            if score > 0
-        ]

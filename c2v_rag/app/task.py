@@ -1,4 +1,4 @@
-"""Work in a thread of its own, with progress and a way to stop it."""
+"""`Task`: runs a function in a thread, reports its progress and can stop it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _POLL_S = 0.2
 
 
 class Stopped(Exception):
-    """Raised inside the work after `stop` was called."""
+    """Raised in the task's function after `stop` was called."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """`done` is a share from 0 to 1; None when it is unknown."""
+    """The state of a task. `done`: the finished share, 0 to 1; None if it is unknown."""
 
     message: str
     done: float | None
 
 
 class Task(Generic[T]):
-    """Runs `work(task)` in a thread. The work calls `report`, which raises `Stopped` after `stop` was called."""
+    """Runs `work(task)` in a thread. `work` calls `report`, which raises `Stopped` after `stop` was called."""
 
     def __init__(self, work: Callable[[Task[T]], T]) -> None:
         self._work = work
@@ -42,7 +42,7 @@ class Task(Generic[T]):
             self._error = error
 
     def report(self, message: str, done: float | None = None) -> None:
-        """Publish the work's progress. Raises Stopped after `stop` was called."""
+        """Set the progress that `watch` yields. Raises Stopped after `stop` was called."""
         self._progress = Progress(message, done)
         if self._stop_requested.is_set():
             raise Stopped
@@ -53,11 +53,11 @@ class Task(Generic[T]):
             raise Stopped
 
     def stop(self) -> None:
-        """Ask the work to stop; it does so at its next `report` or `wait`."""
+        """Request the end of the work; it stops at its next `report` or `wait`."""
         self._stop_requested.set()
 
     def watch(self) -> Iterator[Progress]:
-        """The latest progress, several times a second until the work has ended. Closing the iterator stops the work."""
+        """Yield the latest progress every 0.2 s until the work has ended. Closing the iterator stops the work."""
         try:
             while self._thread.is_alive():
                 self._thread.join(_POLL_S)
@@ -66,7 +66,7 @@ class Task(Generic[T]):
             self.stop()
 
     def result(self) -> T:
-        """The work's result, after waiting for its end; raises its exception."""
+        """Wait for the end of the work, and return its result or raise its exception."""
         self._thread.join()
         if self._error is not None:
             raise self._error

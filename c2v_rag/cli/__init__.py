@@ -1,6 +1,7 @@
-"""c2v-rag: index, search, embed, info, train, mine, evaluate, serve, app.
+"""The command `c2v-rag`: index, search, embed, info, train, mine, evaluate, serve, app.
 
-Results go to stdout, everything else to stderr. An error is one message and exit code 1; `--debug` shows where.
+Results go to stdout, all other output to stderr. An error prints one message, and the exit code is 1; `--debug` shows
+the traceback.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -36,7 +37,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass  # the options act by themselves: --version in its callback, --debug in main
+    pass  # --version works in its callback, --debug in main
 
 
 app.command()(search.index)
@@ -52,8 +53,8 @@ app.command("app")(serve.search_app)
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "chromadb", "huggingface_hub"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    for library in ("httpx", "chromadb", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except Exception as error:
@@ -61,12 +62,10 @@ def main() -> None:
             raise
         message = f"Error: {error}"
         if not isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
-            # A library's own kind of error, or a mistake of ours: its text alone may say little.
-            message = (
-                f"Error: {type(error).__name__}: {error}\nTo see where it came from, run it with --debug in front."
-            )
+            # The exception of a library, or a bug in this package: its text alone may not be enough.
+            message = f"Error: {type(error).__name__}: {error}\nFor the traceback run c2v-rag --debug COMMAND ..."
         err.print(message, style="red", markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        err.print("Stopped. What was written so far is kept; run the same command to go on.")
+        err.print("Stopped. Everything written so far is kept; run the same command again to continue.")
         sys.exit(130)

@@ -10,8 +10,8 @@ Store = Annotated[
     str,
     typer.Option(
         help="Folder of the index, or the URL of a Chroma server, such as http://localhost:8000 or "
-        "https://USER:PASSWORD@HOST:PORT/PATH?tenant=T&database=D; without a port, 80 or 443. For a server the "
-        "environment can give CHROMA_TENANT, CHROMA_DATABASE, C2V_RAG_CHROMA_HEADERS (a JSON object such as "
+        "https://USER:PASSWORD@HOST:PORT/PATH?tenant=T&database=D; unless given, the port is 80 or 443. For a server, "
+        "the environment can give CHROMA_TENANT, CHROMA_DATABASE, C2V_RAG_CHROMA_HEADERS (a JSON object such as "
         '{"Authorization": "Bearer KEY"}) and, for Chroma Cloud, CHROMA_API_KEY.'
     ),
 ]
@@ -20,14 +20,22 @@ ModelName = Annotated[str, typer.Option(help='"default", a checkpoint folder, or
 EmbedderName = Annotated[
     str, typer.Option("--model", help='"default", a checkpoint folder, a Hugging Face Hub id, or the URL of a server.')
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first there is unless given.")]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; what the hardware computes in unless given.")]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, mps or cpu; unless given, the first of them that is available.")
+]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; unless given, the best one for the hardware.")]
 Ray = Annotated[
     str | None,
     typer.Option(
-        metavar="ADDRESS", help='Work on a Ray cluster; "local" starts one on this machine, "auto" where none is found.'
+        metavar="ADDRESS",
+        help='Run on a Ray cluster at this address. "local" starts one here; "auto" uses a running one or starts one.',
     ),
 ]
-RayWorkers = Annotated[int | None, typer.Option(min=1, help="With --ray: processes that embed; one a GPU, or one.")]
-RayGpus = Annotated[float | None, typer.Option(min=0, help="With --ray: GPUs of each; 1 where there are any.")]
+RayWorkers = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --ray: number of processes that embed; unless given, one for each GPU, or one."),
+]
+RayGpus = Annotated[
+    float | None, typer.Option(min=0, help="With --ray: GPUs for each process; unless given, 1 if the cluster has any.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]

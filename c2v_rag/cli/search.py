@@ -40,7 +40,7 @@ def index(
     store: Store,
     model: EmbedderName = "default",
     collection: Collection = "documents",
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many documents, for a first look.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this number of documents, for a trial.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
     prune: Annotated[
         bool,
@@ -57,17 +57,19 @@ def index(
     dtype: DType = None,
     json_output: Json = False,
 ) -> None:
-    """Embed documents into a Chroma collection. Run again, it embeds what is new and deletes what is gone.
+    """Embed documents into a Chroma collection. Another run embeds new documents and deletes those that are gone.
 
-    Chunks of a deleted file are deleted too, unless its folder is there but empty (see --prune). A file that cannot be
-    read is reported, and the chunks that the index has of it stay.
+    Chunks of a deleted file are deleted too, unless its folder exists and is empty (see --prune). A file that cannot be
+    read is reported, and its chunks stay in the index.
     """
     from c2v_rag.index import VectorIndex, remove_vanished
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
 
     if ray is not None:
         if limit is not None or device is not None:
-            raise ValueError("--limit and --device are not for --ray: it indexes everything, on what its workers have.")
+            raise ValueError(
+                "--limit and --device do not work with --ray: it indexes all documents, on the devices of its workers."
+            )
         with requires_extra("ray"):
             from c2v_rag.scale.cluster import Workers
             from c2v_rag.scale.indexing import index_on_ray
@@ -91,7 +93,7 @@ def index(
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
     total = min(total, limit) if total and limit else total
     vectors = VectorIndex(store, open_embedder(model, device, dtype), collection)
-    # With a limit not every document was read, so nothing counts as gone.
+    # With a limit some documents were not read, so it is unknown which are gone.
     report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
     if limit is None:
         removed = sum(
@@ -116,21 +118,29 @@ def _print_report(report: IndexReport, store: str, collection: str, left_out: li
 
 
 def search(
-    query: Annotated[str, typer.Argument(help="What to look for.")],
+    query: Annotated[str, typer.Argument(help="The question or words to search for.")],
     store: Store,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="How many passages.")] = 5,
     model: Annotated[
-        str | None, typer.Option(help="The index's own model unless given; another one is refused.")
+        str | None, typer.Option(help="Unless given, the model that made the index; another model is refused.")
     ] = None,
     collection: Collection = "documents",
+    mode: Annotated[
+        str,
+        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both. Needs c2v-rag[hybrid]."),
+    ] = "dense",
+    where: Annotated[
+        str | None, typer.Option(help="""Chroma's metadata filter as JSON: '{"kind": "function"}'.""")
+    ] = None,
+    by_source: Annotated[bool, typer.Option("--by-source", help="Only the best passage of each source.")] = False,
     device: Device = None,
     dtype: DType = None,
     json_output: Json = False,
 ) -> None:
     """Print the passages that answer a query best."""
-    from c2v_rag.index import VectorIndex, stored_stamp
+    from c2v_rag.index import VectorIndex, check_mode, stored_stamp
 
-    stamp = stored_stamp(store, collection)  # first: a mistyped store is an error before a model is loaded
+    stamp = stored_stamp(store, collection)  # before the model is loaded: a wrong store is reported at once
     name = model or str(stamp["name"])
     if not name:
         raise ValueError(
@@ -138,7 +148,9 @@ def search(
         )
     vectors = VectorIndex(store, open_embedder(name, device, dtype, is_stored=not model), collection)
     started = time.perf_counter()
-    hits = vectors.search(query, k)
+    hits = vectors.search(
+        query, k, mode=check_mode(mode), where=_metadata_filter(where), group_by="source" if by_source else None
+    )
     milliseconds = 1000 * (time.perf_counter() - started)
     if json_output:
         print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
@@ -153,17 +165,32 @@ def search(
     out.print(f"{len(hits)} of {len(vectors)} chunks, {milliseconds:.0f} ms")
 
 
+def _metadata_filter(where: str | None) -> dict[str, Any] | None:
+    if where is None:
+        return None
+    try:
+        value = json.loads(where)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--where must be a JSON object, such as \'{{"kind": "function"}}\': {error}') from error
+    if not isinstance(value, dict):
+        raise ValueError(f'--where must be a JSON object, such as \'{{"kind": "function"}}\'; got {where}.')
+    return value
+
+
 def embed(
-    file: Annotated[str, typer.Argument(help='A .jsonl, .csv or .parquet table, a text file (a text a line), or "-".')],
+    file: Annotated[
+        str,
+        typer.Argument(help='A .jsonl, .csv or .parquet table, a text file with one text per line, or "-" for stdin.'),
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="OUT.npy, OUT.parquet or OUT.jsonl; with --ray a folder.")
     ],
     model: EmbedderName = "default",
-    query: Annotated[bool, typer.Option("--query", help="Embed as queries, with the instruction.")] = False,
-    instruction: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
-    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Shorter embeddings.")] = None,
+    query: Annotated[bool, typer.Option("--query", help="Embed the texts as queries, with the instruction.")] = False,
+    instruction: Annotated[str | None, typer.Option(help="Instruction instead of the model's own.")] = None,
+    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Number of columns of shorter embeddings.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
-    half: Annotated[bool, typer.Option("--half", help="With --ray: store float16.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="With --ray: write float16.")] = False,
     ray: Ray = None,
     workers: RayWorkers = None,
     num_gpus_per_worker: RayGpus = None,
@@ -196,8 +223,8 @@ def embed(
 
 
 def info(model: ModelName = "default", device: Device = None, dtype: DType = None, json_output: Json = False) -> None:
-    """Say what the model is, where its weights came from, and what it runs on."""
-    import c2v_rag.model  # noqa: F401  (the time to import torch is not the model's)
+    """Print the model's settings, the origin of its weights, and its device."""
+    import c2v_rag.model  # noqa: F401  (before the clock starts: importing torch takes seconds)
 
     started = time.perf_counter()
     loaded = load_model(model, device, dtype)
@@ -238,7 +265,7 @@ def _texts(file: str, text_column: str) -> Iterator[str]:
 
 
 def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
-    """Write under another name and rename, so that a file with this name is complete."""
+    """Write under another name and rename, so that a file with this name is always complete."""
     unfinished = path.with_name(f".{path.stem}.part{path.suffix}")
     if path.suffix == ".npy":
         import numpy as np

@@ -1,4 +1,4 @@
-"""Commands that listen: serve, and app for the browser."""
+"""Commands that start a server: serve for programs, app for the browser."""
 
 from __future__ import annotations
 
@@ -16,33 +16,37 @@ AllowedHosts = Annotated[
     typer.Option(
         "--allowed-host",
         metavar="NAME",
-        help="Repeatable: a name under which clients reach it, such as a proxy's. localhost, IP addresses and the name "
-        'given as --host are always allowed; other names are refused. "*" allows all.',
+        help="Repeatable: a host name that clients use for this server, such as a proxy's. localhost, IP addresses and "
+        'the name given as --host are always allowed; other names are refused. "*" allows all.',
     ),
 ]
 
 
 def serve(
     model: ModelName = "default",
-    host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key_file: Annotated[Path | None, typer.Option(help="File with a key a line; clients must send one.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; an address that other machines reach needs a key.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with one key per line; clients must send one of them.")
+    ] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Let everyone who reaches the address use it.")] = False,
     allowed_host: AllowedHosts = None,
-    name: Annotated[str, typer.Option(help="The model's name for clients, its own unless given.")] = "",
-    max_body: Annotated[int, typer.Option(min=1, help="MiB a request.")] = 16,
-    max_inputs: Annotated[int, typer.Option(min=1, help="Texts a request.")] = 2048,
+    name: Annotated[str, typer.Option(help="The model's name for clients; its own name unless given.")] = "",
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum MiB per request.")] = 16,
+    max_inputs: Annotated[int, typer.Option(min=1, help="Maximum texts per request.")] = 2048,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a text; what the decoder reads unless given.")
+        int | None, typer.Option(min=1, help="Maximum tokens per text; the decoder's maximum unless given.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Texts accepted and not answered yet.")] = 8192,
-    max_seconds: Annotated[float, typer.Option(min=0.1, help="Until an answer.")] = 120.0,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Maximum texts that are accepted and not answered yet.")
+    ] = 8192,
+    max_seconds: Annotated[float, typer.Option(min=0.1, help="Maximum seconds until the answer.")] = 120.0,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Embed for other programs, over HTTP as OpenAI does; NAME embeds documents, NAME:query queries."""
+    """Serve embeddings over HTTP, with OpenAI's API. Model NAME embeds documents, NAME:query embeds queries."""
     with requires_extra("server"):
         from c2v_rag.server import run
         from c2v_rag.server.api import Limits
@@ -50,7 +54,7 @@ def serve(
 
     if not (is_loopback(host) or api_key_file or no_key):
         raise ValueError(
-            f"Whoever reaches {host} could use this server. Give --api-key-file, or say --no-key if that is meant."
+            f"Everyone who reaches {host} could use this server. Give --api-key-file, or say --no-key if you want that."
         )
     check_model_name(name)  # before the model is loaded
     keys = run.read_keys(api_key_file) if api_key_file else []
@@ -67,20 +71,23 @@ def search_app(
     store: Store,
     collection: Collection = "documents",
     model: Annotated[
-        str | None, typer.Option(help="The collection's own model unless given, the default for a new one.")
+        str | None,
+        typer.Option(
+            help="Unless given, the model that made the collection, or the default model for a new collection."
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs --auth-file.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; an address that other machines reach needs --auth-file.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
     auth_file: Annotated[
-        Path | None, typer.Option(help="File with USER:PASSWORD a line; the page then asks for a login.")
+        Path | None, typer.Option(help="File with one USER:PASSWORD per line; the page then asks for a login.")
     ] = None,
     allowed_host: AllowedHosts = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Search in the browser, side by side with other methods; add documents, look at a map."""
+    """Open a search page for the browser: compare search methods, add documents, see a map of the collection."""
     with requires_extra("demo"):
         from c2v_rag.app.access import check_access, read_logins
         from c2v_rag.app.page import SearchApp

@@ -1,4 +1,4 @@
-"""What several commands share: the consoles, how a model is opened, and the error for a missing extra."""
+"""Helpers of several commands: the consoles, opening a model, and the error for a missing extra."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ err = Console(stderr=True, soft_wrap=True)  # a wrapped path cannot be copied
 
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """What is imported inside comes with an extra; without it, an ImportError that names the pip line."""
+    """Turn a failed import in the block into an ImportError with the pip line that installs `extra`."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -28,9 +28,9 @@ def requires_extra(extra: str) -> Iterator[None]:
 
 
 def open_embedder(name: str, device: str | None, dtype: str | None, *, is_stored: bool = False) -> Embedder:
-    """A model to embed with, here or behind a server's URL.
+    """The embedder of this name, in this process or on the server at this URL.
 
-    `is_stored`: the name comes out of a store, not from the person. ValueError if it is then a URL.
+    `is_stored`: the name was read from a store, not given by the user. ValueError if it is a URL then.
     """
     with err.status("Loading the model"):
         from c2v_rag.embedders import EmbedderSpec

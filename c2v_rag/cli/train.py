@@ -1,4 +1,4 @@
-"""Commands that train and score: train, mine, evaluate."""
+"""Commands for training and evaluation: train, mine, evaluate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from c2v_rag.cli.shared import load_model, out, requires_extra
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has examples.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the sets that the recipe names.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data sets that the recipe names.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the finished checkpoint.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Shorten every stage, for a dry run.")] = None,
     device: Device = None,
 ) -> None:
-    """Fine-tune on pairs: query, positive, optional negatives."""
+    """Fine-tune a model on pairs of query and positive, with optional negatives."""
     with requires_extra("train"):
         from c2v_rag.finetune import run
         from c2v_rag.finetune.recipe import Recipe
@@ -33,11 +33,12 @@ def train(
     folder, target = data or read.data.folder, output or read.output
     if folder is None or target is None:
         raise ValueError(
-            f"Say where the data is and where to: --data and --output, or data.folder and output in {recipe}."
+            "Say where the data is and where to save the model: "
+            f"--data and --output, or data.folder and output in {recipe}."
         )
     run.train(read, folder, target, device=device, max_steps=max_steps, resume=resume)
     out.print(
-        f"{target} holds the model; {target}.training the loss of every step and its plot.",
+        f"The model is in {target}; {target}.training has the loss of every step and its plot.",
         markup=False,
         soft_wrap=True,
     )
@@ -47,13 +48,13 @@ def mine(
     data: Annotated[Path, typer.Argument(help="A .parquet, .jsonl or .csv file with query and positive.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="OUT.jsonl, with negatives.")],
     model: ModelName = "default",
-    num_negatives: Annotated[int, typer.Option(min=1, help="Negatives a pair.")] = 4,
-    range_min: Annotated[int, typer.Option(min=0, help="Leave out the first so many ranks.")] = 0,
-    range_max: Annotated[int, typer.Option(min=1, help="Look at ranks up to this.")] = 50,
+    num_negatives: Annotated[int, typer.Option(min=1, help="Negatives per pair.")] = 4,
+    range_min: Annotated[int, typer.Option(min=0, help="Number of top ranks to leave out.")] = 0,
+    range_max: Annotated[int, typer.Option(min=1, help="Last rank from which negatives are taken.")] = 50,
     relative_margin: Annotated[
-        float, typer.Option(min=0, max=1, help="Leave out what scores above (1 - this) x the positive.")
+        float, typer.Option(min=0, max=1, help="Leave out passages that score above (1 - this) x the positive's score.")
     ] = 0.05,
-    instruction: Annotated[str | None, typer.Option(help="Instead of the set's own.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Instruction instead of the data set's own.")] = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
@@ -83,12 +84,12 @@ def evaluate(
             help='Repeatable: "encoder", "contextual", "eos", "bm25", "hybrid", a sentence-transformers folder.'
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write everything to this JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write all results to this JSON file.")] = None,
     device: Device = None,
     dtype: DType = None,
     json_output: Json = False,
 ) -> None:
-    """Score a model on retrieval and similarity data, side by side with baselines."""
+    """Score a model on retrieval and similarity data, and compare it with baselines."""
     with requires_extra("eval"):
         import datasets
 
@@ -102,14 +103,18 @@ def evaluate(
     command = shlex.join(["c2v-rag", *sys.argv[1:]])
     result = run.evaluate(load_model(model, device, dtype), read, baseline or [], command=command)
     if output is not None:
-        aside = output.with_name(f".{output.name}.part")
-        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        aside.replace(output)
+        unfinished = output.with_name(f".{output.name}.part")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(output)
     if json_output:
         print(json.dumps(result))
         return
     header, *rows = run.rows_of(result)
-    table = Table(*header, title="scores x 100; leads with their 95 % bootstrap interval", title_justify="left")
+    table = Table(
+        *header,
+        title="scores x 100; lead = difference from a baseline, with its 95 % bootstrap interval",
+        title_justify="left",
+    )
     for row in rows:
         table.add_row(*row)
     Console(width=max(out.width, 40 + 26 * len(header))).print(table)

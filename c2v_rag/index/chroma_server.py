@@ -24,13 +24,13 @@ class ChromaServer:
         'https://example.org/chroma?tenant=team&database=notes'
 
     `url`: http://HOST or https://HOST, with a port (80 and 443 unless given), a path, `?tenant=...&database=...`, and
-    USER:PASSWORD@ before the host, which become a basic Authorization header. `tenant`, `database`: instead of the
-    URL's; then CHROMA_TENANT and CHROMA_DATABASE of the environment count, then Chroma's own defaults. `headers`: sent
-    with every request; then the environment's C2V_RAG_CHROMA_HEADERS, a JSON object, and CHROMA_API_KEY, which is sent
-    to Chroma Cloud (https://*.trychroma.com) only.
+    USER:PASSWORD@ before the host, which become a basic Authorization header. `tenant`, `database`: unless given, the
+    URL's, else those in the environment variables CHROMA_TENANT and CHROMA_DATABASE, else Chroma's defaults.
+    `headers`: sent with every request, in addition to those in the environment variable C2V_RAG_CHROMA_HEADERS, a JSON
+    object. The key in the environment variable CHROMA_API_KEY is sent to Chroma Cloud (https://*.trychroma.com) only.
 
-    The attribute `url` is the address without credentials; only that is shown in messages, and nothing is stored.
-    Raises ValueError for a URL or an environment variable that cannot be understood.
+    The attribute `url` is the address without credentials. Only it is shown in messages; credentials are not stored.
+    Raises ValueError for an invalid URL or environment variable.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ChromaServer:
         try:
             parts = urlsplit(url)
             self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError:  # nothing of it is repeated: a part of a password may have been taken for the port
+        except ValueError:  # the message does not repeat the URL: its "port" may be a part of a password
             raise ValueError(
                 "The address of the Chroma server has a port that is no number from 0 to 65535. In a user's name or "
                 "password, write / as %2F, : as %3A and @ as %40."
@@ -72,16 +72,16 @@ class ChromaServer:
         return self.url
 
     def connect(self) -> ClientAPI:
-        """A client of the server. Raises ConnectionError when it does not answer, or refuses."""
+        """A client of the server. Raises ConnectionError if the server does not answer, or refuses."""
         import chromadb
         from chromadb.config import DEFAULT_DATABASE, DEFAULT_TENANT, Settings
         from chromadb.errors import ChromaError
 
-        # Chroma Cloud tells from the key which tenant and database are meant.
+        # Chroma Cloud chooses tenant and database by the key.
         settings = Settings(chroma_overwrite_singleton_tenant_database_access_from_auth=self._is_cloud)
         try:
             return chromadb.HttpClient(
-                host=self._base,  # given a whole URL, Chroma keeps its path and its port
+                host=self._base,  # Chroma accepts a whole URL here, with path and port
                 port=self._port,
                 ssl=self._base.startswith("https:"),
                 headers=dict(self._headers),
@@ -111,14 +111,14 @@ def _environment_headers(is_cloud: bool) -> dict[str, str]:
     headers: dict[str, str] = {}
     if is_cloud and (key := os.environ.get("CHROMA_API_KEY")):
         headers["x-chroma-token"] = key
-    if written := os.environ.get(HEADERS_VARIABLE):
+    if variable := os.environ.get(HEADERS_VARIABLE):
         try:
-            found: Any = json.loads(written)
+            values: Any = json.loads(variable)
         except json.JSONDecodeError:
-            found = None
-        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            values = None
+        if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
             raise ValueError(
                 f'{HEADERS_VARIABLE} must be a JSON object of strings, such as {{"Authorization": "Bearer ..."}}.'
             )
-        headers |= found
+        headers |= values
     return headers

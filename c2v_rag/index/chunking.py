@@ -1,6 +1,6 @@
-"""Documents -> chunks and their ids.
+"""Split documents into chunks with ids.
 
-A chunk's id is the hash of its source and text: what a collection has already is not embedded again.
+A chunk's id is the hash of its source and text, so that chunks which a collection already has are not embedded again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHARACTERS_PER_TOKEN = 4  # for an embedder that cannot count tokens
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A part of a document as a collection stores it; `embedding` (embedding_dim,) where it was asked for."""
+    """A part of a document as a collection stores it; `embedding` (embedding_dim,) if requested."""
 
     id: str
     text: str
@@ -36,16 +36,16 @@ class Chunk:
 
 
 def present_ids(collection: Collection | None, sources: AbstractSet[str]) -> dict[str, set[str]]:
-    """By source, the ids of its chunks in a Chroma collection; none for a collection that does not exist."""
+    """The ids of each source's chunks in a Chroma collection; empty sets if the collection does not exist."""
     present: dict[str, set[str]] = {source: set() for source in sorted(sources)}
     if not present or collection is None:
         return present
-    of_these: Any = {"source": {"$in": list(present)}}
-    if len(present) == 1:  # perhaps a large table, whose metadata need not be read
+    in_sources: Any = {"source": {"$in": list(present)}}
+    if len(present) == 1:  # a single source may be a large table: do not read its metadata
         (source,) = present
-        present[source].update(collection.get(where=of_these, include=[])["ids"])
+        present[source].update(collection.get(where=in_sources, include=[])["ids"])
         return present
-    found = collection.get(where=of_these, include=["metadatas"])
+    found = collection.get(where=in_sources, include=["metadatas"])
     for id, metadata in zip(found["ids"], found["metadatas"] or [], strict=True):
         present[str(metadata["source"])].add(id)
     return present
@@ -58,10 +58,12 @@ def new_chunks(
     repeated: Counter[str],
     counts: Counter[str],
 ) -> Iterator[list[Chunk]]:
-    """For each document its chunks that are not `present` (ids by source); ids that are found again leave `present`.
+    """For each document, its chunks that are not in the collection yet.
 
-    `repeated` counts equal pairs of source and text, over all calls of a run. `counts` adds up "unchanged" and
-    "truncated". `model` counts tokens (`count_tokens`, `max_tokens`) where it can.
+    `present`: ids in the collection, by source. The ids of unchanged chunks are removed from it, so that the outdated
+    ids remain. `repeated`: counts equal pairs of source and text; pass the same counter to all calls of a run.
+    `counts`: "unchanged" and "truncated" are increased. `model`: its `count_tokens` and `max_tokens` are used if it has
+    them; otherwise tokens are estimated from characters.
     """
     for document, texts in zip(documents, _split(documents, model, counts), strict=True):
         chunks = []
@@ -78,7 +80,7 @@ def new_chunks(
 def _split(documents: Sequence[Document], model: object, counts: Counter[str]) -> list[list[str]]:
     """The texts of each document's chunks, of at most CHUNK_TOKENS of the model's tokens.
 
-    Chunks that could not be made short enough are added to counts["truncated"].
+    Chunks that are still too long are counted in counts["truncated"].
     """
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
@@ -99,7 +101,7 @@ def _split(documents: Sequence[Document], model: object, counts: Counter[str]) -
 
 
 def _chunk_id(source: str, text: str, repeated: Counter[str]) -> str:
-    """SHA-256 of source, text, and the number of equal pairs before."""
+    """SHA-256 of the source, the text, and the number of earlier chunks with the same source and text."""
     pair = json.dumps([source, text])
     digest = hashlib.sha256(pair.encode()).hexdigest()
     earlier = repeated[digest]

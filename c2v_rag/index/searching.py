@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
 
@@ -45,10 +45,11 @@ class SearchOptions(TypedDict, total=False):
     offset: int
 
 
-def check_mode(mode: str) -> None:
-    """ValueError for a mode that does not exist."""
+def check_mode(mode: str) -> SearchMode:
+    """The mode. ValueError for one that does not exist."""
     if mode not in get_args(SearchMode):
         raise ValueError(f"mode must be one of {', '.join(get_args(SearchMode))}; got {mode!r}.")
+    return cast(SearchMode, mode)
 
 
 def select(best: Callable[[int], list[Hit]], total: int, top_k: int, options: SearchOptions) -> list[Hit]:

@@ -1,4 +1,4 @@
-"""The stamp of a collection: which model made its vectors. It is read here, and compared with a loaded model's."""
+"""Read the stamp of a collection (which model made its vectors), and compare it with the stamp of a loaded model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ STAMP_KEY = "c2v_stamp"
 
 
 def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection: str) -> None:
-    """Refuse a model whose vectors must not be compared with those of a collection.
+    """Raise ValueError, with the entries that differ, if a collection was made with another model.
 
-    `stored`: the collection's stamp; `model`: the stamp of the model at hand. Every entry must be equal, except the
-    ones that only say where a model came from ("name", "encoder", "llm"): copies of a model are equal. A stamp of
-    version 0.1 names the weights as that version did.
-
-    Raises ValueError with the entries that differ.
+    `stored`: the collection's stamp; `model`: the loaded model's stamp. All entries must be equal, except those that
+    only say where a model came from ("name", "encoder", "llm"): a copy of the model is accepted. A stamp of version 0.1
+    has that version's identity of the weights, which is accepted too.
     """
     keys = sorted((stored.keys() | model.keys()) - {"weights_0_1"})
     differing = [key for key in keys if stored.get(key) != model.get(key)]
@@ -36,7 +34,7 @@ def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection:
 
 
 def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str, str | int]:
-    """The stamp in a collection's metadata. Raises ValueError where there is none."""
+    """The stamp in a collection's metadata. Raises ValueError if there is none."""
     if not metadata or STAMP_KEY not in metadata:
         raise ValueError(
             f"The collection {collection!r} was not made by c2v_rag, so nothing says which model its vectors are of. "
@@ -49,7 +47,7 @@ def read_stamp(metadata: Mapping[str, Any] | None, collection: str) -> dict[str,
 def stored_stamp(store: StoreAddress, collection: str = DEFAULT_COLLECTION) -> dict[str, str | int]:
     """The stamp of the model that made a collection; nothing is created.
 
-    Raises FileNotFoundError when there is no such store or collection, ValueError when c2v_rag did not make it.
+    Raises FileNotFoundError if there is no such store or collection, ValueError if c2v_rag did not make it.
     """
     found = stored_metadata(store)
     if collection not in found:
@@ -58,6 +56,6 @@ def stored_stamp(store: StoreAddress, collection: str = DEFAULT_COLLECTION) -> d
 
 
 def stored_stamps(store: StoreAddress) -> dict[str, dict[str, str | int]]:
-    """The collections that c2v_rag made in a store, by name, and the stamps of their models; nothing is created."""
+    """The stamps of all collections in a store that c2v_rag made, by name; nothing is created."""
     found = stored_metadata(store)
     return {name: read_stamp(metadata, name) for name, metadata in found.items() if STAMP_KEY in (metadata or {})}

@@ -1,4 +1,4 @@
-"""Where collections are stored: a folder that Chroma opens in this process, or a Chroma server."""
+"""Stores of collections: a folder that Chroma opens in this process, or a Chroma server."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ StoreAddress = str | os.PathLike[str] | ChromaServer
 
 DEFAULT_COLLECTION = "documents"
 _LOCK_FILE = "c2v_writer.lock"
-# Its suffix is none that is indexed: a store may lie inside a folder of documents.
+# A suffix that is not indexed: a store may be inside a folder of documents.
 _WRITER_FILE = "c2v_writer.holder"
 _VERSION_FILE = "c2v_generation"
 
 
 class _Server:
-    """An open Chroma server. It runs writers one after the other, and readers see every write."""
+    """An open Chroma server. The server itself orders writes, and readers see every write."""
 
     def __init__(self, server: ChromaServer) -> None:
         self._client = server.connect()
@@ -88,7 +88,7 @@ class _Folder:
         return (self._path / "chroma.sqlite3").is_file()
 
     def client(self) -> ClientAPI:
-        """The open client. Opening creates the folder: check `exists` first in order to read."""
+        """The open client. Opening creates the folder, so readers must check `exists` first."""
         import chromadb
 
         with self._lock:
@@ -98,7 +98,7 @@ class _Folder:
                 self._client = None
             if self._client is None:
                 self._path.mkdir(parents=True, exist_ok=True)
-                # No settings of our own: Chroma refuses a folder's second client (a framework's) with other ones.
+                # Default settings: Chroma refuses a second client of a folder (a framework's) with other settings.
                 self._client = chromadb.PersistentClient(str(self._path))
                 self._opened_version = version
             client: ClientAPI = self._client
@@ -111,12 +111,12 @@ class _Folder:
             (self._path / _VERSION_FILE).write_text(self._opened_version, encoding="utf-8")
 
     def reading(self) -> AbstractContextManager[object]:
-        """Keep other threads from closing the client meanwhile."""
+        """A context in which no other thread can close the client."""
         return self._lock
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Lock the folder for writing, and create it; the operating system frees the lock if the process dies."""
+        """Create and lock the folder for writing; the operating system releases the lock if the process dies."""
         self._path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._path / _LOCK_FILE, timeout=0)
         try:
@@ -145,9 +145,9 @@ _folders_lock = threading.Lock()
 
 
 def open_store(store: StoreAddress) -> _Server | _Folder:
-    """The store at this address. A folder is not created before something is written.
+    """The store at this address. A folder is not created until something is written.
 
-    Raises ConnectionError when no server answers or it refuses, ValueError for a URL that cannot be understood.
+    Raises ConnectionError if the server does not answer or refuses, ValueError for an invalid URL.
     """
     if isinstance(store, ChromaServer):
         return _Server(store)
@@ -159,14 +159,14 @@ def open_store(store: StoreAddress) -> _Server | _Folder:
 
 
 def store_name(store: StoreAddress) -> str:
-    """The address without credentials, to be shown."""
+    """The address without credentials, for messages."""
     if isinstance(store, ChromaServer):
         return store.url
     return ChromaServer(os.fspath(store)).url if is_url(store) else os.fspath(store)
 
 
 def find_collection(store: _Server | _Folder, name: str) -> Collection | None:
-    """A collection, or None where there is none; nothing is created."""
+    """A collection, or None if it does not exist; nothing is created."""
     from chromadb.errors import NotFoundError
 
     if not store.exists():
@@ -178,7 +178,7 @@ def find_collection(store: _Server | _Folder, name: str) -> Collection | None:
 
 
 def stored_metadata(store: StoreAddress) -> dict[str, Mapping[str, Any] | None]:
-    """The metadata of every collection of a store, by name; {} where there is no store."""
+    """The metadata of every collection of a store, by name; {} if the store does not exist."""
     opened = open_store(store)
     if not opened.exists():
         return {}
@@ -187,7 +187,7 @@ def stored_metadata(store: StoreAddress) -> dict[str, Mapping[str, Any] | None]:
 
 
 def missing_index(store: StoreAddress, collection: str) -> FileNotFoundError:
-    """The error for a store or a collection that is not there."""
+    """The error for a store or a collection that does not exist."""
     name, found = store_name(store), sorted(stored_metadata(store))
     if not found:
         return FileNotFoundError(f"There is no index in {name}. Make one: c2v-rag index SOURCE --store {name}")
@@ -195,7 +195,7 @@ def missing_index(store: StoreAddress, collection: str) -> FileNotFoundError:
 
 
 def count_chunks(store: StoreAddress, collection: str = DEFAULT_COLLECTION) -> int:
-    """Number of chunks of a collection; 0 where there is none."""
+    """Number of chunks of a collection; 0 if it does not exist."""
     opened = open_store(store)
     with opened.reading():
         found = find_collection(opened, collection)

@@ -48,18 +48,18 @@ if TYPE_CHECKING:
 
 DOCUMENTS_READ_AHEAD = 512
 CHUNKS_WRITTEN_AT_ONCE = 256
-_PAGE = 1000
-_VERSION_KEY = "c2v_version"  # in a server's collection: changes with every write
+PAGE_SIZE = 1000
+_VERSION_KEY = "c2v_version"  # in the metadata of a server's collection: changes with every write
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexReport:
-    """What `add` did, counted in chunks.
+    """The result of `add`, in numbers of chunks.
 
     `added`: embedded and written. `unchanged`: stored already. `replaced`: deleted, because their source no longer
-    contains them. `removed`: deleted, because their source is gone. `truncated`: longer than the model reads, in spite
-    of chunking. `seconds`: duration of the whole call.
+    contains them. `removed`: deleted, because their source no longer exists. `truncated`: longer than the model reads,
+    in spite of chunking. `seconds`: duration of the whole call.
     """
 
     added: int
@@ -83,10 +83,10 @@ class VectorIndex:
 
     `store`: a folder (no server is needed), the http(s) URL of a Chroma server, or a `ChromaServer`, which also takes
     headers. `model`: any `Embedder`. Distances are cosines. One process at a time may write to a folder; any number may
-    search it, and they see every write.
+    search it, and these see every write.
 
     Only writing creates a folder or a collection. An index that does not exist yet has length 0, no sources and no
-    chunks; searching it raises FileNotFoundError, so that a mistyped path does not pass for an index without answers.
+    chunks; searching it raises FileNotFoundError, so that a mistyped path is not mistaken for an empty index.
 
     Raises ValueError when the collection was made with another model or without c2v_rag, ConnectionError when no
     server answers, PermissionError from a writing method while another process writes.
@@ -195,10 +195,11 @@ class VectorIndex:
         """Bring the index up to date with `documents`, read as a stream.
 
         The store and the collection are created where they are missing. Documents are split into chunks of at most 256
-        of the model's tokens. Chunks that are stored already are left alone. Chunks that a source read here no longer
-        contains are deleted at the end, after the new ones are written; when reading raises, nothing is deleted. Other
-        sources are not touched. Killed at any moment and called again with the same documents, it ends with the same
-        ids as an undisturbed call. A document's metadata is written with its chunks and not compared afterwards.
+        of the model's tokens. Chunks that are already stored are not embedded again. Chunks that these sources no
+        longer contain are deleted at the end, after the new ones are written; if reading raises, nothing is deleted.
+        Other sources are not changed. If a call is killed and repeated with the same documents, the index has the same
+        ids as after one complete call. A document's metadata is written with new chunks only; a later change of it
+        alone is not written.
 
         `prune=False`: delete nothing, for documents that are only a part of their source. `total`, `show_progress`: for
         the progress bar. `on_progress(documents, chunks)` is called with the numbers of documents read and chunks
@@ -211,7 +212,7 @@ class VectorIndex:
         with self._store.writing():
             collection = self._find_or_create()
             counts: Counter[str] = Counter()
-            stale: dict[str, set[str]] = {}  # by source: ids in the collection that this call has not found again
+            stale: dict[str, set[str]] = {}  # by source: stored ids that this call has not seen yet
             repeated: Counter[str] = Counter()
             waiting: list[Chunk] = []
             num_read = 0
@@ -241,7 +242,7 @@ class VectorIndex:
         )
 
     def write(self, chunks: Sequence[Chunk]) -> None:
-        """Embed these chunks and store them, in place of chunks with the same ids; nothing else is touched."""
+        """Embed these chunks and store them, in place of chunks with the same ids; nothing else is changed."""
         with self._store.writing():
             self._write(self._find_or_create(), chunks, Counter())
 
@@ -263,16 +264,16 @@ class VectorIndex:
             self._delete(self._find_or_create(), ids)
 
     def sources(self) -> set[str]:
-        """The sources that have chunks here."""
+        """The sources of all chunks."""
         return {str(metadata["source"]) for page in self._pages(["metadatas"]) for metadata in page["metadatas"]}
 
     def chunks(self, *, embeddings: bool = False) -> Iterator[Chunk]:
-        """Every chunk; with `embeddings`, its embedding too."""
+        """All chunks; with `embeddings=True`, also their embeddings."""
         for page in self._pages(["documents", "metadatas", *(["embeddings"] if embeddings else [])]):
             yield from _chunks_of(page)
 
     def sample(self, number: int, seed: int = 0) -> list[Chunk]:
-        """At most `number` random chunks with their embeddings, in the collection's order; all of a smaller collection.
+        """At most `number` random chunks with their embeddings, in the collection's order; all if there are fewer.
 
         Equal seeds give equal samples of an unchanged collection. Of the chunks that are not drawn, only ids are read.
         """
@@ -287,17 +288,17 @@ class VectorIndex:
                 next_position = next(positions, None)
             passed += len(page["ids"])
         drawn: dict[str, Chunk] = {}
-        for start in range(0, len(ids), _PAGE):
+        for start in range(0, len(ids), PAGE_SIZE):
             with self._store.reading():
                 collection = self._find()
                 if collection is not None:
                     include: Any = ["documents", "metadatas", "embeddings"]
-                    page = collection.get(ids=ids[start : start + _PAGE], include=include)
+                    page = collection.get(ids=ids[start : start + PAGE_SIZE], include=include)
                     drawn.update((chunk.id, chunk) for chunk in _chunks_of(page))
         return [drawn[id] for id in ids if id in drawn]
 
     def get(self, id: str) -> Chunk | None:
-        """One chunk by its id; None where there is none."""
+        """The chunk with this id, or None."""
         with self._store.reading():
             collection = self._find()
             if collection is None:
@@ -306,14 +307,14 @@ class VectorIndex:
 
     def _pages(self, include: Any) -> Iterator[Any]:
         """The collection's columns, a thousand chunks at a time."""
-        for start in count(step=_PAGE):
+        for start in count(step=PAGE_SIZE):
             with self._store.reading():
                 collection = self._find()
                 if collection is None:
                     return
-                page = collection.get(limit=_PAGE, offset=start, include=include)
+                page = collection.get(limit=PAGE_SIZE, offset=start, include=include)
             yield page
-            if len(page["ids"]) < _PAGE:
+            if len(page["ids"]) < PAGE_SIZE:
                 return
 
     @property
@@ -327,7 +328,7 @@ class VectorIndex:
             return f"{self._store.version}-{own}-{collection.count()}"
 
     def _find(self) -> Collection | None:
-        """The collection as it is now, None where there is none. Raises ValueError when another model made it."""
+        """The collection, opened again, or None. Raises ValueError if another model made it."""
         collection = find_collection(self._store, self._name)
         if collection is not None:
             check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
@@ -336,7 +337,7 @@ class VectorIndex:
     def _find_or_create(self) -> Collection:
         if (found := self._find()) is not None:
             return found
-        collection = self._store.client().get_or_create_collection(  # another writer of a server may be faster
+        collection = self._store.client().get_or_create_collection(  # another writer may have created it on the server
             self._name,
             metadata={STAMP_KEY: json.dumps(self._model.stamp, sort_keys=True)},
             configuration={"hnsw": {"space": "cosine"}},
@@ -384,7 +385,7 @@ def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:
 
 
 def _storable(text: str) -> str:
-    """Chroma stores UTF-8, which has no lone surrogates."""
+    """The text without lone surrogates: Chroma stores UTF-8, which cannot hold them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

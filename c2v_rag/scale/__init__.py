@@ -1,1 +1,1 @@
-"""Many machines, or the cores and GPUs of one, by Ray Data: index a corpus, embed to files."""
+"""Index a corpus, or embed texts to files, with Ray Data on many machines or on all cores and GPUs of one machine."""

@@ -1,4 +1,4 @@
-"""The connection to Ray, the number of its workers, and the embedder that each of them loads."""
+"""Connect to Ray, choose the number of its workers, and load an embedder in each of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported; nothing is reported
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: ray sends no usage statistics
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
@@ -23,7 +23,7 @@ AUTO, LOCAL = "auto", "local"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How many processes embed, and the GPUs and CPUs of each.
+    """The number of processes that embed, and the GPUs and CPUs of each.
 
     `count`: number of processes; None takes one for each GPU of the cluster, or one where there is no GPU. `gpus`: for
     each process; None takes 1 where the cluster has any. `cpus`: for each process; None takes an equal share.
@@ -34,11 +34,11 @@ class Workers:
     cpus: float | None = None
 
     def of(self, resources: dict[str, float]) -> Workers:
-        """The same with every number chosen, for a cluster with these resources ("CPU", "GPU")."""
+        """The settings with a number for every None, for a cluster with these resources ("CPU", "GPU")."""
         has_gpu = resources.get("GPU", 0) > 0
         gpus = self.gpus if self.gpus is not None else float(has_gpu)
         count = self.count or (max(1, int(resources["GPU"] / gpus)) if gpus and has_gpu else 1)
-        # A share is left for reading and splitting, which run at the same time.
+        # Half a CPU is left for reading and splitting, which run at the same time.
         cpus = self.cpus or max(0.5, (resources.get("CPU", 1) - 0.5) / count)
         return Workers(count=count, gpus=gpus, cpus=float(int(cpus)) if cpus > 1 else cpus)
 
@@ -50,22 +50,22 @@ class Workers:
 
 @contextmanager
 def connected(address: str = AUTO) -> Iterator[dict[str, float]]:
-    """Connect to the cluster at `address` and give its resources.
+    """Connect to the cluster at `address` inside the `with` block; yields its resources.
 
-    "local" starts a cluster on this machine; "auto" takes a running one, or starts one where there is none.
+    "local" starts a cluster on this machine; "auto" uses a running one, or starts one if there is none.
 
-    Raises ConnectionError when there is no cluster at another address.
+    Raises ConnectionError if there is no cluster at another address.
     """
-    here = not ray.is_initialized()
+    connects_here = not ray.is_initialized()
     with redirect_stdout(sys.stderr):  # Ray prints messages, and standard output is for results
-        if here:
+        if connects_here:
             _connect(address)
         DataContext.get_current().enable_progress_bars = False
         try:
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             yield resources
         finally:
-            if here:
+            if connects_here:
                 ray.shutdown()
 
 
@@ -81,14 +81,14 @@ def _connect(address: str) -> None:
     ray.init(address=LOCAL, include_dashboard=False, **options)
 
 
-# Errors of the input or the settings, which a second try does not mend. Workers report them in a row of their results,
-# since Ray wraps an exception that leaves a worker in one of its own.
+# Errors of the input or the settings, which a retry would not solve. A worker returns them in a row of its results,
+# because Ray wraps an exception that a worker raises into its own type.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 _BY_NAME = {kind.__name__: kind for kind in (*EXPECTED, ConnectionError, FileNotFoundError, PermissionError)}
 
 
 def in_words(error: Exception) -> str:
-    """Kind and message of an error, as JSON."""
+    """Type and message of an error, as JSON."""
     return json.dumps([type(error).__name__, str(error)])
 
 
@@ -99,7 +99,7 @@ def raise_reported(words: str) -> None:
 
 
 class Loaded:
-    """An embedder that is loaded when it is first called: in a worker, not in the driver."""
+    """A callable that returns an embedder. It is loaded at the first call: in a worker, not in the driver."""
 
     def __init__(self, name: str, dtype: str | None, threads: float | None) -> None:
         self._name = name
@@ -112,6 +112,6 @@ class Loaded:
             if not is_url(self._name) and self._threads:
                 import torch
 
-                torch.set_num_threads(max(1, int(self._threads)))  # Ray gives every process one
+                torch.set_num_threads(max(1, int(self._threads)))  # Ray limits each process to one
             self._embedder = load_embedder(self._name, dtype=self._dtype)
         return self._embedder

@@ -1,7 +1,7 @@
-"""Embed a table to partitioned parquet on many processes, for people whose vector store is not Chroma.
+"""Embed texts into partitioned parquet with many processes, for vector stores other than Chroma.
 
-A partition holds the embeddings of one slice of an input file; it appears complete or not at all. A run that is started
-again makes the partitions that are missing, unless its input has changed.
+A partition contains the embeddings of one slice of an input file. A partition that exists is complete. A run that is
+started again writes the missing partitions; if its input has changed, it stops with an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Precision = Literal["float32", "float16"]
 PARTITION_ROWS = 8192
 _RUN_FILE = "_run.json"  # readers of parquet folders ignore names that begin with an underscore
 _KINDS = (".parquet", ".jsonl", ".txt")
-_ROWS_READ_AT_ONCE = 1024
+ROWS_READ_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Slice:
     """Consecutive rows of one input file, which become partition `number`.
 
     `group`, `start`: a parquet file's row group and the first row in it; for a text file 0 and the byte offset.
-    `first`: number of the first row, counted over all files; ids are made of it where the input has none. `content`:
-    changes when the rows do: SHA-256 of a text slice, a parquet file's size and time of modification.
+    `first`: number of the first row, counted over all files; it is the id if the input has no ids. `content`:
+    changes when the rows change: SHA-256 of a text slice, a parquet file's size and time of modification.
     """
 
     number: int
@@ -63,7 +63,7 @@ def embed_on_ray(
     workers: Workers | None = None,
     dtype: str | None = None,
 ) -> tuple[int, int]:
-    """Write `output`/part-NNNNNN.parquet; returns how many rows were embedded now, and how many there are.
+    """Write `output`/part-NNNNNN.parquet; returns the rows embedded now, and the rows in total.
 
     Columns: `id` (the input's, or the row's number over all files), `text_sha256`, and `embedding`, a list of fixed
     size of float32 or float16. `files`: .parquet or .jsonl with a column `text_column`, .txt with one text per line, or
@@ -71,7 +71,7 @@ def embed_on_ray(
     stores the settings and the state of the input files.
 
     Raises FileNotFoundError for a file that does not exist, ValueError for one of another kind, a missing column, a row
-    without a string, an input file that has changed since the run began, or an `output` that holds partitions of other
+    without a string, an input file that has changed since the run began, or an `output` with partitions of other
     settings, other files or another model.
     """
     slices = plan_slices(files, text_column)
@@ -84,24 +84,24 @@ def embed_on_ray(
         "precision": precision,
     }
     run = {**settings, "slices": [dataclasses.asdict(one) for one in slices]}
-    _claim(output, run)
+    _write_or_check_run(output, run)
     rows = sum(part.rows for part in slices)
     output = output.resolve()
     missing = [part for part in slices if not _partition_path(output, part.number).is_file()]
     if not missing:
         return 0, rows
-    reads = [json.dumps([dataclasses.asdict(part) for part in together]) for together in plan_reads(missing)]
+    reads = [json.dumps([dataclasses.asdict(part) for part in slice_group]) for slice_group in plan_reads(missing)]
     embedded = 0
     with connected(address) as resources, _one_row_per_block():
         chosen = (workers or Workers()).of(resources)
         texts = ray.data.from_items([{"read": read} for read in reads], override_num_blocks=len(reads))
         done = texts.flat_map(
-            _Reader,
+            SliceReader,
             fn_constructor_args=(text_column,),
             num_cpus=0.25,
             compute=ActorPoolStrategy(min_size=1, max_size=max(1, chosen.count or 1)),
         ).map_batches(
-            _Partition,
+            PartitionWriter,
             fn_constructor_args=(output, settings, Loaded(model, dtype, chosen.cpus)),
             batch_size=1,
             **chosen.options,
@@ -115,21 +115,21 @@ def embed_on_ray(
 
 @contextmanager
 def _one_row_per_block() -> Iterator[None]:
-    """Let Ray pass on every partition's texts as soon as they are read, each to any worker."""
+    """Set Ray's block size inside the `with` block so that any worker can take each slice as soon as it is read."""
     context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size
+    original = context.target_max_block_size
     context.target_max_block_size = 1
     try:
         yield
     finally:
-        context.target_max_block_size = before
+        context.target_max_block_size = original
 
 
 def _partition_path(output: Path, number: int) -> Path:
     return output / f"part-{number:06d}.parquet"
 
 
-class _Reader:
+class SliceReader:
     """Reads slices: a row for each, with ids and texts as JSON, which holds whatever Unicode the input does."""
 
     def __init__(self, text_column: str) -> None:
@@ -144,7 +144,7 @@ class _Reader:
             yield {"number": -1, "ids_and_texts": "", "error": in_words(error)}
 
 
-class _Partition:
+class PartitionWriter:
     """Embeds the texts of one slice and writes its partition."""
 
     def __init__(self, output: Path, settings: dict[str, Any], loaded: Loaded) -> None:
@@ -165,7 +165,7 @@ class _Partition:
             return {"rows": [0], "error": [in_words(error)]}
 
     def write(self, ids: Sequence[str], texts: Sequence[str], path: Path) -> None:
-        """Embed and write under another name first, so that a partition is complete."""
+        """Embed, write under a temporary name, and rename the file, so that a partition that exists is complete."""
         settings = self._settings
         embedder: Any = self._loaded()
         self._check_model(path.parent, embedder.stamp)
@@ -182,12 +182,12 @@ class _Partition:
         unfinished.replace(path)
 
     def _check_model(self, folder: Path, stamp: dict[str, str | int]) -> None:
-        """A run that is continued must be continued with the same weights."""
+        """Raise ValueError if the folder has partitions of a model with other weights."""
         if self._checked:
             return
         for earlier in islice(folder.glob("part-*.parquet"), 1):
-            theirs = json.loads(pq.read_schema(earlier).metadata[STAMP_KEY.encode()])
-            check_stamp(theirs, stamp, str(folder))
+            stored = json.loads(pq.read_schema(earlier).metadata[STAMP_KEY.encode()])
+            check_stamp(stored, stamp, str(folder))
         self._checked = True
 
 
@@ -214,10 +214,10 @@ def plan_slices(files: Sequence[Path], text_column: str) -> list[Slice]:
 
 
 def plan_reads(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """The slices in groups that are read in one pass: those of a parquet row group, else one by one."""
+    """Groups of slices that are read in one pass: those of a parquet row group, or a single slice of another file."""
     return [
-        list(together)
-        for _, together in groupby(
+        list(slice_group)
+        for _, slice_group in groupby(
             slices, key=lambda part: (part.file, part.group, 0 if part.file.endswith(".parquet") else part.start)
         )
     ]
@@ -260,17 +260,17 @@ def _file_state(file: Path) -> str:
 
 
 def read_slices(slices: Sequence[Slice], text_column: str) -> Iterator[tuple[list[str], list[str]]]:
-    """(ids, texts) of each of the slices that `plan_reads` put together; a parquet row group is read once.
+    """(ids, texts) of each slice in a group from `plan_reads`; a parquet row group is read once.
 
     Raises ValueError for a row without a string and for a file that has changed since the slices were planned.
     """
     if slices[0].file.endswith(".parquet"):
         file = slices[0].file
         if _file_state(Path(file)) != slices[0].content:
-            raise _changed(file)
+            raise _changed_file_error(file)
         parquet = pq.ParquetFile(file)
         columns = [name for name in ("id", text_column) if name in parquet.schema_arrow.names]
-        batches = parquet.iter_batches(_ROWS_READ_AT_ONCE, row_groups=[slices[0].group], columns=columns)
+        batches = parquet.iter_batches(ROWS_READ_AT_ONCE, row_groups=[slices[0].group], columns=columns)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         position = 0
         for part in slices:
@@ -283,7 +283,7 @@ def read_slices(slices: Sequence[Slice], text_column: str) -> Iterator[tuple[lis
             lines.seek(part.start)
             raw = list(islice(lines, part.rows))
         if hashlib.sha256(b"".join(raw)).hexdigest() != part.content:
-            raise _changed(part.file)
+            raise _changed_file_error(part.file)
         texts = [line.decode("utf-8").rstrip("\r\n") for line in raw]
         is_plain = part.file.endswith(".txt")
         found = [{text_column: text} if is_plain else json.loads(text) for text in texts]
@@ -300,12 +300,12 @@ def _ids_and_texts(rows: Sequence[dict[str, Any]], part: Slice, text_column: str
     return ids, [row[text_column] for row in rows]
 
 
-def _changed(file: str) -> ValueError:
+def _changed_file_error(file: str) -> ValueError:
     return ValueError(f"{file} has changed since this run began. Embed it into another folder.")
 
 
-def _claim(output: Path, run: dict[str, Any]) -> None:
-    """Write settings and input of this run to `output`, or check that the partitions there are of the same."""
+def _write_or_check_run(output: Path, run: dict[str, Any]) -> None:
+    """Write the settings and slices of this run to `output`. Raises ValueError if a different run used it."""
     path = output / _RUN_FILE
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -328,7 +328,7 @@ def _claim(output: Path, run: dict[str, Any]) -> None:
 
 
 def _contents(run: dict[str, Any]) -> dict[str, list[Any]]:
-    """What the slices of each file are."""
+    """The slices of each file."""
     contents: dict[str, list[Any]] = {}
     for part in run["slices"]:
         contents.setdefault(part["file"], []).append(part)

@@ -1,7 +1,7 @@
 """Read, split, embed and write a corpus on many processes, into a Chroma server.
 
-A chunk's id is the hash of its source and text, and writing is an upsert. Therefore a worker that dies is replaced and
-its batch done again, a driver that dies is started again, and both end with the ids of an undisturbed run.
+A chunk's id is the hash of its source and text, and writing is an upsert, so any work can be repeated. Ray replaces a
+worker that dies and repeats its batch. A driver that dies can be started again. The ids are the same in the end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from c2v_rag.scale.cluster import AUTO, EXPECTED, Loaded, Workers, connected, in
 from c2v_rag.sources import PYTHON_DOCS, files_below, read_sources
 
 _DOCUMENTS_AT_ONCE = 512
-_MAX_BLOCKS = 1000  # units of work in Ray's plan; each holds a few files where there are more
+_MAX_BLOCKS = 1000  # of Ray's plan; if there are more files, a block has several
 
 
 def index_on_ray(
@@ -54,12 +54,12 @@ def index_on_ray(
 
     Returns the report, and a message for each file that could not be read.
 
-    Ends with the ids and, up to rounding, the vectors of `VectorIndex.add`. Files are read by the workers, so every
-    machine must see them under the same paths. Tenant, database and headers for the server are taken from the driver's
-    environment. `model` is loaded once in each worker. `unchanged` and `added` count what this run found and wrote; a
-    worker that had to be replaced may have written a chunk twice. `prune`: as in `remove_vanished`.
+    The ids are those of `VectorIndex.add`, and the vectors too, except for rounding. The workers read the files, so
+    every machine must see them under the same paths. Tenant, database and headers for the server are read from the
+    driver's environment. `model` is loaded once in each worker. `unchanged` and `added` count this run's chunks. If a
+    worker was replaced, a chunk may be counted twice. `prune`: as in `remove_vanished`.
 
-    Raises ValueError for a store that is a folder, and what reading, loading and writing raise.
+    Raises ValueError for a store that is a folder, and the errors of reading, loading and writing.
     """
     if isinstance(store, str):
         if not is_url(store):
@@ -69,7 +69,7 @@ def index_on_ray(
             )
         store = ChromaServer(store)
     started = time.perf_counter()
-    read_sources(sources)  # raises for what is missing
+    read_sources(sources)  # raises for a missing source
     units = [str(file) for source in sources for file in _units(source)]
     counts: Counter[str] = Counter()
     outdated: list[str] = []
@@ -112,7 +112,7 @@ def index_on_ray(
 
 
 def _units(source: str | Path) -> Iterator[str | Path]:
-    """The parts of a source that one worker reads whole: all chunks of a file must be numbered in one place."""
+    """The units of work of a source: files, or "python-docs". One worker must number all chunks of a unit."""
     if str(source) == PYTHON_DOCS:
         yield PYTHON_DOCS
     else:
@@ -120,7 +120,7 @@ def _units(source: str | Path) -> Iterator[str | Path]:
 
 
 class _StampOnly:
-    """An embedder that cannot embed: opens the collection of a model that is not loaded, to delete chunks."""
+    """An embedder that cannot embed. With it, a collection is opened to delete chunks, without loading its model."""
 
     def __init__(self, stamp: dict[str, str | int]) -> None:
         self.stamp = stamp
@@ -133,14 +133,14 @@ class _StampOnly:
 
 
 class _Splitter:
-    """Reads and splits a unit: a row for each chunk that is not in the collection, and a last row for the report."""
+    """Reads and splits a unit. Yields a row for each chunk that is not in the collection, and a report row."""
 
     def __init__(self, store: ChromaServer, model: str, collection: str, text_column: str) -> None:
         self._store = store
         self._model = model
         self._collection = collection
         self._text_column = text_column
-        self._opened: Any = None  # the store, once there was something to read
+        self._opened: Any = None  # the store, after the first call
         self._counter: Any = None
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, str]]:

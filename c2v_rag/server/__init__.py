@@ -1,1 +1,1 @@
-"""One resident model behind HTTP: OpenAI's embeddings API, with limits, keys and metrics."""
+"""An HTTP server for one loaded model: OpenAI's embeddings API, with limits, API keys and metrics."""

@@ -1,4 +1,4 @@
-"""The server's application: its routes. `c2v-rag serve` runs it; any ASGI server can."""
+"""The server's ASGI application and its routes. `c2v-rag serve` runs it; any ASGI server can run it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from c2v_rag.server.service import EmbeddingService, Limits, public_name
 __all__ = ["Limits", "create_app"]
 
 _JSON = "application/json"
-_CLOSED_BY_CLIENT = 499  # nginx's status; no client reads it, it appears in the metrics
+_CLOSED_BY_CLIENT = 499  # nginx's status for it; only the metrics show it, because the client is gone
 
 
 def create_app(
@@ -31,12 +31,12 @@ def create_app(
     limits: Limits | None = None,
     allowed_hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """The application over one loaded model.
+    """The ASGI application that serves one loaded model.
 
-    `name`: the model's name for clients; the model's own unless given, of a folder the last part only. `api_keys`:
-    each request must send one of them as `Authorization: Bearer KEY`, except to /health and /ready; without any,
-    everyone is answered. `allowed_hosts`: names of this server besides localhost and IP addresses; requests for other
-    hosts are refused, "*" allows all.
+    `name`: the model's name for clients. Unless given, it is the model's own name; of a folder's path, the last part.
+    `api_keys`: each request must send one of them as `Authorization: Bearer KEY`, except to /health and /ready; if
+    there are none, every request is answered. `allowed_hosts`: names of this server besides localhost and IP addresses;
+    requests for other hosts are refused, "*" allows all.
 
     Raises ValueError for a name that ends in ":query".
     """
@@ -45,7 +45,7 @@ def create_app(
     weights = str(model.stamp["weights"])
 
     app = FastAPI(title="c2v-rag", version=__version__, docs_url=None, redoc_url=None)
-    # The last one added is the outermost.
+    # The middleware that is added last is the outermost: it runs first.
     app.add_middleware(BodyLimit, max_bytes=service.limits.body_bytes)
     app.add_middleware(KeyCheck, keys=api_keys)
     app.add_middleware(HostCheck, allowed_hosts=allowed_hosts)
@@ -59,12 +59,12 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The process answers."""
+        """200 while the process runs."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """There is room for another request."""
+        """200 while the queue has room for another request, else 503."""
         if service.waiting >= service.limits.waiting:
             raise HTTPException(503, "The queue is full.")
         return {"status": "ready"}

@@ -1,5 +1,6 @@
-"""Error answers in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, so that its clients show the
-message.
+"""Error responses in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
+
+OpenAI's clients show the message of such a response.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An answer with this status and message."""
+    """A JSON response with this status and message."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     content = {"error": {"message": message, "type": kind, "param": None, "code": status}}
     return JSONResponse(content, status, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let `app` answer every error in OpenAI's shape."""
+    """Make `app` answer every error in OpenAI's format."""
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected_error)
@@ -35,7 +36,10 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """422: which field, and why. What was sent is not repeated: it may be long, and not even be text."""
+    """A response with status 422 that names each wrong field and the reason.
+
+    The values are not repeated: they may be long, or not be text.
+    """
     assert isinstance(error, RequestValidationError)
     problems = [
         f"{'.'.join(str(part) for part in one['loc'][1:]) or 'body'}: {one['msg'].removeprefix('Value error, ')}"

@@ -16,7 +16,7 @@ _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The counters of one server, in a registry of their own."""
+    """The Prometheus metrics of one server, in their own registry: several servers may run in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -38,7 +38,7 @@ class Metrics:
 
 
 class Metered:
-    """An embedder whose calls are counted and timed."""
+    """An embedder that records the duration and the number of texts of every call of `model`."""
 
     def __init__(self, model: Embedder, metrics: Metrics) -> None:
         self._model = model

@@ -1,6 +1,6 @@
-"""ASGI middleware of the server: request metrics, the API key, the limit of a request's length.
+"""ASGI middleware of the server: request metrics, the check of the API key, the limit of a request's length.
 
-All of it answers before the request's body is read.
+A request without a valid key, or with too large a Content-Length, is refused before its body is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WITHOUT_KEY = {"/health", "/ready"}
 
 
 class RequestMetrics:
-    """Counts requests by path and status, and measures how long they take."""
+    """Counts requests by path and status, and measures their duration."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -41,7 +41,7 @@ class RequestMetrics:
         try:
             await self._app(scope, receive, send_and_note_status)
         finally:
-            # Existing paths only: clients must not be able to create counters.
+            # Only existing paths become labels: a client must not be able to create new counters.
             paths = {getattr(route, "path", "") for route in scope["app"].routes}
             path = scope["path"] if scope["path"] in paths else "other"
             self._metrics.requests.labels(path, status).inc()
@@ -49,9 +49,9 @@ class RequestMetrics:
 
 
 class KeyCheck:
-    """401 for a request without `Authorization: Bearer KEY`, on every path but /health and /ready.
+    """Answers 401 to a request without a valid `Authorization: Bearer KEY`, on every path but /health and /ready.
 
-    `keys`: the valid ones; without any, every request passes. The scheme `Bearer` may be in any case of letters.
+    `keys`: the valid keys; if there are none, every request is let through. `Bearer` may be upper or lower case.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -69,13 +69,16 @@ class KeyCheck:
         if not self._keys:
             return True
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        # Every key is compared, and each in constant time.
+        # Against timing attacks: each comparison takes constant time, and none is skipped after a match.
         matches = sum(hmac.compare_digest(key.strip(), valid) for valid in self._keys)
         return scheme.lower() == b"bearer" and matches > 0
 
 
 class BodyLimit:
-    """413 for a body of more than `max_bytes`: by its Content-Length, without one as soon as so much was read."""
+    """Answers 413 to a request whose body is longer than `max_bytes`.
+
+    The Content-Length decides; without one, the bytes are counted while they are read.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The server's process: keys from a file, uvicorn around the application."""
+"""Runs the server: reads the API keys from a file and starts uvicorn with the application."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from c2v_rag.server.service import Limits
 
 
 def read_keys(path: Path) -> list[str]:
-    """The keys in a file, one a line, without empty lines and those that start with #. ValueError without any."""
+    """The API keys in a file: one per line, empty lines and lines that start with # are skipped.
+
+    Raises ValueError if there is no key.
+    """
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
@@ -32,11 +35,12 @@ def serve(
     limits: Limits,
     allowed_hosts: Sequence[str] = (),
 ) -> None:
-    """Answer until SIGTERM or Ctrl-C; accepted requests are still answered. SystemExit when the port is taken.
+    """Run the server until SIGTERM or Ctrl-C. Requests that it has accepted by then are still answered.
 
-    `allowed_hosts`: names of this server besides `host`, localhost and IP addresses.
+    `allowed_hosts`: names of this server besides `host`, localhost and IP addresses. Raises SystemExit when the port is
+    taken.
     """
     app = create_app(model, name=name, api_keys=api_keys, limits=limits, allowed_hosts=[host, *allowed_hosts])
     logging.getLogger("c2v_rag").setLevel(logging.INFO)
-    model.encode_query(["warm up"])  # the first call is the slowest
+    model.encode_query(["warm up"])  # the first call is slow, so no client should make it
     uvicorn.run(app, host=host, port=port, server_header=False, log_level="info", access_log=False)

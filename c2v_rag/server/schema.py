@@ -11,7 +11,7 @@ InputType = Literal["query", "search_query", "document", "search_document", "pas
 
 
 def check_model_name(name: str) -> str:
-    """The name itself. ValueError when it ends in ":query", the suffix by which clients ask for query embeddings."""
+    """Return the name. Raise ValueError if it ends in ":query", the suffix that asks for query embeddings."""
     if name.endswith(QUERY_SUFFIX):
         raise ValueError(
             f"A served model cannot be called {name!r}: clients add {QUERY_SUFFIX!r} to its name for query embeddings. "
@@ -21,7 +21,10 @@ def check_model_name(name: str) -> str:
 
 
 def _texts(value: Any) -> Any:
-    """One text or a list of them, as a list. Token ids are refused: they come from another tokenizer."""
+    """A list of texts from one text or a list of texts.
+
+    Raises ValueError for token ids: they come from another tokenizer.
+    """
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value and isinstance(value[0], int | list):
@@ -36,17 +39,17 @@ Texts = Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]
 
 
 class _Request(BaseModel):
-    """Unknown fields are ignored: OpenAI's clients and proxies send fields that a server need not know."""
+    """Base of the request models. Unknown fields are ignored: OpenAI's clients and proxies send fields of their own."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class EmbeddingsRequest(_Request):
-    """`POST /v1/embeddings`. Optional fields may be null, as OpenAI's clients send them.
+    """Body of `POST /v1/embeddings`. Optional fields may be null, as OpenAI's clients send them.
 
-    `model`: NAME embeds documents, NAME:query queries; `input_type` has precedence over the name. `encoding_format`:
-    "float" unless given. `instruction`: put before every text; unless given, queries get the model's own. `truncate`:
-    cut texts that are too long instead of refusing them.
+    `model`: NAME embeds documents, NAME:query embeds queries; `input_type` has precedence over the name.
+    `encoding_format`: "float" unless given. `instruction`: the text before every input; unless given, queries get the
+    model's own and documents get none. `truncate`: texts that are too long are cut instead of refused.
     """
 
     model: str
@@ -59,7 +62,7 @@ class EmbeddingsRequest(_Request):
 
 
 class TokenizeRequest(_Request):
-    """`POST /v1/tokenize`: the number of tokens of each text."""
+    """Body of `POST /v1/tokenize`, which answers with the number of tokens of each text."""
 
     model: str
     input: Texts
@@ -70,7 +73,7 @@ class _Response(BaseModel):
 
 
 class Embedding(_Response):
-    """`embedding`: numbers, or little-endian float32 in base64."""
+    """One embedding of a response. `embedding`: numbers, or little-endian float32 in base64."""
 
     index: int
     embedding: list[float] | str
@@ -90,14 +93,14 @@ class EmbeddingsResponse(_Response):
 
 
 class TokenizeResponse(_Response):
-    """`max_tokens`: the longest text that no part of the model cuts."""
+    """`counts`: tokens of each text. `max_tokens`: a text of up to so many tokens is not cut."""
 
     counts: list[int]
     max_tokens: int
 
 
 class Model(_Response):
-    """One entry of `GET /v1/models`. `stamp` tells models apart whose vectors must not be mixed."""
+    """One entry of `GET /v1/models`. Vectors of models with different `stamp` must not be mixed."""
 
     id: str
     created: int

@@ -1,4 +1,4 @@
-"""What the routes do: check a request against the limits, queue its texts, and write the answer."""
+"""The work behind the routes: check a request against the limits, queue its texts, build the response."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Kind = Literal["query", "document"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one client may ask of a server that all clients share.
+    """Limits of a request, so that one client cannot occupy the server, and the status of an answer beyond each.
 
-    `body_bytes`: length of a request, 413 above. `inputs`: texts of a request, 400 above. `tokens`: tokens of a text,
-    400 above unless the request says `truncate`; None is the decoder's longest text. `waiting`: texts accepted and not
-    answered yet, over all requests, 429 above. `seconds`: time to an answer, 504 above.
+    `body_bytes`: length of a request (413). `inputs`: texts of a request (400). `tokens`: tokens of a text (400, unless
+    the request says `truncate`); None means the decoder's maximum length. `waiting`: texts of all requests that are
+    accepted and not answered yet (429). `seconds`: time until the answer (504).
     """
 
     body_bytes: int = 16 * 2**20
@@ -47,7 +47,7 @@ class Limits:
 
 
 class EmbeddingService:
-    """One model, the texts that wait for it, and the limits."""
+    """Embeds the texts of requests with one model, within the limits."""
 
     def __init__(self, model: Causal2Vec, name: str, limits: Limits) -> None:
         self.model = model
@@ -57,7 +57,7 @@ class EmbeddingService:
         self.waiting = 0
         self._max_tokens = limits.tokens or model.config.max_length
         self._embedder = Metered(model, self.metrics)
-        self._tokenizing = ThreadPoolExecutor(1, "count-tokens")  # the tokenizers are locked: more threads only wait
+        self._tokenizing = ThreadPoolExecutor(1, "count-tokens")  # one thread: the tokenizers have a lock
         stamp = model.stamp | {"name": name} | {part: _without_path(origin) for part, origin in model.sources.items()}
         self.description = schema.Model(
             id=name,
@@ -69,7 +69,7 @@ class EmbeddingService:
         )
 
     def kind_of(self, name: str, input_type: schema.InputType | None) -> Kind:
-        """Whether a request is for queries or documents. 404 for another model's name."""
+        """The kind of texts that a request asks for. HTTPException 404 for the name of another model."""
         if name not in (self.name, self.name + schema.QUERY_SUFFIX):
             raise HTTPException(404, f"There is no model {name!r} here. Ask for {self.name!r}, or list /v1/models.")
         if input_type is not None:
@@ -77,14 +77,17 @@ class EmbeddingService:
         return "document" if name == self.name else "query"
 
     async def count_tokens(self, texts: list[str]) -> list[int]:
-        """The number of tokens of each text. 400 and 429 as `Limits` says."""
+        """The number of tokens of each text. HTTPException 400 or 429 as in `Limits`."""
         if len(texts) > self.limits.inputs:
             raise HTTPException(400, f"{len(texts)} texts in one request; at most {self.limits.inputs} are allowed.")
         with self._reserve(len(texts)):
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.model.count_tokens, texts)
 
     async def embed(self, body: schema.EmbeddingsRequest) -> schema.EmbeddingsResponse:
-        """400, 404, 429 or 504 as `Limits` says; when it is cancelled, its texts leave the queue."""
+        """The response with the embeddings. If the call is cancelled, its texts leave the queue.
+
+        Raises HTTPException: 404 for another model's name; 400, 429 and 504 as in `Limits`.
+        """
         kind = self.kind_of(body.model, body.input_type)
         if body.dimensions is not None and body.dimensions > self.model.embedding_dim:
             raise HTTPException(400, f"dimensions must be at most {self.model.embedding_dim}, got {body.dimensions}.")
@@ -118,7 +121,7 @@ class EmbeddingService:
         )
 
     async def _embed_texts(self, kind: Kind, texts: list[str], options: dict[str, Any]) -> list[np.ndarray]:
-        """Queue a long request one batch at a time, so that short requests of others are not behind all of it."""
+        """Embeddings of one request, queued one batch at a time: short requests need not wait for all of a long one."""
         rows: list[np.ndarray] = []
         for start in range(0, len(texts), MAX_BATCH_TEXTS):
             batch = texts[start : start + MAX_BATCH_TEXTS]
@@ -127,7 +130,7 @@ class EmbeddingService:
 
     @contextmanager
     def _reserve(self, num_texts: int) -> Iterator[None]:
-        """Count so many texts as waiting. 429 when the queue has no room for them."""
+        """Count `num_texts` as waiting while the block runs. HTTPException 429 when the queue has no room for them."""
         if self.waiting + num_texts > self.limits.waiting:
             raise HTTPException(
                 429,
@@ -144,19 +147,19 @@ class EmbeddingService:
 
 
 def public_name(model: Causal2Vec) -> str:
-    """A model's name for clients: that of a checkpoint folder without its path, "model" for one without a name."""
+    """A model's name for clients: a checkpoint folder's name without its path; "model" if the model has no name."""
     name = str(model.stamp["name"])
     return (Path(name).resolve().name if Path(name).is_dir() else name) or "model"
 
 
 def _without_path(origin: str) -> str:
-    """The origin of weights without this machine's folders."""
+    """The origin of weights; of a path on this machine only the last part."""
     kind, _, path = origin.partition(" ")
     return f"{kind} {PurePath(path).name}" if kind in ("folder", "file") else origin
 
 
 async def _results(futures: list[Future[np.ndarray]]) -> list[np.ndarray]:
-    """The results in order; when one fails or this is cancelled, the others leave the queue."""
+    """The futures' results in order. If one fails or the call is cancelled, the other texts leave the queue."""
     try:
         return [await asyncio.wrap_future(future) for future in futures]
     finally:

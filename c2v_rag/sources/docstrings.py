@@ -1,4 +1,4 @@
-"""The docstrings of Python's standard library. Run as a script, in a process of its own, this file collects them."""
+"""Documents from the docstrings of Python's standard library. Run as a script, this file collects them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 PYTHON_DOCS = "python-docs"
 
-# Importing these opens a browser, prints, or starts a program; the others are tests, or modules that nobody imports.
+# Not imported: importing some of these opens a browser, prints or starts a program; the others are tests or unused.
 _NOT_IMPORTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "lib2to3", "distutils", "__main__"}
-# Modules that implement public ones: people know the name os.getpid, not posix.getpid.
+# Modules that implement public modules: the public name is os.getpid, not posix.getpid.
 _IMPLEMENTATIONS = {
     "posix",
     "nt",
@@ -46,7 +46,7 @@ def python_docs() -> tuple[Document, ...]:
     A separate process collects them: importing the whole library has side effects, and packages imported in this
     process may have changed it (some add methods to logging.Logger).
     """
-    from c2v_rag.sources.document import Document  # the process that collects them cannot import this package
+    from c2v_rag.sources.document import Document  # imported here because the script cannot import this package
 
     command = [sys.executable, "-I", "-S", "-W", "ignore", __file__]
     collected = subprocess.run(command, check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL).stdout
@@ -58,8 +58,8 @@ def _collect_docs() -> list[tuple[str, str, str]]:
     found: dict[int, tuple[tuple[bool, bool, bool, int, int, str], str, Any]] = {}
     for module in _standard_modules():
         for name, value, listed in _public_objects(module):
-            # A class under another name (typing.Text is str) is a worse name than an unlisted one; a function's
-            # alias that a module lists (getpass.getpass is unix_getpass) is a better one.
+            # The name with the lowest rank is used. An alias of a class (typing.Text is str) is worse than a name that
+            # is not in `__all__`. An alias of a function in `__all__` (getpass.getpass is unix_getpass) is better.
             renamed = not name.endswith(getattr(value, "__qualname__", ""))
             of_class = inspect.isclass(value) or "." in getattr(value, "__qualname__", "")
             rank = (renamed and of_class, not listed, renamed, name.count("."), len(name), name)
@@ -78,18 +78,18 @@ def _standard_modules() -> Iterator[ModuleType]:
     for name in sorted(sys.stdlib_module_names - _IMPLEMENTATIONS):
         if name.startswith("_") or name in _NOT_IMPORTED:
             continue
-        yield from _module_and_below(name)
+        yield from _module_and_submodules(name)
 
 
-def _module_and_below(name: str) -> Iterator[ModuleType]:
+def _module_and_submodules(name: str) -> Iterator[ModuleType]:
     try:
         module = importlib.import_module(name)
-    except (ImportError, OSError, AttributeError):  # built without it, or for another operating system
+    except (ImportError, OSError, AttributeError):  # not built, or only for another operating system
         return
     yield module
-    for below in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        if not below.name.startswith("_") and below.name not in _NOT_IMPORTED:
-            yield from _module_and_below(f"{name}.{below.name}")
+    for submodule in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        if not submodule.name.startswith("_") and submodule.name not in _NOT_IMPORTED:
+            yield from _module_and_submodules(f"{name}.{submodule.name}")
 
 
 def _public_objects(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
@@ -100,29 +100,33 @@ def _public_objects(module: ModuleType) -> Iterator[tuple[str, Any, bool]]:
     # Some listed names are loaded on first use and are not in vars(module).
     lazy = {name: getattr(module, name, None) for name in listed - vars(module).keys()}
     for name, value in [*vars(module).items(), *lazy.items()]:
-        if name.startswith("_") or not _is_described(value):
+        if name.startswith("_") or not _has_docstring(value):
             continue
-        home = getattr(value, "__module__", None) or ""
-        if name not in listed and home.lstrip("_") != module.__name__.lstrip("_") and home not in _IMPLEMENTATIONS:
-            continue  # imported for the module's own use
+        defining_module = getattr(value, "__module__", None) or ""
+        if (
+            name not in listed
+            and defining_module.lstrip("_") != module.__name__.lstrip("_")
+            and defining_module not in _IMPLEMENTATIONS
+        ):
+            continue  # imported from another module
         yield f"{module.__name__}.{name}", value, name in listed
         if inspect.isclass(value):
             for member, raw in vars(value).items():
                 inner = getattr(raw, "__func__", raw)
-                if not member.startswith("_") and _is_described(inner):
+                if not member.startswith("_") and _has_docstring(inner):
                     yield f"{module.__name__}.{name}.{member}", inner, name in listed
     if module.__name__ == "os":
         for name in module.path.__all__:
             value = getattr(module.path, name)
-            if _is_described(value):
+            if _has_docstring(value):
                 yield f"os.path.{name}", value, True
 
 
-def _is_described(value: Any) -> bool:
-    described = (
+def _has_docstring(value: Any) -> bool:
+    can_have_docstring = (
         inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, property | functools.cached_property)
     )
-    return described and isinstance(getattr(value, "__doc__", None), str) and bool(value.__doc__.strip())
+    return can_have_docstring and isinstance(getattr(value, "__doc__", None), str) and bool(value.__doc__.strip())
 
 
 def _signature(value: Any) -> str:

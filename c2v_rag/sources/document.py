@@ -1,4 +1,4 @@
-"""A text to be found, and where it came from."""
+"""A text to search for, with its source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Scalar = str | int | float | bool
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text to be found, its source, and metadata to show with it (strings, numbers, booleans)."""
+    """A text to search for, its source, and metadata that results show (strings, numbers, booleans)."""
 
     text: str
     source: str

@@ -1,6 +1,6 @@
-"""Documents from files, folders and tables, read as a stream: memory holds at most one file's text.
+"""Documents from files, folders and tables, read as a stream: at most one file's text is in memory.
 
-A file gives all of its documents or none: they are copied to a temporary file before the first one is passed on.
+A file gives all of its documents or none: they are written to a temporary file before the first one is returned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from c2v_rag.sources.docstrings import PYTHON_DOCS, python_docs
 from c2v_rag.sources.document import Document, Scalar
 from c2v_rag.sources.formats import READERS, TABLES
 
-_BYTES_IN_MEMORY = 2**22  # of such a copy; a larger one goes to the disk
+_BYTES_IN_MEMORY = 2**22  # of the temporary file; a larger one is written to disk
 
 OnError = Callable[[Path, Exception], None]
 
@@ -31,7 +31,7 @@ def read_sources(
 
     Files of these kinds are read: .txt .md .rst .html .pdf .py and, one document per row, .jsonl .csv .parquet with a
     column `text_column`. A document's source is its file's absolute path; the other columns of a table become metadata.
-    An empty file gives one empty document, so that an index learns that its text is gone. `limit`: stop after so many
+    An empty file gives one empty document, so that an index deletes its earlier text. `limit`: stop after this many
     documents.
 
     A file that cannot be read to its end gives no document. `on_error` is called with its path and the error, whatever
@@ -73,10 +73,10 @@ def _read(sources: Sequence[str | Path], text_column: str, on_error: OnError | N
                     for document in _read_file(path, text_column):
                         pickle.dump(document, copy)
                 except Exception as error:
-                    named = _naming_file(path, error)
+                    error_with_path = _with_path(path, error)
                     if on_error is None:
-                        raise named from error
-                    on_error(path, named)
+                        raise error_with_path from error
+                    on_error(path, error_with_path)
                     continue
                 end = copy.tell()
                 copy.seek(0)
@@ -84,15 +84,15 @@ def _read(sources: Sequence[str | Path], text_column: str, on_error: OnError | N
                     yield pickle.load(copy)
 
 
-def _naming_file(path: Path, error: Exception) -> Exception:
-    """The error itself where it names the file or a missing package, else a ValueError that names file and reason."""
+def _with_path(path: Path, error: Exception) -> Exception:
+    """The error itself if it names the file or a missing package, else a ValueError with the file and the reason."""
     if isinstance(error, OSError | ImportError) or (isinstance(error, ValueError) and str(path) in str(error)):
         return error
     return ValueError(f"{path} cannot be read: {type(error).__name__}: {error}")
 
 
 def _read_file(path: Path, text_column: str) -> Iterator[Document]:
-    # File names need not be UTF-8; the text that a store keeps must be.
+    # A file name may be invalid UTF-8, but stores accept only valid UTF-8.
     suffix, source = path.suffix.lower(), path.resolve().as_posix().encode("utf-8", "replace").decode("utf-8")
     if suffix in READERS:
         yield Document(READERS[suffix](path), source)

@@ -1,4 +1,4 @@
-"""Readers of file formats: a text file, HTML or PDF -> its text; a table -> its rows."""
+"""Read file formats: the text of a text, HTML or PDF file, and the rows of a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_CSV_FIELD_CHARACTERS = 2**26
+CSV_FIELD_CHARACTERS = 2**26
 
 
 def _read_text(path: Path) -> str:
@@ -59,9 +59,9 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    # The limit is the whole process's, so it is only ever raised. Without one, a quote that is never closed would read
+    # The limit applies to the whole process, so it is never lowered here. Without a limit, an unclosed quote would read
     # the rest of a large file into one field.
-    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_CHARACTERS))
+    csv.field_size_limit(max(csv.field_size_limit(), CSV_FIELD_CHARACTERS))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:

@@ -67,7 +67,7 @@ def test_an_empty_query_an_empty_store_and_an_empty_collection_say_what_to_do(ap
     assert "Nothing is indexed yet" in last(app.search("a", None, CAUSAL2VEC, NO_COMPARISON, 3))
     assert "Nothing is indexed yet" in app.map(None)
     assert "store" in app.about(None)
-    VectorIndex(app._store, app._model).add([])
+    VectorIndex(app.store, app.model).add([])
     assert "collection is empty" in search(app, "a")
     assert "Choose files" in add(app, [])
 
@@ -94,7 +94,7 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_is_found(app: SearchAp
     assert "No text found in blank.txt" in report
     assert "good.md" in search(app, "heap", BM25)
     assert "no file or folder" in add(app, [], folder=str(tmp_path / "nowhere")).lower()
-    assert len(VectorIndex(tmp_path / "store", app._model)) == 1
+    assert len(VectorIndex(tmp_path / "store", app.model)) == 1
 
 
 def test_a_folder_of_this_computer_only_where_the_page_is_local(app: SearchApp, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_folder_of_this_computer_only_where_the_page_is_local(app: SearchApp, 
     assert "2 passages added" in add(app, [], folder=str(tmp_path / "notes"))
     (tmp_path / "notes" / "a.txt").unlink()
     assert "1 outdated" in add(app, [], folder=str(tmp_path / "notes"))
-    open_to_all = SearchApp(tmp_path / "other", app._model, is_local=False)
+    open_to_all = SearchApp(tmp_path / "other", app.model, is_local=False)
     assert "Choose files" in add(open_to_all, [], folder=str(tmp_path / "notes"))
 
 
@@ -121,7 +121,7 @@ def test_uploads_of_one_name_stand_side_by_side_unless_the_earlier_ones_are_to_g
     report = add(app, files[2:])
     assert "1 passages added, 0 were there, 0 outdated" in report
     assert "Earlier uploads named notes.txt stay" in report
-    index = VectorIndex(app._store, app._model)
+    index = VectorIndex(app.store, app.model)
     assert {chunk.text for chunk in index.chunks()} == {file.read_text() for file in files}
     assert {chunk.metadata["file_name"] for chunk in index.chunks()} == {"notes.txt"}
     assert ">notes.txt</span>" in search(app, "moon", BM25), "people see the name"
@@ -144,17 +144,17 @@ def test_looking_creates_no_collection(app: SearchApp) -> None:
     ):
         assert "no collection &#x27;documents&#x27;" in shown
     app.choices("documents")
-    assert stored_stamps(app._store) == {}
+    assert stored_stamps(app.store) == {}
 
 
 def test_the_encoders_collection_names_are_reserved(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Bread needs yeast.")
     assert "names that end in &#x27;.encoder&#x27;" in add(app, [tmp_path / "a.txt"], into="documents.encoder")
     with pytest.raises(ValueError, match="Choose another"):
-        SearchApp(app._store, app._model, collection="documents.encoder")
+        SearchApp(app.store, app.model, collection="documents.encoder")
     with pytest.raises(ValueError, match="Choose another"):
-        Searcher(app._store, app._model, "documents.encoder")
-    assert stored_stamps(app._store) == {}
+        Searcher(app.store, app.model, "documents.encoder")
+    assert stored_stamps(app.store) == {}
     assert "1 passages added" in add(app, [tmp_path / "a.txt"])
     assert "a.txt" in search(app, "yeast", ENCODER)
 
@@ -162,13 +162,13 @@ def test_the_encoders_collection_names_are_reserved(app: SearchApp, tmp_path: Pa
 def test_visitors_name_no_new_collections(app: SearchApp, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Bread needs yeast.")
     assert "1 passages added" in add(app, [tmp_path / "a.txt"], into="mine")
-    public = SearchApp(app._store, app._model, is_local=False)
+    public = SearchApp(app.store, app.model, is_local=False)
     refused = add(public, [tmp_path / "a.txt"], into="theirs")
     assert "There is no collection &#x27;theirs&#x27;" in refused
     assert "choose one of documents, mine" in refused
     for allowed in ("mine", "documents"):
         assert "Done in" in add(public, [tmp_path / "a.txt"], into=allowed)
-    assert sorted(stored_stamps(app._store)) == ["documents", "mine"]
+    assert sorted(stored_stamps(app.store)) == ["documents", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -180,11 +180,11 @@ def test_only_a_held_lock_is_waited_for(app: SearchApp, tmp_path: Path, error: E
     def failing(texts: list[str], **options: Any) -> np.ndarray:
         raise error
 
-    app._model.encode_document = failing  # type: ignore[method-assign, assignment]
+    app.model.encode_document = failing  # type: ignore[method-assign, assignment]
     try:
         assert str(error) in add(app, [tmp_path / "a.txt"])
     finally:
-        del app._model.encode_document
+        del app.model.encode_document
 
 
 def test_a_second_run_waits_for_the_first_and_loses_nothing(app: SearchApp, tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_cancelled_half_way_and_started_again_it_ends_with_everything(
         (tmp_path / f"{i:03d}.txt").write_text(f"Passage number {i}.")
     files = sorted(tmp_path.glob("*.txt"))
     request: Any = SimpleNamespace(session_hash="s")
-    encode, cancelled, calls = app._model.encode_document, threading.Event(), count()
+    encode, cancelled, calls = app.model.encode_document, threading.Event(), count()
 
     def held(texts: list[str], **options: Any) -> np.ndarray:
         if next(calls) == 1:  # the second part of them
             assert cancelled.wait(60)
         return encode(texts, **options)
 
-    monkeypatch.setattr(app._model, "encode_document", held)
+    monkeypatch.setattr(app.model, "encode_document", held)
     run = app.add([str(file) for file in files], "", False, "documents", False, request)
     shown = next(message for message in run if "documents read" in message)
     app.cancel(request)
@@ -222,14 +222,14 @@ def test_cancelled_half_way_and_started_again_it_ends_with_everything(
     assert "Cancelled" in last(run)
     assert "of 120 documents read" in shown
     assert "<progress value=" in shown
-    kept = len(VectorIndex(app._store, app._model))
+    kept = len(VectorIndex(app.store, app.model))
     assert 0 < kept < 120
     report = add(app, files)
     assert f"{120 - kept} passages added, {kept} were there, 0 outdated" in report
 
 
 def test_an_error_inside_a_method_is_a_message(app: SearchApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    VectorIndex(app._store, app._model).add([Document("Bread.", "a.txt")])
+    VectorIndex(app.store, app.model).add([Document("Bread.", "a.txt")])
 
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no <words>")
@@ -240,7 +240,7 @@ def test_an_error_inside_a_method_is_a_message(app: SearchApp, monkeypatch: pyte
 
 
 def test_map_and_about(app: SearchApp) -> None:
-    index = VectorIndex(app._store, app._model)
+    index = VectorIndex(app.store, app.model)
     index.add([Document("Bread.", "a.txt")])
     assert "at least three" in app.map("documents")
     index.add([Document(f"Passage {i}.", f"/notes/{i}.txt") for i in range(30)])
@@ -269,7 +269,7 @@ def test_a_public_page_asks_for_a_login_or_is_refused(app: SearchApp, tmp_path: 
     page, address = app.launch(host="0.0.0.0", port=None, wait=False, auth=[("ann", "secret"), ("bob", "word")])
     try:
         url = f"http://127.0.0.1:{address.rstrip('/').rpartition(':')[2]}"
-        assert not app._is_local, "no folders of this computer, no new collections"
+        assert not app.is_local, "no folders of this computer, no new collections"
         for path in ("/config", "/gradio_api/info"):
             assert get(url + path)[0] == 401
         join = {"data": [], "fn_index": 0, "session_hash": "x"}

@@ -190,7 +190,7 @@ def test_a_partition_in_half_precision_and_a_slice_that_cannot_be_read(tiny_chec
         (1, 1, 4, 4),
         (2, 2, 2, 8),
     ]
-    worker = embedding._Partition(tmp_path, settings, Loaded(tiny_checkpoint, "float32", None))
+    worker = embedding.PartitionWriter(tmp_path, settings, Loaded(tiny_checkpoint, "float32", None))
     ((ids, texts),) = embedding.read_slices(slices[1:2], "t")
     worker.write(ids, texts, tmp_path / "part-000001.parquet")
     found = pq.read_table(tmp_path / "part-000001.parquet")
@@ -203,7 +203,7 @@ def test_a_partition_in_half_precision_and_a_slice_that_cannot_be_read(tiny_chec
 
     (tmp_path / "bad.jsonl").write_text('{"t": "good"}\n{"t": 1}\n')
     bad = embedding.plan_slices([tmp_path / "bad.jsonl"], "t")
-    (row,) = embedding._Reader("t")({"read": json.dumps([vars(one) for one in bad])})
+    (row,) = embedding.SliceReader("t")({"read": json.dumps([vars(one) for one in bad])})
     reported = worker({key: [value] for key, value in row.items()})
     assert reported["rows"] == [0]
     with pytest.raises(ValueError, match="row 1: 't' must be a text, got 1"):
@@ -216,7 +216,7 @@ def test_a_partition_in_half_precision_and_a_slice_that_cannot_be_read(tiny_chec
 
 def test_a_large_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "PARTITION_ROWS", 8)
-    monkeypatch.setattr(embedding, "_ROWS_READ_AT_ONCE", 3)
+    monkeypatch.setattr(embedding, "ROWS_READ_AT_ONCE", 3)
     texts = [f"text {number}" for number in range(110)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet", row_group_size=100)
     opened: list[str] = []
