@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from c2v_rag.config import Causal2VecConfig
     from c2v_rag.embedders import EmbedderSpec, LazyEmbedder, load_embedder, shared_model
     from c2v_rag.gatherer import gather
-    from c2v_rag.index import Hit, IndexReport, VectorIndex
+    from c2v_rag.index import Hit, IndexReport, SearchMode, VectorIndex
     from c2v_rag.model import Causal2Vec
     from c2v_rag.protocols import Embedder
     from c2v_rag.remote import RemoteModel
@@ -32,6 +32,7 @@ _MODULES = {
     "LazyEmbedder": "embedders",
     "RemoteModel": "remote",
     "TokenBatch": "tokenization",
+    "SearchMode": "index",
     "VectorIndex": "index",
     "gather": "gatherer",
     "load_embedder": "embedders",
@@ -48,6 +49,7 @@ __all__ = [
     "IndexReport",
     "LazyEmbedder",
     "RemoteModel",
+    "SearchMode",
     "TokenBatch",
     "VectorIndex",
     "gather",

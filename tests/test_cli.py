@@ -81,9 +81,29 @@ def test_search_prints_json_and_nothing_else(indexed: tuple[Path, Path]) -> None
     assert result.returncode == 0, result.stderr
     hits = json.loads(result.stdout)
     assert len(hits) == 2
-    assert hits[0].keys() == {"id", "score", "text", "metadata"}
+    assert hits[0].keys() == {"id", "score", "text", "metadata", "scores"}
     assert hits[0]["score"] >= hits[1]["score"]
     assert {Path(hit["metadata"]["source"]).parent for hit in hits} == {folder.resolve()}
+
+
+def test_search_by_words_by_both_with_a_filter_and_by_source(indexed: tuple[Path, Path]) -> None:
+    _, store = indexed
+    hits = json.loads(run("search", "smallest item", "--store", store, "--mode", "lexical", "--json").stdout)
+    assert [Path(hit["metadata"]["source"]).name for hit in hits] == ["heap.txt"]
+    result = run("search", "smallest item", "--store", store, "--mode", "hybrid", "--by-source", "--json")
+    sources = [hit["metadata"]["source"] for hit in json.loads(result.stdout)]
+    assert len(sources) == len(set(sources)) == 3
+    where = json.dumps({"source": hits[0]["metadata"]["source"]})
+    for mode in ("dense", "hybrid"):
+        result = run("search", "bread", "--store", store, "--mode", mode, "--where", where, "--json")
+        assert [hit["id"] for hit in json.loads(result.stdout)] == [hits[0]["id"]]
+    for wrong, message in (
+        (("--mode", "magic"), "mode must be one of"),
+        (("--where", "[1]"), "--where must be a JSON"),
+    ):
+        failed = run("search", "bread", "--store", store, *wrong)
+        assert failed.returncode == 1
+        assert message in failed.stderr
 
 
 def test_search_prints_a_table_for_people(indexed: tuple[Path, Path]) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from llama_index.embeddings.c2v import Causal2VecEmbedding
+from llama_index.embeddings.c2v import C2VRetriever, Causal2VecEmbedding
 
 from c2v_rag import Causal2Vec, VectorIndex
 from c2v_rag.finetune.recipe import Recipe
 from chroma_c2v import Causal2VecEmbeddingFunction
+from langchain_c2v import C2VRetriever as LangChainRetriever
 from langchain_c2v import Causal2VecEmbeddings
 from sentence_transformers_c2v import Causal2VecModule, load
 
@@ -27,7 +28,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    "shown", [Causal2Vec, VectorIndex, Causal2VecEmbeddingFunction, Causal2VecEmbedding, Causal2VecModule, load]
+    "shown",
+    [
+        Causal2Vec,
+        VectorIndex,
+        Causal2VecEmbeddingFunction,
+        Causal2VecEmbedding,
+        C2VRetriever,
+        LangChainRetriever,
+        Causal2VecModule,
+        load,
+    ],
 )
 def test_examples_in_docstrings_print_the_shown_output(
     shown: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -196,7 +196,7 @@ def test_a_stage_draws_sets_by_weight_and_a_seed_gives_the_same_draw() -> None:
 
 
 def test_vectors_are_computed_once_and_cached(tmp_path: Path) -> None:
-    asked: list[str] = []
+    embedded: list[str] = []
 
     def embed(texts: Any) -> np.ndarray:
         embedded.extend(texts)

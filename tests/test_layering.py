@@ -67,6 +67,8 @@ CORE = {
     "index.__init__": {
         "index.chroma_server",
         "index.chunking",
+        "index.lexical",
+        "index.searching",
         "index.stamp",
         "index.stores",
         "index.vanished",
@@ -74,10 +76,22 @@ CORE = {
     },
     "index.chroma_server": set(),
     "index.chunking": {"sources"},
+    "index.lexical": set(),
+    "index.search_cache": {"index.chunking", "index.lexical"},
+    "index.searching": {"index.lexical"},
     "index.stamp": {"index.stores", "protocols"},
-    "index.stores": {"index.chroma_server", "protocols"},
+    "index.stores": {"hashes", "index.chroma_server", "protocols"},
     "index.vanished": {"index.vector_index"},
-    "index.vector_index": {"index.chunking", "index.stamp", "index.stores", "protocols", "sources"},
+    "index.vector_index": {
+        "index.chunking",
+        "index.lexical",
+        "index.search_cache",
+        "index.searching",
+        "index.stamp",
+        "index.stores",
+        "protocols",
+        "sources",
+    },
 }
 # The modules of its own package that each module above the core may import. It may also import all of the core.
 ABOVE = {

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
 from c2v_rag.index import Chunk, Hit, StoreAddress, VectorIndex
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
@@ -22,7 +21,7 @@ METHODS = {
     CAUSAL2VEC: "cosine similarity of the embeddings",
     ENCODER: "cosine similarity of the contextual encoder's own vectors",
     BM25: "words in common; rare words count more",
-    HYBRID: "reciprocal rank fusion of Causal2Vec and BM25",
+    HYBRID: "0.7 x Causal2Vec + 0.3 x BM25, both standardised",
 }
 ENCODER_SUFFIX = ".encoder"
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
@@ -46,7 +45,7 @@ class Searcher:
 
     `prepare` builds the data that a method needs besides the index, and updates it after documents were added or
     deleted: the encoder's vectors, in a second collection of the same store (`encoder_index`, None until then), and
-    BM25's word counts, in memory.
+    the lexical index.
 
     Raises ValueError for a collection name that ends in ".encoder".
     """
@@ -59,7 +58,6 @@ class Searcher:
         self._store = store
         self._preparing = threading.Lock()
         self.encoder_index: VectorIndex | None = None
-        self._bm25: _Bm25 | None = None
         self._prepared: dict[str, str] = {}  # method -> version of the index at its preparation
 
     def is_prepared(self, method: str) -> bool:
@@ -75,14 +73,14 @@ class Searcher:
             if self.is_prepared(method):
                 return
             version = self.index.version
-            chunks = list(self.index.chunks())
             if method == ENCODER:
-                self._prepare_encoder(chunks, report)
+                self._prepare_encoder(list(self.index.chunks()), report)
+                # Writing the encoder's collection changes the folder's version too; the documents are the same.
+                version = self.index.version
             else:
-                report(f"Counting the words of {len(chunks):,} passages for BM25 …", None)
-                self._bm25 = _Bm25(chunks)
-            # Writing the encoder's collection changes the version of the whole folder; the documents are the same.
-            self._prepared[_needs(method)] = self.index.version if method == ENCODER else version
+                report(f"Counting the words of {len(self.index):,} passages for BM25 …", None)
+                self.index.lexical_index()
+            self._prepared[_needs(method)] = version
 
     def _prepare_encoder(self, chunks: Sequence[Chunk], report: Report) -> None:
         if self.encoder_index is None:
@@ -113,13 +111,7 @@ class Searcher:
         if method == ENCODER:
             assert self.encoder_index is not None
             return self.encoder_index.search(query, top_k)
-        assert self._bm25 is not None
-        if method == BM25:
-            return self._bm25.search(query, top_k)
-        dense, sparse = self.index.search(query, FUSED_DEPTH), self._bm25.search(query, FUSED_DEPTH)
-        hits = {hit.id: hit for hit in (*dense, *sparse)}
-        fused = reciprocal_rank_fusion([[hit.id for hit in dense], [hit.id for hit in sparse]])
-        return [Hit(id, score, hits[id].text, hits[id].metadata) for id, score in list(fused.items())[:top_k]]
+        return self.index.search(query, top_k, mode="lexical" if method == BM25 else "hybrid")
 
     def best_sentences(self, query: str, texts: Sequence[str]) -> list[tuple[int, int]]:
         """For each text the span (start, end) of the sentence that is most similar to the query.
@@ -156,34 +148,3 @@ def sentences(text: str) -> list[tuple[int, int]]:
             spans.append((first, start + len(piece.rstrip())))
         start = following
     return spans
-
-
-class _Bm25:
-    """A BM25 index of chunks in memory: bm25s with the English Snowball stemmer."""
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        import bm25s
-        import Stemmer
-
-        self._chunks = chunks
-        self._stemmer = Stemmer.Stemmer("english")
-        self._index: Any = None
-        if any(chunk.text.strip() for chunk in chunks):
-            self._index = bm25s.BM25()
-            self._index.index(self._tokens([chunk.text for chunk in chunks]), show_progress=False)
-
-    def _tokens(self, texts: list[str]) -> Any:
-        import bm25s
-
-        return bm25s.tokenize(texts, stopwords="en", stemmer=self._stemmer, show_progress=False)
-
-    def search(self, query: str, top_k: int) -> list[Hit]:
-        """The best chunks that share a word with the query; there may be none."""
-        if self._index is None:
-            return []
-        rows, scores = self._index.retrieve(self._tokens([query]), k=min(top_k, len(self._chunks)), show_progress=False)
-        return [
-            Hit(self._chunks[row].id, float(score), self._chunks[row].text, self._chunks[row].metadata)
-            for row, score in zip(rows[0], scores[0], strict=True)
-            if score > 0
-        ]

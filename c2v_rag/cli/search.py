@@ -125,12 +125,20 @@ def search(
         str | None, typer.Option(help="Unless given, the model that made the index; another model is refused.")
     ] = None,
     collection: Collection = "documents",
+    mode: Annotated[
+        str,
+        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both. Needs c2v-rag[hybrid]."),
+    ] = "dense",
+    where: Annotated[
+        str | None, typer.Option(help="""Chroma's metadata filter as JSON: '{"kind": "function"}'.""")
+    ] = None,
+    by_source: Annotated[bool, typer.Option("--by-source", help="Only the best passage of each source.")] = False,
     device: Device = None,
     dtype: DType = None,
     json_output: Json = False,
 ) -> None:
     """Print the passages that answer a query best."""
-    from c2v_rag.index import VectorIndex, stored_stamp
+    from c2v_rag.index import VectorIndex, check_mode, stored_stamp
 
     stamp = stored_stamp(store, collection)  # before the model is loaded: a wrong store is reported at once
     name = model or str(stamp["name"])
@@ -140,7 +148,9 @@ def search(
         )
     vectors = VectorIndex(store, open_embedder(name, device, dtype, is_stored=not model), collection)
     started = time.perf_counter()
-    hits = vectors.search(query, k)
+    hits = vectors.search(
+        query, k, mode=check_mode(mode), where=_metadata_filter(where), group_by="source" if by_source else None
+    )
     milliseconds = 1000 * (time.perf_counter() - started)
     if json_output:
         print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
@@ -153,6 +163,18 @@ def search(
         )
     out.print(table)
     out.print(f"{len(hits)} of {len(vectors)} chunks, {milliseconds:.0f} ms")
+
+
+def _metadata_filter(where: str | None) -> dict[str, Any] | None:
+    if where is None:
+        return None
+    try:
+        value = json.loads(where)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--where must be a JSON object, such as \'{{"kind": "function"}}\': {error}') from error
+    if not isinstance(value, dict):
+        raise ValueError(f'--where must be a JSON object, such as \'{{"kind": "function"}}\'; got {where}.')
+    return value
 
 
 def embed(

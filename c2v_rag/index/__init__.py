@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
+from c2v_rag.index.lexical import LexicalIndex
+from c2v_rag.index.searching import Hit, SearchMode, check_mode
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
 from c2v_rag.index.vanished import remove_vanished
-from c2v_rag.index.vector_index import CHUNKS_WRITTEN_AT_ONCE, Hit, IndexReport, VectorIndex
+from c2v_rag.index.vector_index import CHUNKS_WRITTEN_AT_ONCE, IndexReport, VectorIndex
 
 __all__ = [
     "CHUNKS_WRITTEN_AT_ONCE",
@@ -17,8 +19,11 @@ __all__ = [
     "Chunk",
     "Hit",
     "IndexReport",
+    "LexicalIndex",
+    "SearchMode",
     "StoreAddress",
     "VectorIndex",
+    "check_mode",
     "check_stamp",
     "count_chunks",
     "find_collection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from c2v_rag.hashes import cache_folder
 from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.protocols import is_url
 
@@ -35,8 +37,13 @@ class _Server:
 
     def __init__(self, server: ChromaServer) -> None:
         self._client = server.connect()
+        self._name = "\n".join([server.url, server.tenant or "", server.database or ""])
 
     version = ""
+
+    def folder_for(self, name: str) -> Path:
+        """Where a reader of the server keeps files that belong to a collection."""
+        return cache_folder() / "stores" / hashlib.sha256(self._name.encode()).hexdigest()[:16] / name
 
     def exists(self) -> bool:
         return True
@@ -67,6 +74,10 @@ class _Folder:
         self._lock = threading.RLock()
         self._client: Any = None  # ClientAPI, with the close() that its base class lacks
         self._opened_version = ""
+
+    def folder_for(self, name: str) -> Path:
+        """Where files that belong to a collection are kept."""
+        return self._path / f"c2v-{name}"
 
     @property
     def version(self) -> str:

@@ -5,19 +5,33 @@ A run that was killed continues where it stopped. The collection stores the stam
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
+from c2v_rag.index.lexical import LexicalIndex
+from c2v_rag.index.search_cache import SearchCache
+from c2v_rag.index.searching import (
+    Hit,
+    SearchMode,
+    SearchOptions,
+    check_mode,
+    dense_hits,
+    hybrid_hits,
+    lexical_hits,
+    select,
+)
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, read_stamp
 from c2v_rag.index.stores import (
     DEFAULT_COLLECTION,
@@ -35,17 +49,8 @@ if TYPE_CHECKING:
 DOCUMENTS_READ_AHEAD = 512
 CHUNKS_WRITTEN_AT_ONCE = 256
 PAGE_SIZE = 1000
+_VERSION_KEY = "c2v_version"  # in the metadata of a server's collection: changes with every write
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """A chunk in a search result. `score`: cosine similarity. `metadata`: "source" and the document's metadata."""
-
-    id: str
-    score: float
-    text: str
-    metadata: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,7 @@ class VectorIndex:
         self._store = open_store(store)
         self._name = collection
         self._model = model
+        self._cache = SearchCache()
         with self._store.reading():
             self._find()
 
@@ -106,42 +112,75 @@ class VectorIndex:
             collection = self._find()
             return 0 if collection is None else collection.count()
 
-    def search(self, query: str, top_k: int = 5) -> list[Hit]:
-        """The `top_k` chunks most similar to `query`, best first; fewer when the index has fewer.
+    def search(
+        self, query: str, top_k: int = 5, *, mode: SearchMode = "dense", **options: Unpack[SearchOptions]
+    ) -> list[Hit]:
+        """The `top_k` best chunks, best first; fewer when the index has fewer.
 
-        Raises FileNotFoundError when the store or the collection does not exist.
+        `mode`: "dense" sorts by the cosine similarity of embeddings; "lexical" by BM25, which needs words in common;
+        "hybrid" by both, 0.7 x the standardised cosine + 0.3 x the standardised BM25 score. The lexical index is built
+        at its first use, stored beside a folder's collections (in the cache folder for a server), and rebuilt when
+        chunks have changed. `where`: Chroma's metadata filter, such as {"source": "a.txt"}. `min_score`: leave out
+        hits with a lower score. `group_by`: only the best chunk for each value of a metadata key, such as "source".
+        `offset`: skip the first hits.
+
+        Raises FileNotFoundError when the store or the collection does not exist, ImportError without bm25s.
         """
         if not isinstance(query, str):
             raise TypeError(f"query must be one string, got {type(query).__name__}. For several, use search_many.")
-        return self.search_many([query], top_k)[0]
+        return self.search_many([query], top_k, mode=mode, **options)[0]
 
-    def search_many(self, queries: Sequence[str], top_k: int = 5) -> list[list[Hit]]:
+    def search_many(
+        self, queries: Sequence[str], top_k: int = 5, *, mode: SearchMode = "dense", **options: Unpack[SearchOptions]
+    ) -> list[list[Hit]]:
         """`search` for each query, in their order, embedded together."""
         if isinstance(queries, str):
             raise TypeError("queries must be a list of strings, got one bare string. Use search, or wrap it: [query].")
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {top_k}.")
-        embeddings = self._model.encode_query(queries)
+        check_mode(mode)
+        vectors: Sequence[np.ndarray | None] = [None] * len(queries)
+        if mode != "lexical":
+            vectors = list(self._model.encode_query(queries))
+        return [
+            self._search(query, vector, mode, top_k, options) for query, vector in zip(queries, vectors, strict=True)
+        ]
+
+    def search_by_vector(self, vector: np.ndarray, top_k: int = 5, **options: Unpack[SearchOptions]) -> list[Hit]:
+        """As a dense `search`, for a query's embedding (embedding_dim,)."""
+        if np.shape(vector) != (self._model.embedding_dim,):
+            raise ValueError(f"vector must have the shape ({self._model.embedding_dim},), got {np.shape(vector)}.")
+        return self._search("", np.asarray(vector), "dense", top_k, options)
+
+    async def asearch(
+        self, query: str, top_k: int = 5, *, mode: SearchMode = "dense", **options: Unpack[SearchOptions]
+    ) -> list[Hit]:
+        """`search`, in a thread."""
+        return await asyncio.to_thread(self.search, query, top_k, mode=mode, **options)
+
+    def _search(
+        self, query: str, vector: np.ndarray | None, mode: SearchMode, top_k: int, options: SearchOptions
+    ) -> list[Hit]:
+        where = options.get("where")
+        lexical = None if mode == "dense" else self.lexical_index()
+        sample = self._cache.sample(self.version, self.sample) if mode == "hybrid" else None
         with self._store.reading():
             collection = self._find()
             if collection is None:
                 raise missing_index(self._address, self._name)
-            if not len(embeddings) or not collection.count():
-                return [[] for _ in queries]
-            answer = collection.query(
-                query_embeddings=embeddings, n_results=top_k, include=["documents", "metadatas", "distances"]
-            )
-        documents, metadatas, distances = answer["documents"], answer["metadatas"], answer["distances"]
-        assert documents is not None
-        assert metadatas is not None
-        assert distances is not None
-        return [
-            [
-                Hit(id, 1.0 - distance, text, dict(metadata))
-                for id, distance, text, metadata in zip(*columns, strict=True)
-            ]
-            for columns in zip(answer["ids"], distances, documents, metadatas, strict=True)
-        ]
+
+            def best(number: int) -> list[Hit]:
+                if lexical is None:
+                    return dense_hits(collection, vector, number, where)
+                if sample is None:
+                    return lexical_hits(collection, lexical, query, number, where)
+                return hybrid_hits(collection, lexical, query, vector, sample, number, where)
+
+            return select(best, collection.count(), top_k, options)
+
+    def lexical_index(self) -> LexicalIndex:
+        """BM25 over the chunks as they are now: from memory, from disk, or built."""
+        folder = self._store.folder_for(f"lexical-{self._name}")
+        ids = (id for page in self._pages([]) for id in page["ids"])
+        return self._cache.lexical(self.version, folder, ids, self.chunks())
 
     def add(
         self,
@@ -280,8 +319,13 @@ class VectorIndex:
 
     @property
     def version(self) -> str:
-        """Changes with every write to the folder; for a server's collection, with the number of chunks only."""
-        return f"{self._store.version}-{len(self)}"
+        """Changes with every write of c2v_rag to the store; for a server, to the collection."""
+        with self._store.reading():
+            collection = self._find()
+            if collection is None:
+                return self._store.version
+            own = (collection.metadata or {}).get(_VERSION_KEY, "")
+            return f"{self._store.version}-{own}-{collection.count()}"
 
     def _find(self) -> Collection | None:
         """The collection, opened again, or None. Raises ValueError if another model made it."""
@@ -315,7 +359,7 @@ class VectorIndex:
                 documents=[_storable(chunk.text) for chunk in part],
                 metadatas=[chunk.metadata for chunk in part],
             )
-        self._store.wrote()
+        self._note_write(collection)
         counts["added"] += len(chunks)
 
     def _delete(self, collection: Collection, ids: Sequence[str]) -> None:
@@ -323,7 +367,12 @@ class VectorIndex:
         for start in range(0, len(ids), size):
             collection.delete(ids=list(ids[start : start + size]))
         if ids:
-            self._store.wrote()
+            self._note_write(collection)
+
+    def _note_write(self, collection: Collection) -> None:
+        self._store.wrote()
+        if not self._store.version:  # a server: its readers look at the collection's metadata
+            collection.modify(metadata={**(collection.metadata or {}), _VERSION_KEY: uuid.uuid4().hex})
 
 
 def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:

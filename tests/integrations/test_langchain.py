@@ -26,17 +26,21 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_core.stores import InMemoryByteStore
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
-from langchain_tests.integration_tests import EmbeddingsIntegrationTests, VectorStoreIntegrationTests
+from langchain_tests.integration_tests import (
+    EmbeddingsIntegrationTests,
+    RetrieversIntegrationTests,
+    VectorStoreIntegrationTests,
+)
 from langchain_tests.unit_tests import EmbeddingsUnitTests
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 from pydantic import ValidationError
 from transformers import pipeline
 
-from c2v_rag import EmbedderSpec, LazyEmbedder, RemoteModel, embedders, gather, read_sources
+from c2v_rag import EmbedderSpec, LazyEmbedder, RemoteModel, VectorIndex, embedders, gather, read_sources
 from c2v_rag.bases import locate_base
 from c2v_rag.model import Causal2Vec
-from langchain_c2v import Causal2VecEmbeddings
-from tests.plain import recording_server
+from langchain_c2v import C2VRetriever, Causal2VecEmbeddings
+from tests.plain import Letters, numbered, recording_server
 from tests.tiny import tiny_model
 
 
@@ -313,3 +317,40 @@ def test_a_pickled_remote_model_keeps_its_key_and_a_spec_has_none() -> None:
             again().encode_query(["a text"])
         assert set(requests) == {"Bearer mine"}
         assert "mine" not in repr(again.spec) + repr(again())
+
+
+class TestC2VRetriever(RetrieversIntegrationTests):
+    """LangChain's own promises of a retriever."""
+
+    @pytest.fixture(autouse=True)
+    def _index(self, tmp_path: Path) -> None:
+        type(self).index = VectorIndex(tmp_path, Letters())
+        type(self).index.add(numbered(20))
+
+    index: VectorIndex
+
+    @property
+    def retriever_constructor(self) -> type[C2VRetriever]:
+        return C2VRetriever
+
+    @property
+    def retriever_constructor_params(self) -> dict[str, Any]:
+        return {"index": self.index, "mode": "hybrid"}
+
+    @property
+    def retriever_query_example(self) -> str:
+        return "a passage about topic 3"
+
+
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_a_retriever_gives_the_hits_of_the_index(mode: Any, tmp_path: Path) -> None:
+    index = VectorIndex(tmp_path, Letters())
+    index.add(numbered(20))
+    query, options = "a passage about topic 3", {"where": {"n": {"$lt": 9}}, "group_by": "source"}
+    retriever = C2VRetriever(index=index, k=2, mode=mode, **options)
+    expected = index.search(query, 2, mode=mode, **options)
+    assert len(expected) == 2
+    for documents in (retriever.invoke(query), asyncio.run(retriever.ainvoke(query))):
+        assert [(one.id, one.page_content) for one in documents] == [(hit.id, hit.text) for hit in expected]
+        assert [one.metadata for one in documents] == [{**hit.metadata, "score": hit.score} for hit in expected]
+    assert len(retriever.invoke(query, k=3)) == 3

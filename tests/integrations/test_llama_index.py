@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import chromadb
@@ -20,13 +21,13 @@ from llama_index.core.rate_limiter import BaseRateLimiter
 from llama_index.core.schema import Document, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.storage.kvstore import SimpleKVStore
-from llama_index.embeddings.c2v import Causal2VecEmbedding
+from llama_index.embeddings.c2v import C2VRetriever, Causal2VecEmbedding
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
 from c2v_rag import Document as SourceDocument
 from c2v_rag import VectorIndex, embedders
 from c2v_rag.model import Causal2Vec
-from tests.plain import recording_server
+from tests.plain import Letters, numbered, recording_server
 from tests.tiny import assert_ranked, tiny_model
 
 
@@ -221,3 +222,16 @@ def test_stored_objects_refuse_other_weights_and_addresses(tmp_path: Path) -> No
     in_memory = Causal2VecEmbedding(model=tiny_model())
     with pytest.raises(ValueError, match="exists in memory only"):
         Causal2VecEmbedding.from_dict(in_memory.to_dict())
+
+
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_a_retriever_gives_the_hits_of_the_index(mode: Any, tmp_path: Path) -> None:
+    index = VectorIndex(tmp_path, Letters())
+    index.add(numbered(20))
+    query, options = "a passage about topic 3", {"where": {"n": {"$lt": 9}}, "group_by": "source"}
+    retriever = C2VRetriever(index, similarity_top_k=2, mode=mode, **options)
+    expected = index.search(query, 2, mode=mode, **options)
+    assert len(expected) == 2
+    for nodes in (retriever.retrieve(query), asyncio.run(retriever.aretrieve(query))):
+        assert [(one.node_id, one.text, one.score) for one in nodes] == [(h.id, h.text, h.score) for h in expected]
+        assert [one.metadata for one in nodes] == [hit.metadata for hit in expected]

@@ -8,7 +8,8 @@ except ModuleNotFoundError as error:
     raise ImportError('langchain_c2v needs LangChain: pip install "c2v-rag[langchain]"') from error
 
 from langchain_c2v.embeddings import Causal2VecEmbeddings
+from langchain_c2v.retrievers import C2VRetriever
 
 __version__ = "0.1.0"
 
-__all__ = ["Causal2VecEmbeddings", "__version__"]
+__all__ = ["C2VRetriever", "Causal2VecEmbeddings", "__version__"]

@@ -8,7 +8,8 @@ except ModuleNotFoundError as error:
     raise ImportError('llama_index.embeddings.c2v needs LlamaIndex: pip install "c2v-rag[llama-index]"') from error
 
 from llama_index.embeddings.c2v.base import Causal2VecEmbedding
+from llama_index.embeddings.c2v.retriever import C2VRetriever
 
 __version__ = "0.1.0"
 
-__all__ = ["Causal2VecEmbedding", "__version__"]
+__all__ = ["C2VRetriever", "Causal2VecEmbedding", "__version__"]

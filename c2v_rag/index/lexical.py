@@ -1,0 +1,123 @@
+"""BM25 over the chunks of a collection, stored beside it and brought up to date with it.
+
+bm25s computes the scores, with English stop words and the Snowball stemmer. Chroma itself has no lexical index for a
+local store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+_ABOUT_FILE = "c2v_lexical.json"
+_FORMAT = 1
+
+
+class LexicalIndex:
+    """BM25 scores (Robertson and Zaragoza, 2009) of texts that are known by ids.
+
+    `ids`: (N,) in the order of `scores`. Texts without a word get the score 0.
+    """
+
+    def __init__(self, ids: Sequence[str], model: Any) -> None:
+        import Stemmer
+
+        self.ids = list(ids)
+        self._model = model  # None where no text has a word
+        self._stemmer = Stemmer.Stemmer("english")
+
+    @classmethod
+    def build(cls, ids: Sequence[str], texts: Sequence[str]) -> Self:
+        """Index `texts`, one for each id. ImportError where bm25s or PyStemmer is missing, with the pip line."""
+        try:
+            import bm25s
+        except ModuleNotFoundError as error:
+            if error.name != "bm25s":
+                raise
+            raise ImportError('Lexical and hybrid search need bm25s: pip install "c2v-rag[hybrid]"') from error
+
+        index = cls(ids, None)
+        tokens = index._tokenize(list(texts), return_ids=True)
+        if tokens.vocab and any(len(text_ids) for text_ids in tokens.ids):
+            index._model = bm25s.BM25()
+            index._model.index(tokens, show_progress=False)
+        return index
+
+    def scores(self, query: str) -> np.ndarray:
+        """(N,) float32; 0 for a text that shares no word with the query."""
+        empty = np.zeros(len(self.ids), dtype=np.float32)
+        if self._model is None:
+            return empty
+        (words,) = self._tokenize([query], return_ids=False)
+        known = [word for word in words if word in self._model.vocab_dict]
+        if not known:
+            return empty
+        return np.asarray(self._model.get_scores(known), dtype=np.float32)
+
+    def _tokenize(self, texts: list[str], *, return_ids: bool) -> Any:
+        import bm25s
+
+        return bm25s.tokenize(texts, stopwords="en", stemmer=self._stemmer, return_ids=return_ids, show_progress=False)
+
+    def save(self, folder: Path, version: str) -> None:
+        """Write the index into `folder`, which is replaced; `version` is that of the collection."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lexical-") as temporary:
+            staging = Path(temporary) / folder.name
+            staging.mkdir()
+            if self._model is not None:
+                self._model.save(staging / "bm25", show_progress=False)
+            (staging / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
+            _write_about(staging, version, ids_hash(self.ids))
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.rename(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Open a saved index; its scores are memory-mapped."""
+        import bm25s
+
+        ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+        saved = folder / "bm25"
+        return cls(ids, bm25s.BM25.load(saved, mmap=True) if saved.is_dir() else None)
+
+
+def ids_hash(ids: Iterable[str]) -> str:
+    """Hash of a set of chunk ids. An id is the hash of its text, so equal sets have equal texts."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+
+
+class SavedState(NamedTuple):
+    """The version of the collection that a saved index belongs to, and the hash of its chunks' ids."""
+
+    version: str
+    ids_hash: str
+
+
+def saved_state(folder: Path) -> SavedState | None:
+    """The state of a saved index; None where there is none that this version of c2v_rag can read."""
+    try:
+        about = json.loads((folder / _ABOUT_FILE).read_text(encoding="utf-8"))
+        return SavedState(about["version"], about["ids_hash"]) if about["format"] == _FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def set_version(folder: Path, version: str) -> None:
+    """Note that a saved index is up to date with this version of its collection."""
+    if (state := saved_state(folder)) is not None:
+        _write_about(folder, version, state.ids_hash)
+
+
+def _write_about(folder: Path, version: str, ids: str) -> None:
+    about = {"format": _FORMAT, "version": version, "ids_hash": ids}
+    staging = folder / f".{_ABOUT_FILE}.part"
+    staging.write_text(json.dumps(about), encoding="utf-8")
+    staging.replace(folder / _ABOUT_FILE)

@@ -1,0 +1,183 @@
+"""Search in a collection by vectors, by words, or by both; scores, filters, groups.
+
+N chunks of the collection, D embedding columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
+
+import numpy as np
+
+from c2v_rag.index.lexical import LexicalIndex
+
+if TYPE_CHECKING:
+    from chromadb.api.models.Collection import Collection
+
+SearchMode = Literal["dense", "lexical", "hybrid"]
+CANDIDATES = 100  # best chunks by vectors and by words that a hybrid search scores
+DENSE_WEIGHT = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A chunk that was found. `metadata`: its "source" and the document's metadata.
+
+    `score` is what the hits are sorted by: the cosine similarity of a dense search, BM25's score of a lexical one, the
+    weighted z-scores of both of a hybrid one. `scores` has those that were computed, as "cosine" and "bm25".
+    """
+
+    id: str
+    score: float
+    text: str
+    metadata: dict[str, Any]
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of every search; `VectorIndex.search` describes them."""
+
+    where: Mapping[str, Any] | None
+    min_score: float | None
+    group_by: str | None
+    offset: int
+
+
+def check_mode(mode: str) -> SearchMode:
+    """The mode. ValueError for one that does not exist."""
+    if mode not in get_args(SearchMode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(SearchMode))}; got {mode!r}.")
+    return cast(SearchMode, mode)
+
+
+def select(best: Callable[[int], list[Hit]], total: int, top_k: int, options: SearchOptions) -> list[Hit]:
+    """Of the hits that `best(number)` gives, best first, those that the options leave.
+
+    More and more hits are asked for until there are `top_k` groups. `total`: number of chunks. Raises ValueError for a
+    `top_k` below 1 or an `offset` below 0.
+    """
+    offset, min_score, group_by = options.get("offset", 0), options.get("min_score"), options.get("group_by")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1; got {top_k}.")
+    if offset < 0:
+        raise ValueError(f"offset must be at least 0; got {offset}.")
+    number = offset + top_k
+    while total:
+        hits = best(number)
+        is_complete = len(hits) < number or number >= total
+        if min_score is not None:
+            is_complete = is_complete or hits[-1].score < min_score
+            hits = [hit for hit in hits if hit.score >= min_score]
+        if group_by is not None:
+            hits = _best_of_each(hits, group_by)
+        if is_complete or group_by is None or len(hits) >= offset + top_k:
+            return hits[offset : offset + top_k]
+        number *= 4
+    return []
+
+
+def dense_hits(
+    collection: Collection, vector: np.ndarray | None, number: int, where: Mapping[str, Any] | None
+) -> list[Hit]:
+    """The chunks most similar to a query's embedding (D,), best first."""
+    include: Any = ["documents", "metadatas", "distances"]
+    query: Any = np.asarray(vector)[None]
+    found = collection.query(query_embeddings=query, n_results=number, include=include, where=_filter(where))
+    columns: Any = [found["ids"], found["distances"], found["documents"], found["metadatas"]]
+    return [
+        Hit(id, 1.0 - distance, text, dict(metadata), {"cosine": 1.0 - distance})
+        for id, distance, text, metadata in zip(*(column[0] for column in columns), strict=True)
+    ]
+
+
+def lexical_hits(
+    collection: Collection, lexical: LexicalIndex, query: str, number: int, where: Mapping[str, Any] | None
+) -> list[Hit]:
+    """The chunks that share words with the query, best first by BM25."""
+    scores = _allowed_scores(collection, lexical, query, where)
+    rows = [int(row) for row in np.argsort(-scores, kind="stable")[:number] if scores[row] > 0]
+    by_id = _get(collection, [lexical.ids[row] for row in rows])
+    return [
+        Hit(id, float(scores[row]), text, metadata, {"bm25": float(scores[row])})
+        for row in rows
+        if (id := lexical.ids[row]) in by_id
+        for text, metadata, _ in [by_id[id]]
+    ]
+
+
+def hybrid_hits(
+    collection: Collection,
+    lexical: LexicalIndex,
+    query: str,
+    vector: np.ndarray | None,
+    sample: np.ndarray,
+    number: int,
+    where: Mapping[str, Any] | None,
+    dense_weight: float = DENSE_WEIGHT,
+) -> list[Hit]:
+    """Candidates of both kinds, best first by `dense_weight` x z(cosine) + (1 - `dense_weight`) x z(BM25).
+
+    z: a query's scores over the collection, shifted to mean 0 and scaled to standard deviation 1. For cosines both
+    are estimated from `sample` (S, D), embeddings of random chunks. `vector` is (D,).
+    """
+    assert vector is not None
+    depth = max(CANDIDATES, number)
+    dense = {hit.id: hit for hit in dense_hits(collection, vector, depth, where)}
+    words = lexical.scores(query)
+    allowed = _allowed_scores(collection, lexical, query, where)
+    rows = {lexical.ids[row]: row for row in np.argsort(-allowed, kind="stable")[:depth] if allowed[row] > 0}
+    by_id = _get(collection, [id for id in rows if id not in dense])
+    row_of = {id: row for row, id in enumerate(lexical.ids)} if dense.keys() - rows.keys() else rows
+    cosine_z, words_z = _standardiser(sample @ vector), _standardiser(words)
+    hits = []
+    for id in dict.fromkeys([*dense, *by_id]):
+        if id in dense:
+            text, metadata, cosine = dense[id].text, dense[id].metadata, dense[id].score
+        else:
+            text, metadata, embedding = by_id[id]
+            cosine = float(embedding @ vector)
+        bm25 = float(words[row_of[id]]) if id in row_of else 0.0
+        score = dense_weight * cosine_z(cosine) + (1 - dense_weight) * words_z(bm25)
+        hits.append(Hit(id, score, text, metadata, {"cosine": cosine, "bm25": bm25}))
+    return sorted(hits, key=lambda hit: -hit.score)[:number]
+
+
+def _best_of_each(hits: Sequence[Hit], key: str) -> list[Hit]:
+    """The first hit for each value of the metadata `key`; hits without it are groups of their own."""
+    found: dict[object, Hit] = {}
+    for hit in hits:
+        found.setdefault(hit.metadata.get(key, (hit.id,)), hit)
+    return list(found.values())
+
+
+def _filter(where: Mapping[str, Any] | None) -> Any:
+    return dict(where) if where else None
+
+
+def _allowed_scores(
+    collection: Collection, lexical: LexicalIndex, query: str, where: Mapping[str, Any] | None
+) -> np.ndarray:
+    """(N,) BM25 scores; 0 for chunks that the filter excludes."""
+    scores = lexical.scores(query)
+    if not where:
+        return scores
+    allowed = set(collection.get(where=_filter(where), include=[])["ids"])
+    return np.where([id in allowed for id in lexical.ids], scores, 0)
+
+
+def _get(collection: Collection, ids: list[str]) -> dict[str, tuple[str, dict[str, Any], np.ndarray]]:
+    """Text, metadata and embedding by id."""
+    if not ids:
+        return {}
+    include: Any = ["documents", "metadatas", "embeddings"]
+    page = collection.get(ids=ids, include=include)
+    columns: Any = zip(page["ids"], page["documents"], page["metadatas"], page["embeddings"], strict=True)  # type: ignore[arg-type]
+    return {id: (text, dict(metadata), np.asarray(embedding)) for id, text, metadata, embedding in columns}
+
+
+def _standardiser(scores: np.ndarray) -> Callable[[float], float]:
+    """A function that subtracts the mean of `scores` and divides by their standard deviation."""
+    mean, deviation = (float(scores.mean()), float(scores.std())) if len(scores) else (0.0, 0.0)
+    return lambda score: (score - mean) / deviation if deviation > 0 else 0.0
