@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from c2v_rag.sources import Document, read_sources
     from c2v_rag.tokenization import TokenBatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "Causal2Vec": "model",

@@ -9,6 +9,6 @@ except ModuleNotFoundError as error:
 
 from chroma_c2v.embedding_function import Causal2VecEmbeddingFunction
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Causal2VecEmbeddingFunction", "__version__"]

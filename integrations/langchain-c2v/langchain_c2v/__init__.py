@@ -10,6 +10,6 @@ except ModuleNotFoundError as error:
 from langchain_c2v.embeddings import Causal2VecEmbeddings
 from langchain_c2v.retrievers import C2VRetriever
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["C2VRetriever", "Causal2VecEmbeddings", "__version__"]

@@ -11,6 +11,6 @@ except ModuleNotFoundError as error:
 
 from sentence_transformers_c2v.module import Causal2VecModule, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Causal2VecModule", "__version__", "load"]

@@ -10,6 +10,6 @@ except ModuleNotFoundError as error:
 from llama_index.embeddings.c2v.base import Causal2VecEmbedding
 from llama_index.embeddings.c2v.retriever import C2VRetriever
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["C2VRetriever", "Causal2VecEmbedding", "__version__"]
