@@ -9,7 +9,7 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app test check lint wheel lowest audit bench quality clean
+.PHONY: demo demo-app test test-slow check lint wheel lowest audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -18,9 +18,13 @@ demo-app: .venv/demo-app
 	$(BIN)/python demos/search_app.py --store $(STORE)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+	@echo "The slow tests (Ray, demos, killed runs, thousands of requests) are run by: make test-slow"
 
-check: test lint wheel lowest audit
+test-slow: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"
+
+check: test test-slow lint wheel lowest audit
 
 lint: .venv/test
 	$(BIN)/ruff check .

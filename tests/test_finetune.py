@@ -372,6 +372,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for(checkpoint, lora={"rank": 4, "dropout": 0.1})))

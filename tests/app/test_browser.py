@@ -25,7 +25,7 @@ HOSTILE = "Evil <script>document.title='pwned'</script> ${document.title='pwned'
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"]  # no sandbox: root in containers
 
 expect.set_options(timeout=60_000)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from tests.server.serving import serving
 from tests.tiny import WORDS, tiny_model
 
 # All tests run in one pytest worker, which starts one cluster. On a few busy cores Ray takes minutes.
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,6 @@ class EncodeBudget:
             self._changed.notify_all()
 
 
-@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     on_ray: str, chroma_server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_public_address_needs_a_key_file_or_no_key(tiny_checkpoint: str, tmp_p
     assert read_keys(tmp_path / "keys") == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_accepted_requests_are_answered_after_sigterm(tiny_checkpoint: str) -> None:
     texts = [f"{' '.join(WORDS * 8)} {number}" for number in range(1500)]
     with serve(tiny_checkpoint) as (url, process), ThreadPoolExecutor(1) as pool:
