@@ -6,6 +6,7 @@ local store.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -49,6 +50,11 @@ class LexicalIndex:
             index._model = bm25s.BM25()
             index._model.index(tokens, show_progress=False)
         return index
+
+    @functools.cached_property
+    def rows(self) -> dict[str, int]:
+        """For each id its position in `ids` and in `scores`."""
+        return {id: row for row, id in enumerate(self.ids)}
 
     def scores(self, query: str) -> np.ndarray:
         """(N,) float32; 0 for a text that shares no word with the query."""

@@ -96,7 +96,7 @@ def lexical_hits(
     collection: Collection, lexical: LexicalIndex, query: str, number: int, where: Mapping[str, Any] | None
 ) -> list[Hit]:
     """The chunks that share words with the query, best first by BM25."""
-    scores = _allowed_scores(collection, lexical, query, where)
+    scores = _allowed_scores(collection, lexical, lexical.scores(query), where)
     rows = [int(row) for row in np.argsort(-scores, kind="stable")[:number] if scores[row] > 0]
     by_id = _get(collection, [lexical.ids[row] for row in rows])
     return [
@@ -126,10 +126,9 @@ def hybrid_hits(
     depth = max(CANDIDATES, number)
     dense = {hit.id: hit for hit in dense_hits(collection, vector, depth, where)}
     words = lexical.scores(query)
-    allowed = _allowed_scores(collection, lexical, query, where)
-    rows = {lexical.ids[row]: row for row in np.argsort(-allowed, kind="stable")[:depth] if allowed[row] > 0}
-    by_id = _get(collection, [id for id in rows if id not in dense])
-    row_of = {id: row for row, id in enumerate(lexical.ids)} if dense.keys() - rows.keys() else rows
+    allowed = _allowed_scores(collection, lexical, words, where)
+    best = [lexical.ids[row] for row in np.argsort(-allowed, kind="stable")[:depth] if allowed[row] > 0]
+    by_id = _get(collection, [id for id in best if id not in dense])
     cosine_z, words_z = _standardiser(sample @ vector), _standardiser(words)
     hits = []
     for id in dict.fromkeys([*dense, *by_id]):
@@ -138,7 +137,7 @@ def hybrid_hits(
         else:
             text, metadata, embedding = by_id[id]
             cosine = float(embedding @ vector)
-        bm25 = float(words[row_of[id]]) if id in row_of else 0.0
+        bm25 = float(words[lexical.rows[id]]) if id in lexical.rows else 0.0
         score = dense_weight * cosine_z(cosine) + (1 - dense_weight) * words_z(bm25)
         hits.append(Hit(id, score, text, metadata, {"cosine": cosine, "bm25": bm25}))
     return sorted(hits, key=lambda hit: -hit.score)[:number]
@@ -157,14 +156,16 @@ def _filter(where: Mapping[str, Any] | None) -> Any:
 
 
 def _allowed_scores(
-    collection: Collection, lexical: LexicalIndex, query: str, where: Mapping[str, Any] | None
+    collection: Collection, lexical: LexicalIndex, scores: np.ndarray, where: Mapping[str, Any] | None
 ) -> np.ndarray:
     """(N,) BM25 scores; 0 for chunks that the filter excludes."""
-    scores = lexical.scores(query)
     if not where:
         return scores
-    allowed = set(collection.get(where=_filter(where), include=[])["ids"])
-    return np.where([id in allowed for id in lexical.ids], scores, 0)
+    ids = collection.get(where=_filter(where), include=[])["ids"]
+    rows = [lexical.rows[id] for id in ids if id in lexical.rows]
+    allowed = np.zeros_like(scores)
+    allowed[rows] = scores[rows]
+    return allowed
 
 
 def _get(collection: Collection, ids: list[str]) -> dict[str, tuple[str, dict[str, Any], np.ndarray]]:

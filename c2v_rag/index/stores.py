@@ -30,6 +30,7 @@ _LOCK_FILE = "c2v_writer.lock"
 # A suffix that is not indexed: a store may be inside a folder of documents.
 _WRITER_FILE = "c2v_writer.holder"
 _VERSION_FILE = "c2v_generation"
+_VERSION_KEY = "c2v_version"  # in the metadata of a server's collection
 
 
 class _Server:
@@ -39,7 +40,9 @@ class _Server:
         self._client = server.connect()
         self._name = "\n".join([server.url, server.tenant or "", server.database or ""])
 
-    version = ""
+    def version_of(self, collection: Collection | None) -> str:
+        """Changes with every write of c2v_rag to the collection."""
+        return str((collection.metadata or {}).get(_VERSION_KEY, "")) if collection is not None else ""
 
     def folder_for(self, name: str) -> Path:
         """Where a reader of the server keeps files that belong to a collection."""
@@ -51,8 +54,9 @@ class _Server:
     def client(self) -> ClientAPI:
         return self._client
 
-    def wrote(self) -> None:
-        pass
+    def wrote(self, collection: Collection) -> None:
+        """Tell readers that the collection has changed, by a random version in its metadata."""
+        collection.modify(metadata={**(collection.metadata or {}), _VERSION_KEY: uuid.uuid4().hex})
 
     def reading(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -84,6 +88,10 @@ class _Folder:
         """Changes with every write; "" before the first one."""
         return self._read(_VERSION_FILE)
 
+    def version_of(self, collection: Collection | None) -> str:
+        """Changes with every write to the folder, to whichever collection."""
+        return self.version
+
     def exists(self) -> bool:
         return (self._path / "chroma.sqlite3").is_file()
 
@@ -104,7 +112,7 @@ class _Folder:
             client: ClientAPI = self._client
             return client
 
-    def wrote(self) -> None:
+    def wrote(self, collection: Collection) -> None:
         """Tell the readers in other processes that the folder has changed."""
         with self._lock:
             self._opened_version = uuid.uuid4().hex

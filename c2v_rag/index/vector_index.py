@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import re
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 DOCUMENTS_READ_AHEAD = 512
 CHUNKS_WRITTEN_AT_ONCE = 256
 PAGE_SIZE = 1000
-_VERSION_KEY = "c2v_version"  # in the metadata of a server's collection: changes with every write
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 
 
@@ -137,18 +136,14 @@ class VectorIndex:
         if isinstance(queries, str):
             raise TypeError("queries must be a list of strings, got one bare string. Use search, or wrap it: [query].")
         check_mode(mode)
-        vectors: Sequence[np.ndarray | None] = [None] * len(queries)
-        if mode != "lexical":
-            vectors = list(self._model.encode_query(queries))
-        return [
-            self._search(query, vector, mode, top_k, options) for query, vector in zip(queries, vectors, strict=True)
-        ]
+        vectors = [None] * len(queries) if mode == "lexical" else list(self._model.encode_query(queries))
+        return self._search(queries, vectors, mode, top_k, options)
 
     def search_by_vector(self, vector: np.ndarray, top_k: int = 5, **options: Unpack[SearchOptions]) -> list[Hit]:
         """As a dense `search`, for a query's embedding (embedding_dim,)."""
         if np.shape(vector) != (self._model.embedding_dim,):
             raise ValueError(f"vector must have the shape ({self._model.embedding_dim},), got {np.shape(vector)}.")
-        return self._search("", np.asarray(vector), "dense", top_k, options)
+        return self._search([""], [np.asarray(vector)], "dense", top_k, options)[0]
 
     async def asearch(
         self, query: str, top_k: int = 5, *, mode: SearchMode = "dense", **options: Unpack[SearchOptions]
@@ -157,30 +152,43 @@ class VectorIndex:
         return await asyncio.to_thread(self.search, query, top_k, mode=mode, **options)
 
     def _search(
-        self, query: str, vector: np.ndarray | None, mode: SearchMode, top_k: int, options: SearchOptions
-    ) -> list[Hit]:
+        self,
+        queries: Sequence[str],
+        vectors: Sequence[np.ndarray | None],
+        mode: SearchMode,
+        top_k: int,
+        options: SearchOptions,
+    ) -> list[list[Hit]]:
         where = options.get("where")
-        lexical = None if mode == "dense" else self.lexical_index()
-        sample = self._cache.sample(self.version, self.sample) if mode == "hybrid" else None
+        version = "" if mode == "dense" else self.version
+        lexical = None if mode == "dense" else self._lexical_index(version)
+        sample = self._cache.sample(version, self.sample) if mode == "hybrid" else None
         with self._store.reading():
             collection = self._find()
             if collection is None:
                 raise missing_index(self._address, self._name)
 
-            def best(number: int) -> list[Hit]:
+            def best(query: str, vector: np.ndarray | None, number: int) -> list[Hit]:
                 if lexical is None:
                     return dense_hits(collection, vector, number, where)
                 if sample is None:
                     return lexical_hits(collection, lexical, query, number, where)
                 return hybrid_hits(collection, lexical, query, vector, sample, number, where)
 
-            return select(best, collection.count(), top_k, options)
+            total = collection.count()
+            return [
+                select(functools.partial(best, query, vector), total, top_k, options)
+                for query, vector in zip(queries, vectors, strict=True)
+            ]
 
     def lexical_index(self) -> LexicalIndex:
         """BM25 over the chunks as they are now: from memory, from disk, or built."""
+        return self._lexical_index(self.version)
+
+    def _lexical_index(self, version: str) -> LexicalIndex:
         folder = self._store.folder_for(f"lexical-{self._name}")
         ids = (id for page in self._pages([]) for id in page["ids"])
-        return self._cache.lexical(self.version, folder, ids, self.chunks())
+        return self._cache.lexical(version, folder, ids, self.chunks())
 
     def add(
         self,
@@ -322,10 +330,8 @@ class VectorIndex:
         """Changes with every write of c2v_rag to the store; for a server, to the collection."""
         with self._store.reading():
             collection = self._find()
-            if collection is None:
-                return self._store.version
-            own = (collection.metadata or {}).get(_VERSION_KEY, "")
-            return f"{self._store.version}-{own}-{collection.count()}"
+            version = self._store.version_of(collection)
+            return version if collection is None else f"{version}-{collection.count()}"
 
     def _find(self) -> Collection | None:
         """The collection, opened again, or None. Raises ValueError if another model made it."""
@@ -359,7 +365,7 @@ class VectorIndex:
                 documents=[_storable(chunk.text) for chunk in part],
                 metadatas=[chunk.metadata for chunk in part],
             )
-        self._note_write(collection)
+        self._store.wrote(collection)
         counts["added"] += len(chunks)
 
     def _delete(self, collection: Collection, ids: Sequence[str]) -> None:
@@ -367,12 +373,7 @@ class VectorIndex:
         for start in range(0, len(ids), size):
             collection.delete(ids=list(ids[start : start + size]))
         if ids:
-            self._note_write(collection)
-
-    def _note_write(self, collection: Collection) -> None:
-        self._store.wrote()
-        if not self._store.version:  # a server: its readers look at the collection's metadata
-            collection.modify(metadata={**(collection.metadata or {}), _VERSION_KEY: uuid.uuid4().hex})
+            self._store.wrote(collection)
 
 
 def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:
