@@ -208,12 +208,10 @@ def shared_model(
     Frameworks create many embedding objects. All of them share one model in this process. The device or dtype `None`
     equals the default that it stands for.
     """
-    import torch
-
     from c2v_rag import inference
     from c2v_rag.model import Causal2Vec
 
-    resolved = torch.device(device) if device is not None else inference.default_device()
+    resolved = inference.resolve_device(device)
     resolved_dtype = inference.resolve_dtype(dtype, resolved)
     key = (os.fspath(name_or_path), revision, str(resolved), str(resolved_dtype), repr(sorted(llm_kwargs.items())))
     with _shared_models_lock:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from c2v_rag.bases import quiet_transformers
 from c2v_rag.model import Causal2Vec
+from c2v_rag.parts import adapted_layers
 
 
 def causal_lm(model: Causal2Vec) -> PreTrainedModel:
@@ -39,7 +40,9 @@ def causal_lm(model: Causal2Vec) -> PreTrainedModel:
     if report["missing_keys"]:
         raise ValueError(f"{folder} has no head to generate with: it lacks {sorted(report['missing_keys'])[:4]}.")
     decoder = decoder.to(model.device).eval()
-    model.unmerge_adapter("llm")
+    for layer in adapted_layers(model.llm):
+        if layer.merged:
+            layer.unmerge()
     for name, parameter in model.llm.named_parameters():
         if ".lora_" not in name:
             parameter.data = decoder.base_model.get_parameter(name.replace(".base_layer.", ".")).data

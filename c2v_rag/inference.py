@@ -94,6 +94,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device of an argument; the default device for None."""
+    return torch.device(device) if device is not None else default_device()
+
+
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
     """The dtype for an argument: a dtype, its name with or without "torch.", or None for the default. "auto" stays.
 

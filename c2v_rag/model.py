@@ -312,6 +312,7 @@ class Causal2Vec(nn.Module):
             "llm": locate_base(llm, llm_revision),
         }
         model = cls._assemble(config or Causal2VecConfig(), bases, device, dtype, llm_kwargs, seed)
+        model.weights_record.note_bases(model)
         initialise(model.projector, model.llm)
         return model
 

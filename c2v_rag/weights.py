@@ -46,12 +46,16 @@ class WeightsRecord:
         """For each part: a description of where its weights came from."""
         return {part: record.base.origin if record.base else "in memory" for part, record in self.parts.items()}
 
+    def note_bases(self, model: HasWeights) -> None:
+        """Store the identities of the parts of a model that was just read."""
+        for part, record in self.parts.items():
+            assert record.base is not None
+            record.note(getattr(model, part), record.base.identity)
+
     def note_checkpoint(self, model: HasWeights, sums: Mapping[str, str]) -> None:
         """Store the identity of a model that was just read from a checkpoint; `sums` are the hashes of its files."""
+        self.note_bases(model)
         bases = {part: record.base for part, record in self.parts.items()}
-        for part, base in bases.items():
-            assert base is not None
-            self.parts[part].note(getattr(model, part), base.identity)
         self.read_identity = identity(model)
         adapters = {file: sha for file, sha in sums.items() if file.endswith(".safetensors") and "_adapter/" in file}
         self.identity_0_1 = _hash(
@@ -96,7 +100,7 @@ def open_parts(
     llm_kwargs: Mapping[str, Any],
 ) -> OpenedParts:
     """Open both parts; arguments as in `Causal2Vec.from_pretrained`."""
-    device = torch.device(device) if device is not None else inference.default_device()
+    device = inference.resolve_device(device)
     dtype = inference.resolve_dtype(dtype, device)
     encoder = parts.open_module(bases["encoder"], dtype=dtype)
     llm = parts.open_module(bases["llm"], num_llm_layers, **{"dtype": dtype, **llm_kwargs})
@@ -105,8 +109,6 @@ def open_parts(
     input_device = parts.input_device(llm)
     encoder.to(input_device)  # type: ignore[arg-type]
     record = WeightsRecord({"encoder": PartRecord(bases["encoder"]), "llm": PartRecord(bases["llm"], num_llm_layers)})
-    for part, module in (("encoder", encoder), ("llm", llm)):
-        record.parts[part].note(module, bases[part].identity)  # type: ignore[index]
     tokenizers = parts.open_tokenizer(bases["encoder"]), parts.open_tokenizer(bases["llm"])
     return OpenedParts(encoder, llm, tokenizers, record, input_device)
 

@@ -54,7 +54,7 @@ CORE = {
         "weights",
     },
     "encoder": {"model", "inference", "tokenization"},
-    "generation": {"bases", "model"},
+    "generation": {"bases", "model", "parts"},
     "gatherer": {"protocols"},  # for type checkers
     "hosts": set(),
     "remote": {"inference", "protocols"},  # of inference the types only
