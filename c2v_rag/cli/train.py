@@ -28,6 +28,7 @@ def train(
     with requires_extra("train"):
         from c2v_rag.finetune import run
         from c2v_rag.finetune.recipe import Recipe
+        from c2v_rag.finetune.scoring import DevReport
 
     read = Recipe.load(recipe)
     folder, target = data or read.data.folder, output or read.output
@@ -42,6 +43,10 @@ def train(
         markup=False,
         soft_wrap=True,
     )
+    report = target.with_name(f"{target.name}.training") / "dev.json"
+    if report.is_file():
+        for line in DevReport.load(report).lines():
+            out.print(line, markup=False, soft_wrap=True)
 
 
 def mine(

@@ -132,7 +132,7 @@ def stage_vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, t
     vectors = {
         ENCODER: TextVectors(folder / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", embed_with_encoder)
     }
-    teachers = recipe.teachers if stage.loss.distill else []
+    teachers = recipe.teachers if stage.loss.needs_teacher else []
     for name in {*teachers, *([LEXICAL] if stage.loss.words else [])} - {ENCODER}:
         if name == LEXICAL:
             table = cast(Tensor, model.llm.get_input_embeddings().weight)
