@@ -17,7 +17,9 @@ from c2v_rag.cli.shared import load_model, out, requires_extra
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has examples.")],
+    recipe: Annotated[
+        Path, typer.Argument(help='A YAML file, or "adapt": trains the default further on pairs of yours.')
+    ],
     data: Annotated[Path | None, typer.Option(help="Folder of the data sets that the recipe names.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the finished checkpoint.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
