@@ -9,7 +9,7 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app test test-slow check lint wheel lowest audit bench quality clean
+.PHONY: demo demo-app test test-slow check lint docs wheel lowest audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -30,6 +30,11 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Write the tables from the results, and build the site in build/site.
+docs: .venv/docs
+	$(BIN)/python benchmarks/tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 # Build sdist and wheel of the five packages, and test each wheel without the source tree.
 wheel: .venv/test
@@ -75,6 +80,10 @@ quality: .venv/test
 
 .venv/test: .venv/demo $(addsuffix /pyproject.toml,$(INTEGRATIONS))
 	$(PIP) -e ".[all]" $(addprefix -e ,$(INTEGRATIONS)) --group dev --group integrations
+	touch $@
+
+.venv/docs: .venv/test
+	$(PIP) --group docs
 	touch $@
 
 clean:

@@ -72,7 +72,7 @@ class IndexReport:
 class VectorIndex:
     """A Chroma collection filled and searched with one embedder.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Document, VectorIndex, shared_model
         >>> index = VectorIndex("store", shared_model())
         >>> index.add([Document("Bread needs yeast.", source="bread.txt")]).added
