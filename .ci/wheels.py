@@ -55,6 +55,14 @@ def run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], cwd=ENVIRONMENTS, check=True)
 
 
+def build_packages(root: Path, folder: Path) -> None:
+    """Build sdist and wheel of the five packages of a source tree into `folder`, and check their descriptions."""
+    for source in (root, *sorted((root / "integrations").iterdir())):
+        command = [sys.executable, "-m", "build", "-qq", "-n", "--outdir", folder, source]  # the wheel from the sdist
+        subprocess.run([str(part) for part in command], cwd=folder.parent, check=True)
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *sorted(folder.iterdir())], check=True)
+
+
 def embed(python: Path, program: str) -> None:
     run(python, "-I", "-c", program + "\nassert len(vector) == 1152, len(vector)")
 
@@ -84,9 +92,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     ENVIRONMENTS.mkdir(parents=True)
 
-    for source in (ROOT, *sorted((ROOT / "integrations").iterdir())):
-        run(sys.executable, "-m", "build", "-qq", "-n", "--outdir", DIST, source)  # the wheel is built from the sdist
-    run(sys.executable, "-m", "twine", "check", "--strict", *sorted(DIST.iterdir()))
+    build_packages(ROOT, DIST)
     for name, folder in {CORE: CORE, **{name: folder for name, (folder, _) in INTEGRATIONS.items()}}.items():
         check_contents(name, folder)
     assert len(list(DIST.iterdir())) == 2 * (1 + len(INTEGRATIONS)), "a package of integrations/ is not tested"
