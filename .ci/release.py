@@ -84,10 +84,15 @@ def add_addresses(folder: Path, path: Path, repository: str, version: str) -> No
     text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\g<1>{base.replace('/blob/', '/raw/')}", text)
     readme.write_text(re.sub(r"(\]\()(?!https?:|#)", rf"\g<1>{base}", text), encoding="utf-8")
     project = folder / "pyproject.toml"
-    addresses = f'Repository = "{repository}"\nIssues = "{repository}/issues"\nChangelog = "{repository}/blob/v{version}/CHANGELOG.md"'
+    addresses = {
+        "Repository": repository,
+        "Issues": f"{repository}/issues",
+        "Changelog": f"{repository}/blob/v{version}/CHANGELOG.md",
+    }
+    lines = "".join(f'{name} = "{address}"\n' for name, address in addresses.items())
     text = project.read_text(encoding="utf-8")
     assert text.count("[project.urls]\n") == 1, f"{project} has no [project.urls]"
-    project.write_text(text.replace("[project.urls]\n", f"[project.urls]\n{addresses}\n"), encoding="utf-8")
+    project.write_text(text.replace("[project.urls]\n", f"[project.urls]\n{lines}"), encoding="utf-8")
 
 
 def write_sums(packages: Path) -> None:
