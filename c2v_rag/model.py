@@ -349,7 +349,7 @@ class Causal2Vec(nn.Module):
             "llm_kwargs": llm_kwargs,
         }
         model.weights_record.note_checkpoint(model, sums)
-        return model
+        return model.eval()  # the adapters were added in training mode
 
     @classmethod
     @torch.inference_mode(False)
