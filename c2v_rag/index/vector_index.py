@@ -117,7 +117,7 @@ class VectorIndex:
         """The `top_k` best chunks, best first; fewer when the index has fewer.
 
         `mode`: "dense" sorts by the cosine similarity of embeddings; "lexical" by BM25, which needs words in common;
-        "hybrid" by both, 0.7 x the standardised cosine + 0.3 x the standardised BM25 score. The lexical index is built
+        "hybrid" by both, the standardised cosine + 40 x the squared share of BM25's maximum. The lexical index is built
         at its first use, stored beside a folder's collections (in the cache folder for a server), and rebuilt when
         chunks have changed. `where`: Chroma's metadata filter, such as {"source": "a.txt"}. `min_score`: leave out
         hits with a lower score. `group_by`: only the best chunk for each value of a metadata key, such as "source".
