@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SearchMode = Literal["dense", "lexical", "hybrid"]
 CANDIDATES = 100  # best chunks by vectors and by words that a hybrid search scores
-# Of the square of BM25's share of its maximum. On held-out halves of the queries of three sets, this sum was better than
+# Of the squared share of BM25's maximum. On held-out halves of the queries of three sets, this sum was better than
 # every fixed weight of two standardised scores (docs/retrieval.md).
 LEXICAL_WEIGHT = 40.0
 

@@ -123,7 +123,7 @@ class VectorIndex:
         hits with a lower score. `group_by`: only the best chunk for each value of a metadata key, such as "source".
         `offset`: skip the first hits.
 
-        Raises FileNotFoundError when the store or the collection does not exist, ImportError without bm25s.
+        Raises FileNotFoundError when the store or the collection does not exist.
         """
         if not isinstance(query, str):
             raise TypeError(f"query must be one string, got {type(query).__name__}. For several, use search_many.")
