@@ -114,10 +114,11 @@ ABOVE = {
     "cli": {
         "options": set(),
         "shared": set(),
+        "download": {"shared"},
         "search": {"options", "shared"},
         "train": {"options", "shared"},
         "serve": {"options", "shared"},
-        "__init__": {"search", "train", "serve", "shared"},
+        "__init__": {"download", "search", "train", "serve", "shared"},
         "__main__": {"main"},
     },
 }
