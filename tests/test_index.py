@@ -72,9 +72,9 @@ def test_search_equals_brute_force(tmp_path: Path, model: Counting) -> None:
         np.testing.assert_allclose([hit.score for hit in hits], row[found], atol=1e-5)
         for i, hit in zip(found, hits, strict=True):
             assert (hit.text, hit.metadata) == (
-                    DOCUMENTS[i].text,
-                    {"n": i, "source": DOCUMENTS[i].source, "start": 0, "end": len(DOCUMENTS[i].text)},
-                )
+                DOCUMENTS[i].text,
+                {"n": i, "source": DOCUMENTS[i].source, "start": 0, "end": len(DOCUMENTS[i].text)},
+            )
         alone = index.search(query, top_k=4)
         np.testing.assert_allclose([hit.score for hit in alone], [hit.score for hit in hits], atol=1e-5)
     assert len(index.search("anything", top_k=100)) == 30
