@@ -5,7 +5,7 @@ from __future__ import annotations
 from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
 from c2v_rag.index.lexical import LexicalIndex
-from c2v_rag.index.searching import Hit, SearchMode, check_mode
+from c2v_rag.index.query import DEFAULT_MODE, Hit, SearchMode, SearchOptions, check_mode
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
 from c2v_rag.index.vanished import remove_vanished
@@ -14,6 +14,7 @@ from c2v_rag.index.vector_index import CHUNKS_WRITTEN_AT_ONCE, IndexReport, Vect
 __all__ = [
     "CHUNKS_WRITTEN_AT_ONCE",
     "DEFAULT_COLLECTION",
+    "DEFAULT_MODE",
     "STAMP_KEY",
     "ChromaServer",
     "Chunk",
@@ -21,6 +22,7 @@ __all__ = [
     "IndexReport",
     "LexicalIndex",
     "SearchMode",
+    "SearchOptions",
     "StoreAddress",
     "VectorIndex",
     "check_mode",
