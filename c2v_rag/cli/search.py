@@ -146,13 +146,22 @@ def search(
     ] = None,
     collection: Collection = "documents",
     mode: Annotated[
-        str,
-        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both."),
-    ] = "dense",
+        str | None,
+        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both, unless given."),
+    ] = None,
     where: Annotated[
         str | None, typer.Option(help="""Chroma's metadata filter as JSON: '{"kind": "function"}'.""")
     ] = None,
     by_source: Annotated[bool, typer.Option("--by-source", help="Only the best passage of each source.")] = False,
+    mmr: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Passages that differ from each other: 1 is relevance only, 0 diversity only; try 0.7."
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="Also print this number of chunks before and after each passage.")
+    ] = 0,
     device: Device = None,
     dtype: DType = None,
     json_output: Json = False,
@@ -169,8 +178,9 @@ def search(
     vectors = VectorIndex(store, open_embedder(name, device, dtype, is_stored=not model), collection)
     started = time.perf_counter()
     hits = vectors.search(
-        query, k, mode=check_mode(mode), where=_metadata_filter(where), group_by="source" if by_source else None
-    )
+        query, k, mode=check_mode(mode), where=_metadata_filter(where), group_by="source" if by_source else None,
+        mmr=mmr, neighbours=neighbours,
+    )  # fmt: skip
     milliseconds = 1000 * (time.perf_counter() - started)
     if json_output:
         print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))

@@ -24,8 +24,9 @@ class C2VRetriever(BaseRetriever):
         >>> C2VRetriever(index, mode="hybrid").retrieve("how does dough rise?")[0].metadata["source"]
         'bread.txt'
 
-    `index`: a `VectorIndex`, which may exist already. `similarity_top_k`: number of nodes. `mode`, `where`, `min_score`
-    and `group_by`: as in `VectorIndex.search`.
+    `index`: a `VectorIndex`, which may exist already. `similarity_top_k`: number of nodes. The other arguments are
+    options of `VectorIndex.search`. With `neighbours`, a node's text is the passage with the text around it, and the
+    metadata "passage" is the passage alone.
     """
 
     def __init__(
@@ -33,15 +34,24 @@ class C2VRetriever(BaseRetriever):
         index: VectorIndex,
         *,
         similarity_top_k: int = 5,
-        mode: SearchMode = "dense",
+        mode: SearchMode | None = None,
         where: Mapping[str, Any] | None = None,
         min_score: float | None = None,
         group_by: str | None = None,
+        mmr: float | None = None,
+        neighbours: int = 0,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         self._index = index
         self._top_k = similarity_top_k
-        self._options: dict[str, Any] = {"mode": mode, "where": where, "min_score": min_score, "group_by": group_by}
+        self._options: dict[str, Any] = {
+            "mode": mode,
+            "where": where,
+            "min_score": min_score,
+            "group_by": group_by,
+            "mmr": mmr,
+            "neighbours": neighbours,
+        }
         super().__init__(callback_manager=callback_manager)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -53,4 +63,5 @@ class C2VRetriever(BaseRetriever):
 
 
 def _node(hit: Hit) -> NodeWithScore:
-    return NodeWithScore(node=TextNode(id_=hit.id, text=hit.text, metadata=hit.metadata), score=hit.score)
+    metadata = {**hit.metadata, "passage": hit.text} if hit.context != hit.text else hit.metadata
+    return NodeWithScore(node=TextNode(id_=hit.id, text=hit.context, metadata=metadata), score=hit.score)
