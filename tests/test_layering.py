@@ -54,6 +54,7 @@ CORE = {
         "weights",
     },
     "encoder": {"model", "inference", "tokenization"},
+    "sentences": {"encoder", "index", "model", "protocols"},
     "generation": {"bases", "model", "parts"},
     "gatherer": {"protocols"},  # for type checkers
     "hosts": set(),
@@ -113,7 +114,8 @@ ABOVE = {
     "cli": {
         "options": set(),
         "shared": set(),
-        "search": {"options", "shared"},
+        "hits": set(),
+        "search": {"hits", "options", "shared"},
         "train": {"options", "shared"},
         "serve": {"options", "shared"},
         "__init__": {"search", "train", "serve", "shared"},

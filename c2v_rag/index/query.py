@@ -64,6 +64,12 @@ class SearchOptions(TypedDict, total=False):
     neighbours: int
 
 
+def location(metadata: Mapping[str, Any]) -> str:
+    """A chunk's place in its source for people: its page, its row, its heading; "" if its metadata has none of them."""
+    named = [f"{key} {metadata[key]}" for key in ("page", "row") if metadata.get(key) is not None]
+    return ", ".join([*named, *([str(metadata["section"])] if metadata.get("section") else [])])
+
+
 def check_mode(mode: str | None) -> SearchMode:
     """The mode; for None the default mode. ValueError for one that does not exist.
 
