@@ -146,6 +146,15 @@ def search(
     neighbours: Annotated[
         int, typer.Option(min=0, help="Also print this number of chunks before and after each passage.")
     ] = 0,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A sentence-transformers cross-encoder (folder or Hub id) that sorts the best passages again; needs "
+            "c2v-rag[rerank].",
+        ),
+    ] = None,
+    rerank_depth: Annotated[int, typer.Option(min=1, help="With --rerank: how many passages it reads.")] = 50,
     sentences: Annotated[
         bool,
         typer.Option(
@@ -172,7 +181,7 @@ def search(
     started = time.perf_counter()
     hits = vectors.search(
         query, k, mode=chosen, where=_metadata_filter(where), group_by="source" if by_source else None,
-        mmr=mmr, neighbours=neighbours,
+        mmr=mmr, neighbours=neighbours, rerank=rerank, rerank_depth=rerank_depth,
     )  # fmt: skip
     milliseconds = 1000 * (time.perf_counter() - started)
     best: list[Sentence | None] = [None] * len(hits)

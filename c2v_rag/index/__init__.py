@@ -6,6 +6,7 @@ from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.query import DEFAULT_MODE, Hit, SearchMode, SearchOptions, check_mode, location
+from c2v_rag.index.reranking import Reranker
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
 from c2v_rag.index.vanished import remove_vanished
@@ -21,6 +22,7 @@ __all__ = [
     "Hit",
     "IndexReport",
     "LexicalIndex",
+    "Reranker",
     "SearchMode",
     "SearchOptions",
     "StoreAddress",
