@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
+from sentence_transformers import CrossEncoder
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.index.chunking import Chunk
-from tests.plain import Letters
+from tests.plain import Letters, numbered
+from tests.tiny import tiny_tokenizer
 
 TEXT = "Zero one. Two three. Four five. Six seven. Eight nine."
 SPANS = ((0, 9), (5, 20), (21, 31), (32, 42), (43, 54))  # the first two overlap, the others have a space between
@@ -118,3 +123,65 @@ def test_hits_are_plain_data(index: VectorIndex) -> None:
     write(index, SPANS)
     (hit,) = index.search("x", 1, neighbours=1)
     assert dataclasses.asdict(hit).keys() == {"id", "score", "text", "metadata", "scores", "before", "after"}
+
+
+def longest_first(query: str, texts: Sequence[str]) -> list[float]:
+    return [float(len(text)) for text in texts]
+
+
+@pytest.mark.parametrize("mode", ["dense", "lexical", "hybrid"])
+def test_a_function_reranks_the_first_hits_only(index: VectorIndex, mode: Any) -> None:
+    index.add([Document("bread " + "and more " * i, f"{i % 5}.txt") for i in range(20)])
+    first = index.search("bread", 8, mode=mode)
+    found = index.search("bread", 3, mode=mode, rerank=longest_first, rerank_depth=8)
+    assert [hit.id for hit in found] == [hit.id for hit in sorted(first, key=lambda hit: -len(hit.text))[:3]]
+    for hit in found:
+        assert hit.score == hit.scores["rerank"] == len(hit.text)
+        assert hit.scores.keys() > {"rerank"}, "the scores that chose the candidates stay"
+    assert len(index.search("bread", 12, mode=mode, rerank=longest_first, rerank_depth=8)) == 12
+    later = index.search("bread", 2, offset=1, mode=mode, rerank=longest_first, rerank_depth=8)
+    assert [hit.id for hit in later] == [hit.id for hit in found[1:]]
+    least = found[1].score
+    assert index.search("bread", 3, mode=mode, rerank=longest_first, rerank_depth=8, min_score=least) == found[:2]
+    grouped = index.search("bread", 5, mode=mode, rerank=longest_first, rerank_depth=20, group_by="source")
+    assert [len(hit.text) for hit in grouped] == sorted((len(hit.text) for hit in grouped), reverse=True)
+    assert len({hit.metadata["source"] for hit in grouped}) == 5
+
+
+def tiny_cross_encoder(labels: int = 1) -> Any:
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=labels,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("given", ["instance", "folder"])
+def test_a_cross_encoder_reranks_by_its_own_scores(index: VectorIndex, tmp_path: Path, given: str) -> None:
+    tiny_cross_encoder().save_pretrained(tmp_path / "cross")
+    tiny_tokenizer("wordpiece").save_pretrained(tmp_path / "cross")
+    cross = CrossEncoder(str(tmp_path / "cross"), device="cpu")
+    index.add(numbered(12))
+    reranker = cross if given == "instance" else str(tmp_path / "cross")
+    found = index.search("topic 3", 12, rerank=reranker)
+    expected = cross.predict([("topic 3", hit.text) for hit in found], show_progress_bar=False)
+    assert [hit.score for hit in found] == pytest.approx(list(expected), abs=1e-5)
+    assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
+
+
+def test_a_reranker_that_cannot_be_used_is_named(index: VectorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.add([])
+    assert index.search("a", rerank=longest_first) == []
+    index.add(numbered(4))
+    for wrong in (lambda query, texts: [1.0], lambda query, texts: [float("nan")] * len(texts)):
+        with pytest.raises(ValueError, match="one finite number for each of 4 texts"):
+            index.search("a", rerank=wrong)
+    unknown: Any = 7
+    with pytest.raises(TypeError, match="CrossEncoder, its name, or a function"):
+        index.search("a", rerank=unknown)
+    with pytest.raises(ValueError, match="rerank needs the query's text"):
+        index.search_by_vector(Letters().encode_query(["a"])[0], rerank=longest_first)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ImportError, match=r"c2v-rag\[rerank\]"):
+        index.search("a", rerank="some/cross-encoder")

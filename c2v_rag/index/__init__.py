@@ -5,7 +5,8 @@ from __future__ import annotations
 from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, Present, new_chunks
 from c2v_rag.index.lexical import LexicalIndex
-from c2v_rag.index.query import DEFAULT_MODE, Hit, SearchMode, SearchOptions, check_mode
+from c2v_rag.index.query import DEFAULT_MODE, Hit, SearchMode, SearchOptions, check_mode, location
+from c2v_rag.index.reranking import Reranker
 from c2v_rag.index.settings import ChunkSettings, stored_settings
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
@@ -25,6 +26,7 @@ __all__ = [
     "IndexReport",
     "LexicalIndex",
     "Present",
+    "Reranker",
     "SearchMode",
     "SearchOptions",
     "StoreAddress",
@@ -33,6 +35,7 @@ __all__ = [
     "check_stamp",
     "count_chunks",
     "find_collection",
+    "location",
     "new_chunks",
     "open_store",
     "remove_vanished",

@@ -14,7 +14,8 @@ from c2v_rag.index.chunking import INTERNAL_KEYS
 from c2v_rag.index.diversity import mmr_order, scaled
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.neighbours import with_neighbours
-from c2v_rag.index.query import MMR_DEPTH, Hit, SearchOptions, check_options
+from c2v_rag.index.query import MMR_DEPTH, RERANK_DEPTH, Hit, SearchOptions, check_options
+from c2v_rag.index.reranking import rerank
 
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
@@ -48,12 +49,15 @@ def search_collection(
             return lexical_hits(collection, lexical, query, number, where)
         return hybrid_hits(collection, lexical, query, vector, sample, number, where)
 
-    wanted = first + top_k
-    hits = select(
-        best, collection.count(), max(wanted, options.get("mmr_depth", MMR_DEPTH) if mmr is not None else 0), options
-    )
+    wanted, total, reranker = first + top_k, collection.count(), options.get("rerank")
+    ranked = best
+    if reranker is not None and total:
+        reranked = rerank(reranker, query, best(max(wanted, options.get("rerank_depth", RERANK_DEPTH))))
+        ranked, total = (lambda number: reranked), len(reranked)
+    number = wanted if mmr is None else max(wanted, options.get("mmr_depth", MMR_DEPTH))
+    hits = select(ranked, total, number, options)
     if mmr is not None and hits:
-        hits = _diverse(collection, hits, mmr, wanted, is_cosine=lexical is None)
+        hits = _diverse(collection, hits, mmr, wanted, is_cosine=lexical is None and reranker is None)
     hits = hits[first:wanted]
     neighbours = options.get("neighbours", 0)
     return with_neighbours(collection, hits, neighbours) if neighbours else hits

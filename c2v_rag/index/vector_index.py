@@ -132,7 +132,10 @@ class VectorIndex:
         return self._search(queries, vectors, mode, top_k, options)
 
     def search_by_vector(self, vector: np.ndarray, top_k: int = 5, **options: Unpack[SearchOptions]) -> list[Hit]:
-        """As a dense `search`, for a query's embedding (embedding_dim,)."""
+        """As a dense `search`, for a query's embedding (embedding_dim,). ValueError with `rerank`."""
+        check_options(top_k, options)
+        if options.get("rerank") is not None:
+            raise ValueError("rerank needs the query's text, and search_by_vector has none. Use search.")
         if np.shape(vector) != (self._model.embedding_dim,):
             raise ValueError(f"vector must have the shape ({self._model.embedding_dim},), got {np.shape(vector)}.")
         return self._search([""], [np.asarray(vector)], "dense", top_k, options)[0]

@@ -365,3 +365,16 @@ def test_a_retriever_gives_diverse_documents_and_the_text_around_them(tmp_path: 
     assert (found.page_content.split(), found.metadata["passage"]) == (" ".join(texts).split(), "Three four.")
     retriever = C2VRetriever(index=index, k=2, mmr=0.1)
     assert [one.id for one in retriever.invoke("Three")] == [hit.id for hit in index.search("Three", 2, mmr=0.1)]
+
+
+def test_a_retriever_reranks(tmp_path: Path) -> None:
+    def shortest(query: str, texts: Any) -> list[float]:
+        return [-len(text) for text in texts]
+
+    index = VectorIndex(tmp_path, Letters())
+    index.add([Document("topic 3 " * (i + 1), f"{i}.txt") for i in range(8)])
+    expected = index.search("topic 3", 2, rerank=shortest)
+    assert [len(hit.text) for hit in expected] == [7, 15]
+    assert [one.id for one in C2VRetriever(index=index, k=2, rerank=shortest).invoke("topic 3")] == [
+        hit.id for hit in expected
+    ]

@@ -246,3 +246,16 @@ def test_a_retriever_gives_diverse_nodes_and_the_text_around_them(tmp_path: Path
     assert (found.text.split(), found.metadata["passage"]) == (" ".join(texts).split(), "Three four.")
     retriever = C2VRetriever(index, similarity_top_k=2, mmr=0.1)
     assert [one.node_id for one in retriever.retrieve("Three")] == [h.id for h in index.search("Three", 2, mmr=0.1)]
+
+
+def test_a_retriever_reranks(tmp_path: Path) -> None:
+    def shortest(query: str, texts: Any) -> list[float]:
+        return [-len(text) for text in texts]
+
+    index = VectorIndex(tmp_path, Letters())
+    index.add([Document("topic 3 " * (i + 1), f"{i}.txt") for i in range(8)])
+    expected = index.search("topic 3", 2, rerank=shortest)
+    assert [len(hit.text) for hit in expected] == [7, 15]
+    assert [one.node_id for one in C2VRetriever(index, similarity_top_k=2, rerank=shortest).retrieve("topic 3")] == [
+        hit.id for hit in expected
+    ]

@@ -9,9 +9,9 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict
 
-from c2v_rag import Hit, SearchMode, VectorIndex
+from c2v_rag import Hit, Reranker, SearchMode, VectorIndex
 
-_OPTIONS = ("mode", "where", "min_score", "group_by", "mmr", "neighbours")
+_OPTIONS = ("mode", "where", "min_score", "group_by", "mmr", "neighbours", "rerank", "rerank_depth")
 
 
 class C2VRetriever(BaseRetriever):
@@ -42,6 +42,8 @@ class C2VRetriever(BaseRetriever):
     group_by: str | None = None
     mmr: float | None = None
     neighbours: int = 0
+    rerank: Reranker | None = None
+    rerank_depth: int = 50
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **changes: Any

@@ -9,7 +9,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
-from c2v_rag import Hit, SearchMode, VectorIndex
+from c2v_rag import Hit, Reranker, SearchMode, VectorIndex
 
 
 class C2VRetriever(BaseRetriever):
@@ -40,6 +40,8 @@ class C2VRetriever(BaseRetriever):
         group_by: str | None = None,
         mmr: float | None = None,
         neighbours: int = 0,
+        rerank: Reranker | None = None,
+        rerank_depth: int = 50,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         self._index = index
@@ -51,6 +53,8 @@ class C2VRetriever(BaseRetriever):
             "group_by": group_by,
             "mmr": mmr,
             "neighbours": neighbours,
+            "rerank": rerank,
+            "rerank_depth": rerank_depth,
         }
         super().__init__(callback_manager=callback_manager)
 
