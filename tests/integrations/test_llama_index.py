@@ -145,7 +145,7 @@ def test_retrieval_equals_that_of_a_vector_index(
         retriever = index.as_retriever(similarity_top_k=10)
         for query in queries:
             ids = [int(found.node.node_id) for found in retriever.retrieve(query)]
-            found = vector_index.search(query, top_k=len(passages))
+            found = vector_index.search(query, top_k=len(passages), mode="dense")
             scores = {int(hit.metadata["source"]): hit.score for hit in found}
             assert len(ids) == 10
             assert_ranked(ids, np.array([scores[i] for i in range(len(passages))]))
@@ -253,7 +253,7 @@ def test_a_retriever_reranks(tmp_path: Path) -> None:
         return [-len(text) for text in texts]
 
     index = VectorIndex(tmp_path, Letters())
-    index.add([Document("topic 3 " * (i + 1), f"{i}.txt") for i in range(8)])
+    index.add([SourceDocument("topic 3 " * (i + 1), f"{i}.txt") for i in range(8)])
     expected = index.search("topic 3", 2, rerank=shortest)
     assert [len(hit.text) for hit in expected] == [7, 15]
     assert [one.node_id for one in C2VRetriever(index, similarity_top_k=2, rerank=shortest).retrieve("topic 3")] == [
