@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,14 @@ def test_the_packaged_recipe_adapts_a_model_by_name(checkpoint: Path, data: Path
     tiny = recipe.model_copy(update={"base": BaseModels(checkpoint=str(checkpoint))})
     train(tiny, tmp_path, tmp_path / "out", device="cpu", max_steps=2)
     assert DevReport.load(tmp_path / "out.training" / "dev.json").sizes == {"pairs": (8, 150)}
+
+
+def test_the_recipes_in_the_documentation_are_valid() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    recipes = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "stages:" in block]
+    assert recipes
+    for recipe in recipes:
+        assert Recipe.model_validate(yaml.safe_load(recipe)).stages
 
 
 def test_intervals_match_a_loop_over_draws() -> None:
