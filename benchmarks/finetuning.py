@@ -165,6 +165,7 @@ class SentenceTransformerModel:
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
+        self.device = model.device
 
     def encode_document(self, texts: Any, **_: Any) -> np.ndarray:
         vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)

@@ -120,7 +120,11 @@ def read(data: str) -> tuple[list[Document], dict[str, str], dict[str, Gains]]:
     if data == PYTHON_DOCS:
         lines = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
         queries = {str(number): line["question"] for number, line in enumerate(lines)}
-        return list(python_docs()), queries, {str(i): dict.fromkeys(line["answers"], 1.0) for i, line in enumerate(lines)}
+        return (
+            list(python_docs()),
+            queries,
+            {str(i): dict.fromkeys(line["answers"], 1.0) for i, line in enumerate(lines)},
+        )
     folder = Path(data)
     gains: dict[str, Gains] = {}
     for row in pq.read_table(folder / "qrels.parquet").to_pylist():
@@ -150,9 +154,7 @@ def score(
         speed[mode] = 1000 * (time.perf_counter() - started) / len(queries)
     for fusion, scores, sources in other_fusions(index, list(queries.values())):
         ranked[fusion] = {id: best_sources(row, sources) for id, row in zip(queries, scores, strict=True)}
-    return {
-        name: np.array([metrics(lists[id], gains[id]) for id in queries]) for name, lists in ranked.items()
-    }, speed
+    return {name: np.array([metrics(lists[id], gains[id]) for id in queries]) for name, lists in ranked.items()}, speed
 
 
 def other_fusions(index: VectorIndex, queries: list[str]) -> Iterator[tuple[str, np.ndarray, list[str]]]:

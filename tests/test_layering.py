@@ -103,7 +103,7 @@ ABOVE = {
         "vectors": set(),
         "recipe": {"loss"},
         "dev": {"data", "recipe"},
-        "scoring": {"dev", "recipe"},
+        "scoring": {"dev", "recipe", "vectors"},
         "monitor": {"loss"},
         "mining": {"data"},
         "start": {"vectors"},

@@ -67,7 +67,8 @@ def train(
 
     Under `torchrun` or `accelerate launch` each process takes `batch_size` pairs a step (DDP); the negatives of a
     process are those of its own batch. The folder `OUTPUT.training` beside `output` keeps what `resume` needs, the
-    loss of every step (log.json, loss.png) and the cached vectors. `max_steps` shortens each stage, for a dry run.
+    values of every step (log.json, loss.png, tensorboard), the development scores (dev.json, see `DevReport.load`) and
+    the cached vectors. `max_steps` shortens each stage, for a dry run.
 
     Raises ValueError for data or a recipe that cannot be used, FileExistsError when there is a run already and
     `resume` is false, FloatingPointError when the loss is not finite.
