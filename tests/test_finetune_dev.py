@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing import event_accumulator
 from typer.testing import CliRunner
 
@@ -25,11 +27,15 @@ from c2v_rag.evaluate.metrics import ndcg_at_k
 from c2v_rag.finetune import loss, scoring
 from c2v_rag.finetune.data import Pair, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.dev import DevSet, hold_out, prepare_dev, read_dev_folder
+from c2v_rag.finetune.loss import Causal2VecLoss, LossWeights
 from c2v_rag.finetune.module import TrainingModule
+from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.recipe import BaseModels, Dev, Recipe
 from c2v_rag.finetune.run import train
-from c2v_rag.finetune.scoring import DevReport, score
+from c2v_rag.finetune.scoring import DevCallback, DevReport, mean_score, score
 from c2v_rag.finetune.start import StartVectors
+from c2v_rag.finetune.trainer import part_of
+from sentence_transformers_c2v import Causal2VecModule
 from tests.pairs import pairs
 from tests.tiny import passages, tiny_model
 
@@ -217,6 +223,42 @@ def test_a_finished_stage_is_not_scored_again_when_a_run_goes_on(
     train(recipe, data, tmp_path / "out", device="cpu", resume=True)
     assert not scored
     assert DevReport.load(tmp_path / "out.training" / "dev.json") == before
+
+
+def test_a_resumed_stage_goes_on_with_its_scores_and_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = tiny_model(), tmp_path / "scores.json"
+    sets = [DevSet("set", None, ("q",), ("d",), ({0: 1.0},))]
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True, log_history=[{"seconds": 80.0}, {"dev": 0.1}])
+    control = SimpleNamespace(should_log=True, should_training_stop=False)
+
+    def run_to(callback: DevCallback, steps: range) -> None:
+        state.global_step = steps.start
+        callback.on_train_begin(None, state, control)
+        for state.global_step in range(steps.start + 1, steps.stop):
+            callback.on_step_end(None, state, control)
+
+    with_scores(monkeypatch, [0.1, 0.5, 0.4, 0.3])
+    run_to(DevCallback(model, sets, Dev(every=1, patience=2), path), range(4))
+    assert control.should_training_stop
+    control.should_training_stop = False
+    scored = with_scores(monkeypatch, [0.4, 0.3])
+    resumed = DevCallback(model, sets, Dev(every=1, patience=2), path)
+    run_to(resumed, range(1, 3))
+    assert len(scored) == 1, "the step it begins with has its score"
+    assert not control.should_training_stop, "the score of step 3 is known, but does not count before step 3"
+    assert resumed.best_step == 1
+    run_to(resumed, range(2, 4))
+    assert control.should_training_stop
+    assert [mean_score(scores) for scores in resumed.history.values()] == [0.1, 0.5, 0.4, 0.3]
+
+    monitor = Monitor(
+        model, Causal2VecLoss(SentenceTransformer(modules=[Causal2VecModule(model)]), LossWeights()), part_of, minutes=1
+    )
+    monitor.on_train_begin(None, state, control)
+    assert 80 <= monitor.seconds < 140
+    control.should_training_stop = False
+    monitor.on_step_end(None, state, control)
+    assert control.should_training_stop, "80 seconds of the minute were used before"
 
 
 def test_the_train_command_ends_with_before_after_and_interval(
