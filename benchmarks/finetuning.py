@@ -99,6 +99,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "version": __version__,
+        "command": f"python benchmarks/finetuning.py --data eval/{arguments.data.name} --minutes {arguments.minutes:g}",
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "data": arguments.data.name,
         "minutes": arguments.minutes,
