@@ -126,10 +126,7 @@ def test_passages_are_within_the_limit_and_together_hold_every_word(seed: int, o
     assert all(text[offset].isspace() for offset in set(range(start, end)) - covered)
     overlapping = sum(second[0] < first[1] for first, second in itertools.pairwise(passages))
     assert overlapping > 0 if overlap else overlapping == 0
-    assert all(
-        count(ends, second[0], first[1]) <= max(overlap, 1)
-        for first, second in itertools.pairwise(passages)
-    )
+    assert all(count(ends, second[0], first[1]) <= max(overlap, 1) for first, second in itertools.pairwise(passages))
 
 
 def test_a_passage_ends_with_a_paragraph_or_a_sentence_and_tears_only_long_words() -> None:
