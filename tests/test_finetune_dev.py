@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -355,6 +356,17 @@ def test_every_step_is_logged_with_parts_margin_and_masked_share(checkpoint: Pat
     logged = events.Tags()["scalars"]
     assert {"train/margin", "train/masked", "train/grad_norm/projector", "train/dev", "train/dev_docs"} <= {*logged}
     assert [event.step for event in events.Scalars("train/dev")] == [0, 1, 2]
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_the_pip_line(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
+    values = recipe_for(checkpoint, report_to=["tensorboard", "wandb"])
+    with pytest.raises(ImportError, match="report_to names wandb, not installed here: pip install wandb"):
+        train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out.training").exists()
 
 
 def test_a_stage_ends_after_its_minutes_and_its_learning_rates_follow_the_time(

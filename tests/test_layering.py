@@ -113,11 +113,12 @@ ABOVE = {
         "dev": {"data", "recipe"},
         "scoring": {"dev", "recipe", "vectors"},
         "monitor": {"loss"},
+        "reports": set(),
         "mining": {"data"},
         "start": {"vectors"},
         "module": {"recipe", "start", "vectors"},
         "trainer": {"module", "monitor", "recipe"},
-        "run": {"data", "dev", "loss", "module", "monitor", "recipe", "scoring", "trainer"},
+        "run": {"data", "dev", "loss", "module", "monitor", "recipe", "reports", "scoring", "trainer"},
     },
     "cli": {
         "options": set(),
