@@ -10,7 +10,8 @@ import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -143,6 +144,7 @@ class _Pipeline:
         self._embedding = ThreadPoolExecutor(1, thread_name_prefix="embed")
         self._storing = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._queued: deque[Future[int]] = deque()
+        self._failed: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +161,7 @@ class _Pipeline:
         """Queue a batch; waits while the queue is full."""
         if not chunks:
             return
-        embeddings = self._embedding.submit(self._writer.embed, chunks)
+        embeddings = self._embedding.submit(self._embed, chunks)
         self._queued.append(self._storing.submit(self._store, chunks, embeddings))
         self._wait(QUEUED_BATCHES)
 
@@ -167,9 +169,26 @@ class _Pipeline:
         """Wait until all batches are stored."""
         self._wait(0)
 
+    def _embed(self, chunks: list[Chunk]) -> np.ndarray:
+        with self._in_order("embedding"):
+            return self._writer.embed(chunks)
+
     def _store(self, chunks: list[Chunk], embeddings: Future[np.ndarray]) -> int:
-        self._writer.store(chunks, embeddings.result())
-        return len(chunks)
+        vectors = embeddings.result()
+        with self._in_order("storing"):
+            self._writer.store(chunks, vectors)
+            return len(chunks)
+
+    @contextmanager
+    def _in_order(self, step: str) -> Iterator[None]:
+        """Raise CancelledError if this step has failed for an earlier batch, so that batches are stored in order."""
+        if step in self._failed:
+            raise CancelledError
+        try:
+            yield
+        except BaseException:
+            self._failed.add(step)
+            raise
 
     def _wait(self, most: int) -> None:
         while self._queued and (len(self._queued) > most or self._queued[0].done()):

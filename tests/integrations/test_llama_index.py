@@ -26,6 +26,7 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 
 from c2v_rag import Document as SourceDocument
 from c2v_rag import VectorIndex, embedders
+from c2v_rag.index import Chunk
 from c2v_rag.model import Causal2Vec
 from tests.plain import Letters, numbered, recording_server
 from tests.tiny import assert_ranked, tiny_model
@@ -235,3 +236,26 @@ def test_a_retriever_gives_the_hits_of_the_index(mode: Any, tmp_path: Path) -> N
     for nodes in (retriever.retrieve(query), asyncio.run(retriever.aretrieve(query))):
         assert [(one.node_id, one.text, one.score) for one in nodes] == [(h.id, h.text, h.score) for h in expected]
         assert [one.metadata for one in nodes] == [hit.metadata for hit in expected]
+
+
+def test_a_retriever_gives_diverse_nodes_and_the_text_around_them(tmp_path: Path) -> None:
+    index = VectorIndex(tmp_path, Letters())
+    texts = ("One two.", "Three four.", "Five six.")
+    index.write([Chunk(text, text, {"source": "a", "start": 20 * at}) for at, text in enumerate(texts)])
+    (found,) = C2VRetriever(index, similarity_top_k=1, neighbours=1, where={"start": 20}).retrieve("Three")
+    assert (found.text.split(), found.metadata["passage"]) == (" ".join(texts).split(), "Three four.")
+    retriever = C2VRetriever(index, similarity_top_k=2, mmr=0.1)
+    assert [one.node_id for one in retriever.retrieve("Three")] == [h.id for h in index.search("Three", 2, mmr=0.1)]
+
+
+def test_a_retriever_reranks(tmp_path: Path) -> None:
+    def shortest(query: str, texts: Any) -> list[float]:
+        return [-len(text) for text in texts]
+
+    index = VectorIndex(tmp_path, Letters())
+    index.add([Document("topic 3 " * (i + 1), f"{i}.txt") for i in range(8)])
+    expected = index.search("topic 3", 2, rerank=shortest)
+    assert [len(hit.text) for hit in expected] == [7, 15]
+    assert [one.node_id for one in C2VRetriever(index, similarity_top_k=2, rerank=shortest).retrieve("topic 3")] == [
+        hit.id for hit in expected
+    ]
