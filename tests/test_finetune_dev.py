@@ -133,9 +133,24 @@ def test_caps_limit_queries_and_documents_and_keep_all_relevant_ones(tmp_path: P
     kept, found = prepare_dev(sets, Dev(max_queries=4, max_documents=20), {}, seed=0)
     assert [(len(one.queries), len(one.documents)) for one in found] == [(2, 10), (2, 10)]
     assert [len(one.pairs) for one in kept] == [98, 98]
-    kept, found = prepare_dev(sets, Dev(folders=[folder], pairs=["c"]), {"c": sets[1]}, seed=0)
+    other = PairSet("c", None, [Pair("q", "p")], {})
+    kept, found = prepare_dev(sets, Dev(folders=[folder], pairs=["c"]), {"c": other}, seed=0)
     assert kept == sets, "with data of its own, nothing is held out unless told"
-    assert [one.name for one in found] == ["dev", "b"]
+    assert [one.name for one in found] == ["dev", "c"]
+
+
+def test_development_data_that_is_trained_on_is_an_error_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = PairSet("a", None, [Pair(f"q{i}", f"p{i}") for i in range(100)], {})
+    other = PairSet("b", None, [Pair(f"other {i}", f"p{i + 97}") for i in range(10)], {})
+    with pytest.raises(ValueError, match=r"names sets that are trained on: \['a'\]"):
+        prepare_dev([trained], Dev(pairs=["a"]), {"a": trained}, seed=0)
+    prepare_dev([trained], Dev(pairs=["b"]), {"b": other}, seed=0)
+    assert "dev: 3 of 10 answers of b are trained on." in caplog.text
+    folder = retrieval_folder(tmp_path / "a")
+    with pytest.raises(ValueError, match="more than one set of the name a"):
+        prepare_dev([trained], Dev(folders=[folder], hold_out=0.1), {}, seed=0)
 
 
 def test_a_score_is_ndcg_over_the_vectors_that_inference_computes(tmp_path: Path) -> None:
