@@ -38,7 +38,7 @@ ENCODER_SLICES = 2
 class Causal2Vec(nn.Module):
     """An embedding model: a bidirectional encoder, a projector and a causal decoder.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Causal2Vec
         >>> model = Causal2Vec.from_pretrained("default")
         >>> documents = model.encode_document(["A heap keeps its smallest item first.", "Bread needs yeast."])
@@ -349,7 +349,7 @@ class Causal2Vec(nn.Module):
             "llm_kwargs": llm_kwargs,
         }
         model.weights_record.note_checkpoint(model, sums)
-        return model
+        return model.eval()  # the adapters were added in training mode
 
     @classmethod
     @torch.inference_mode(False)

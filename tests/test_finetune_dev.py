@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,18 +16,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
+from tensorboard.backend.event_processing import event_accumulator
 from typer.testing import CliRunner
 
 from c2v_rag import Causal2Vec
 from c2v_rag.cli import app
 from c2v_rag.evaluate.intervals import difference_of_means, paired_bootstrap
 from c2v_rag.evaluate.metrics import ndcg_at_k
-from c2v_rag.finetune import scoring
-from c2v_rag.finetune.data import Pair, PairSet
+from c2v_rag.finetune import loss, scoring
+from c2v_rag.finetune.data import Pair, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.dev import DevSet, hold_out, prepare_dev, read_dev_folder
-from c2v_rag.finetune.recipe import Dev, Recipe
+from c2v_rag.finetune.loss import Causal2VecLoss, LossWeights
+from c2v_rag.finetune.module import TrainingModule
+from c2v_rag.finetune.monitor import Monitor
+from c2v_rag.finetune.recipe import BaseModels, Dev, Recipe
 from c2v_rag.finetune.run import train
-from c2v_rag.finetune.scoring import DevReport, score
+from c2v_rag.finetune.scoring import DevCallback, DevReport, mean_score, score
+from c2v_rag.finetune.start import StartVectors
+from c2v_rag.finetune.trainer import part_of
+from sentence_transformers_c2v import Causal2VecModule
 from tests.pairs import pairs
 from tests.tiny import passages, tiny_model
 
@@ -214,6 +225,42 @@ def test_a_finished_stage_is_not_scored_again_when_a_run_goes_on(
     assert DevReport.load(tmp_path / "out.training" / "dev.json") == before
 
 
+def test_a_resumed_stage_goes_on_with_its_scores_and_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = tiny_model(), tmp_path / "scores.json"
+    sets = [DevSet("set", None, ("q",), ("d",), ({0: 1.0},))]
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True, log_history=[{"seconds": 80.0}, {"dev": 0.1}])
+    control = SimpleNamespace(should_log=True, should_training_stop=False)
+
+    def run_to(callback: DevCallback, steps: range) -> None:
+        state.global_step = steps.start
+        callback.on_train_begin(None, state, control)
+        for state.global_step in range(steps.start + 1, steps.stop):
+            callback.on_step_end(None, state, control)
+
+    with_scores(monkeypatch, [0.1, 0.5, 0.4, 0.3])
+    run_to(DevCallback(model, sets, Dev(every=1, patience=2), path), range(4))
+    assert control.should_training_stop
+    control.should_training_stop = False
+    scored = with_scores(monkeypatch, [0.4, 0.3])
+    resumed = DevCallback(model, sets, Dev(every=1, patience=2), path)
+    run_to(resumed, range(1, 3))
+    assert len(scored) == 1, "the step it begins with has its score"
+    assert not control.should_training_stop, "the score of step 3 is known, but does not count before step 3"
+    assert resumed.best_step == 1
+    run_to(resumed, range(2, 4))
+    assert control.should_training_stop
+    assert [mean_score(scores) for scores in resumed.history.values()] == [0.1, 0.5, 0.4, 0.3]
+
+    monitor = Monitor(
+        model, Causal2VecLoss(SentenceTransformer(modules=[Causal2VecModule(model)]), LossWeights()), part_of, minutes=1
+    )
+    monitor.on_train_begin(None, state, control)
+    assert 80 <= monitor.seconds < 140
+    control.should_training_stop = False
+    monitor.on_step_end(None, state, control)
+    assert control.should_training_stop, "80 seconds of the minute were used before"
+
+
 def test_the_train_command_ends_with_before_after_and_interval(
     checkpoint: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -242,6 +289,155 @@ def test_a_share_of_the_documents_is_held_out_unless_told_otherwise(
     assert DevReport.load(tmp_path / "held.training" / "dev.json").sizes == {"docs": (8, 150)}
     train(Recipe.model_validate(values | {"dev": "none"}), data, tmp_path / "none", device="cpu")
     assert not (tmp_path / "none.training" / "dev.json").exists()
+
+
+def test_a_sets_instruction_is_the_models_own_or_the_run_says_so(
+    checkpoint: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[str] = []
+    preprocess = TrainingModule.preprocess
+
+    def noting(self: TrainingModule, inputs: Any, prompt: str | None = None, **kwargs: Any) -> Any:
+        prompts.append(prompt or "")
+        return preprocess(self, inputs, prompt, **kwargs)
+
+    monkeypatch.setattr(TrainingModule, "preprocess", noting)
+    values = recipe_for(checkpoint, steps=1, dev="none")
+    config = Causal2Vec.from_pretrained(checkpoint).config
+    train(Recipe.model_validate(values), data, tmp_path / "own", device="cpu")
+    assert prompts == [config.prompt(config.instruction), ""], "queries as encode_query embeds them, documents plain"
+    assert "encode_query uses" not in caplog.text
+    for instruction in ("find the guide", ""):
+        prompts.clear()
+        caplog.clear()
+        values["data"] = {"sets": {"docs": {"instruction": instruction}}}
+        train(Recipe.model_validate(values), data, tmp_path / f"other {instruction}", device="cpu")
+        assert prompts == [config.prompt(instruction), ""]
+        assert f"- docs: {instruction!r}" in caplog.text
+
+
+def test_the_start_teacher_holds_the_vectors_of_queries_and_documents_before_training(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    model = Causal2Vec.from_pretrained(checkpoint, dtype="float32", device="cpu")
+    prompt = model.config.prompt(model.config.instruction)
+    start = StartVectors(model, model.tokenizer, dict(model.named_parameters()), tmp_path)
+    texts = passages(6)
+    start.prepare({prompt: texts[:3], "": texts[2:]})
+    np.testing.assert_allclose(start(prompt, texts[:3]), model.encode_query(texts[:3]), atol=1e-2)
+    np.testing.assert_allclose(start("", texts[2:]), model.encode_document(texts[2:]), atol=1e-2)
+    assert not np.allclose(start(prompt, texts[2:3]), start("", texts[2:3]), atol=1e-2)
+
+    values = recipe_for(checkpoint, steps=3, dev="none", teachers=["start"])
+    values["stages"][0] |= {"learning_rate": dict.fromkeys(RATES, 1e-2)}
+    values["stages"][0]["loss"] = {"distill": 1.0, "info_nce": 0.0, "temperature": 0.1}
+    train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    log = json.loads((tmp_path / "out.training" / "log.json").read_text())["steps"]["full"]
+    assert log[0]["loss"] == pytest.approx(0, abs=1e-3), "the model has its own similarities"
+
+
+def test_every_step_is_logged_with_parts_margin_and_masked_share(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    values = recipe_for(checkpoint, steps=2, dev={"every": 1, "max_queries": 3, "max_documents": 5})
+    values |= {"report_to": ["tensorboard"]}
+    values["stages"][0]["loss"] |= {"mask_similar_documents": -0.99, "mask_by": "model"}
+    train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    log = json.loads((tmp_path / "out.training" / "log.json").read_text())["steps"]["full"]
+    assert [row["step"] for row in log] == [1, 2]
+    for row in log:
+        assert row["masked"] == 1, "every candidate is similar enough to be masked"
+        norms = [row[f"grad_norm/{part}"] for part in RATES]
+        assert math.sqrt(sum(norm**2 for norm in norms)) == pytest.approx(row["grad_norm"], rel=1e-3)
+        assert all(row[f"learning_rate/{part}"] >= 0 for part in RATES)
+    assert log[1]["seconds"] > log[0]["seconds"] > 0
+    assert log[1]["tokens"] > log[0]["tokens"] > 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "out.training" / "tensorboard" / "full"))
+    events.Reload()
+    logged = events.Tags()["scalars"]
+    assert {"train/margin", "train/masked", "train/grad_norm/projector", "train/dev", "train/dev_docs"} <= {*logged}
+    assert [event.step for event in events.Scalars("train/dev")] == [0, 1, 2]
+
+
+def test_a_stage_ends_after_its_minutes(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    values = recipe_for(checkpoint, steps=50, dev="none")
+    values["stages"][0]["minutes"] = 1e-6
+    train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    assert len(json.loads((tmp_path / "out.training" / "log.json").read_text())["steps"]["full"]) == 1
+
+
+def test_scores_in_the_data_are_distilled_and_negatives_are_drawn_anew(tmp_path: Path) -> None:
+    rows = [
+        {"query": f"q{i}", "positive": f"p{i}", "negatives": [f"n{i} {j}" for j in range(4)] + [f"q{i}"],
+         "positive_score": 1.0, "negative_scores": [j / 10 for j in range(5)], "document": f"d{i}"}
+        for i in range(8)
+    ]  # fmt: skip
+    rows[7] |= {"positive_score": None, "negative_scores": None}
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = read_pair_set(tmp_path, "set")
+    assert read.pairs[0] == Pair("q0", "p0", ("n0 0", "n0 1", "n0 2", "n0 3"), (1.0, 0.0, 0.1, 0.2, 0.3), "d0")
+    drawn = draw_stage([read], {"set": 1.0}, batch_size=4, steps=8, num_negatives=2, seed=0)["set with negatives"]
+    seen: set[tuple[str, str]] = set()
+    for row in drawn:
+        chosen = (row["negative_1"], row["negative_2"])
+        number = row["query"][1:]
+        if number == "7":
+            assert all(map(math.isnan, row["scores"]))
+        else:
+            assert row["scores"] == [1.0, *(int(text.split()[1]) / 10 for text in chosen)]
+        if number == "0":
+            seen.add(chosen)
+    assert len(seen) > 1, "a pair that comes up again gets other negatives"
+    again = draw_stage([read], {"set": 1.0}, batch_size=4, steps=8, num_negatives=2, seed=0)["set with negatives"]
+    assert [row["negative_1"] for row in again] == [row["negative_1"] for row in drawn]
+    for wrong in ({"negative_scores": [1.0]}, {"positive_score": "high"}):
+        (tmp_path / "wrong.jsonl").write_text(json.dumps(rows[0] | wrong))
+        with pytest.raises(ValueError, match="'negative_scores'"):
+            read_pair_set(tmp_path, "wrong")
+
+
+def test_list_scores_of_the_data_reach_the_loss(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"query": query, "positive": positive, "negatives": [f"nothing {i}"], "positive_score": float(i),
+         "negative_scores": [-float(i)]}
+        for i, (query, positive) in enumerate(pairs()[:12])
+    ]  # fmt: skip
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seen: list[Any] = []
+    distill = loss.list_distillation
+
+    def noting(queries: Any, candidates: Any, teacher: Any, **options: Any) -> Any:
+        seen.append(teacher.tolist())
+        return distill(queries, candidates, teacher, **options)
+
+    monkeypatch.setattr(loss, "list_distillation", noting)
+    values = recipe_for(checkpoint, steps=1, dev="none")
+    values["stages"][0]["loss"] |= {"list_distill": 1.0, "list_loss": "margin_mse"}
+    train(Recipe.model_validate(values), tmp_path, tmp_path / "out", device="cpu")
+    assert np.shape(seen) == (1, 4, 2)
+    assert all(positive == -negative for positive, negative in seen[0])
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"query": q, "positive": p}) for q, p in pairs()[:12]))
+    with pytest.raises(ValueError, match=r"list_distill .* no set holds positive_score"):
+        train(Recipe.model_validate(values), tmp_path, tmp_path / "other", device="cpu")
+
+
+def test_the_packaged_recipe_adapts_a_model_by_name(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(Path("adapt"))
+    assert recipe.base.checkpoint == "default"
+    with pytest.raises(FileNotFoundError, match=r"no recipe adopt: give a YAML file, or one of adapt"):
+        Recipe.load(Path("adopt"))
+    (tmp_path / "pairs.jsonl").write_text((data / "docs.jsonl").read_text())
+    tiny = recipe.model_copy(update={"base": BaseModels(checkpoint=str(checkpoint))})
+    train(tiny, tmp_path, tmp_path / "out", device="cpu", max_steps=2)
+    assert DevReport.load(tmp_path / "out.training" / "dev.json").sizes == {"pairs": (8, 150)}
+
+
+def test_the_recipes_in_the_documentation_are_valid() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    recipes = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "stages:" in block]
+    assert recipes
+    for recipe in recipes:
+        assert Recipe.model_validate(yaml.safe_load(recipe)).stages
 
 
 def test_intervals_match_a_loop_over_draws() -> None:

@@ -14,7 +14,7 @@ from c2v_rag.adapt.passages import Passage, Split, split_documents
 from c2v_rag.adapt.questions import Question
 from c2v_rag.adapt.work import Work
 from c2v_rag.index import LexicalIndex
-from c2v_rag.index.searching import DENSE_WEIGHT
+from c2v_rag.index.searching import LEXICAL_WEIGHT
 from c2v_rag.protocols import Embedder
 
 _BLOCK = 256  # passages that are embedded at a time; a killed run loses at most one block
@@ -81,9 +81,12 @@ class Ranker:
         return scores
 
     def hybrid(self, question: str, vector: np.ndarray) -> np.ndarray:
-        """(N,) as a hybrid search computes them: weighted standardised cosines and BM25 scores, over all passages."""
-        words = self._lexical.scores(question)
-        return DENSE_WEIGHT * _standardise(self.dense(vector)) + (1 - DENSE_WEIGHT) * _standardise(words)
+        """(N,) the scores of a hybrid search (`index.searching.hybrid_hits`), for all passages."""
+        cosines, words = self.dense(vector), self._lexical.scores(question)
+        deviation, max_score = cosines.std(), self._lexical.max_score(question)
+        standardised = (cosines - cosines.mean()) / deviation if deviation > 0 else np.zeros_like(cosines)
+        scores: np.ndarray = standardised + LEXICAL_WEIGHT * (words / max_score if max_score > 0 else 0 * words) ** 2
+        return scores
 
 
 def rank_of(scores: np.ndarray, position: int) -> int:
@@ -99,9 +102,3 @@ def embed_passages(model: Embedder, texts: Sequence[str], work: Work, name: str)
         part = list(texts[start : start + _BLOCK])
         blocks.append(work.array(f"{name}/{start // _BLOCK:05d}", lambda part=part: model.encode_document(part)))  # type: ignore[misc]
     return np.concatenate(blocks)
-
-
-def _standardise(scores: np.ndarray) -> np.ndarray:
-    deviation = scores.std()
-    centred: np.ndarray = scores - scores.mean()
-    return centred / deviation if deviation > 0 else np.zeros_like(centred)

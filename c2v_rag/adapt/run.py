@@ -23,7 +23,6 @@ from c2v_rag.adapt.scoring import ranks, read_general_sets, score_general
 from c2v_rag.adapt.training import PAIRS, losses, recipe_for, run_training, steps_within, write_pairs
 from c2v_rag.adapt.work import Work, write_text
 from c2v_rag.adapt.writers import HEADINGS, open_writer, writer_kinds
-from c2v_rag.config import Causal2VecConfig
 from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress
 from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import read_sources
@@ -159,7 +158,7 @@ class _Run:
     def train(self, corpus: Corpus) -> AdaptReport:
         """Filter the questions, train, and compare the model before and after."""
         self._check_unchanged()
-        filtered, kept, before, config = self._prepare(corpus)
+        filtered, kept, before = self._prepare(corpus)
         if before is None:
             advice = (
                 f"{len(kept['training'])} questions for training and {len(kept['held-out'])} held-out ones were kept; "
@@ -170,9 +169,9 @@ class _Run:
         trained, unfinished = self._output / "model", self._work.folder / "model"
         if not trained.is_dir():
             counts = {split: len(numbers) for split, numbers in kept.items()}
-            steps, minutes = self._work.json("steps", lambda: self._plan(corpus, counts["training"], config))
+            steps, minutes = self._work.json("steps", lambda: self._plan(corpus, counts["training"]))
             recipe = recipe_for(
-                self._options.model, config, steps=steps, minutes=minutes,
+                self._options.model, steps=steps, minutes=minutes,
                 num_questions=counts["training"], num_dev=counts["dev"],
             )  # fmt: skip
             with self._work.timed("train"):
@@ -186,8 +185,8 @@ class _Run:
             corpus, filtered, ending=ending, advice=advice, model=str(trained), losses=losses(unfinished), **scores
         )
 
-    def _prepare(self, corpus: Corpus) -> tuple[Filtered, dict[Split, list[int]], Any, Causal2VecConfig]:
-        """The kept questions by split, the scores before training (None with too few questions), and the config.
+    def _prepare(self, corpus: Corpus) -> tuple[Filtered, dict[Split, list[int]], Any]:
+        """The kept questions by split, the scores before training (None with too few questions).
 
         The sets of pairs are written into the work folder. The model is not in memory afterwards.
         """
@@ -200,13 +199,13 @@ class _Run:
         _save_dropped(self._output / "dropped.jsonl", filtered)
         kept = {split: [n for n in filtered.kept if corpus.questions[n].split == split] for split in SPLITS}
         if len(kept["training"]) < MIN_TRAINING or len(kept["held-out"]) < MIN_HELD_OUT:
-            return filtered, kept, None, model.config
+            return filtered, kept, None
         for split in PAIRS:
             write_pairs(self._work.folder / "data", split, corpus, kept[split], ranker, vectors[kept[split]])
         held_out = kept["held-out"]
         with self._work.timed("score"):
             before = self._work.json("before", lambda: self._score(model, corpus, held_out, ranker, vectors[held_out]))
-        return filtered, kept, before, model.config
+        return filtered, kept, before
 
     def _check_unchanged(self) -> None:
         """Raise ValueError if the questions were edited after the steps that depend on them had begun."""
@@ -217,7 +216,7 @@ class _Run:
                 "another folder as --output."
             )
 
-    def _plan(self, corpus: Corpus, num_questions: int, config: Causal2VecConfig) -> tuple[int, float | None]:
+    def _plan(self, corpus: Corpus, num_questions: int) -> tuple[int, float | None]:
         """The number of training steps, and after how many minutes training ends at the latest."""
         options, seconds = self._options, self._work.seconds
         if options.steps is not None:
@@ -225,7 +224,7 @@ class _Run:
         left = 60 * options.minutes - sum(seconds.values()) - seconds["embed"]  # it embeds again after training
         available = max(left, 60 * options.minutes * _TRAINING_SHARE)
         texts = len(corpus.passages) + len(corpus.questions)
-        steps = steps_within(available, texts / seconds["embed"], num_questions, config)
+        steps = steps_within(available, texts / seconds["embed"], num_questions)
         return steps, available / 60
 
     def _score(

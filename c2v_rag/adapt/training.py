@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from c2v_rag.adapt.corpus import Corpus, Ranker
 from c2v_rag.adapt.passages import Split
 from c2v_rag.adapt.work import write_text
-from c2v_rag.config import Causal2VecConfig
 from c2v_rag.finetune import run
-from c2v_rag.finetune.recipe import Recipe
+from c2v_rag.finetune.recipe import PACKAGED, BaseModels, Data, Dev, Recipe
 
 TRAINING: Split = "training"
 DEV: Split = "dev"
@@ -24,12 +21,14 @@ PAIRS = (TRAINING, DEV)  # the splits that training reads; a set of pairs has th
 NUM_NEGATIVES = 4
 MAX_EPOCHS = 8
 MIN_DEV = 5  # kept dev questions; with fewer, nothing is scored while training
+_RECIPE = PACKAGED / "adapt.yaml"
 _SCORES = 4  # times that the dev questions are scored while training
-_MAX_DEV_TEXTS = {"max_queries": 100, "max_documents": 200}
-_POSSIBLE_ANSWER = 0.25  # a passage whose hybrid score is at most this far below the right one's may be an answer too
-# Seconds that a training text takes, in seconds that embedding one takes: a gradient costs three times a forward pass,
-# but in the stage "context" the decoder reads one token per text.
-_COST = {"context": 1.0, "full": 3.0}
+# A passage whose hybrid score, in standard deviations of the cosines, is at most this far below that of the right one
+# may be an answer too.
+_POSSIBLE_ANSWER = 0.25
+_COST_OF_GRADIENT = 3.0  # seconds for a training text, in seconds for embedding one
+_LIST_DISTILL = 0.5
+_LIST_TEMPERATURE = 0.67  # of the hybrid scores
 
 
 def write_pairs(
@@ -49,46 +48,52 @@ def write_pairs(
         usable = in_split & (documents != question.document)
         others = [int(row) for row in np.argsort(-scores, kind="stable") if usable[row]]
         best = [row for row in others if scores[row] < scores[position] - _POSSIBLE_ANSWER][:NUM_NEGATIVES]
-        best = best or others[-1:]  # every pair needs one, since a batch has one shape
-        row = {
+        row: dict[str, Any] = {
             "query": question.question,
             "positive": corpus.passages[position].text,
-            "negatives": [corpus.passages[one].text for one in best],
-            "positive_score": round(float(scores[position]), 4),
-            "negative_scores": [round(float(scores[one]), 4) for one in best],
+            "negatives": [corpus.passages[one].text for one in best or others[-1:]],  # every pair needs one
             "document": question.document,
         }
+        if best:
+            row["positive_score"] = round(float(scores[position]), 4)
+            row["negative_scores"] = [round(float(scores[one]), 4) for one in best]
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(folder / f"{split}.jsonl", "".join(lines))
 
 
-def steps_within(seconds: float, texts_per_second: float, num_questions: int, config: Causal2VecConfig) -> int:
+def steps_within(seconds: float, texts_per_second: float, num_questions: int) -> int:
     """How many steps fit into `seconds`, by the speed of embedding passages; at least one, at most eight epochs."""
-    stage = _template()[_stage_name(config)]
-    texts_per_step = stage["batch_size"] * (2 + stage["num_negatives"])
-    fitting = seconds * texts_per_second / (texts_per_step * _COST[_stage_name(config)])
-    longest = MAX_EPOCHS * num_questions / stage["batch_size"]
-    return max(1, int(min(fitting, longest)))
+    stage = Recipe.load(_RECIPE).stages[0]
+    texts_per_step = stage.batch_size * (2 + stage.num_negatives)
+    fitting = seconds * texts_per_second / (texts_per_step * _COST_OF_GRADIENT)
+    return max(1, int(min(fitting, MAX_EPOCHS * num_questions / stage.batch_size)))
 
 
-def recipe_for(
-    checkpoint: str, config: Causal2VecConfig, *, steps: int, minutes: float | None, num_questions: int, num_dev: int
-) -> Recipe:
-    """The recipe of this package for the model `checkpoint`. Training ends after `steps` or `minutes`."""
-    template = _template()
-    stage = template[_stage_name(config)]
-    stage |= {"steps": steps, "minutes": minutes, "batch_size": min(stage["batch_size"], num_questions)}
-    every = max(1, round(steps / _SCORES))
-    dev: Any = {"pairs": [DEV], "every": every, "patience": None, **_MAX_DEV_TEXTS}
-    return Recipe.model_validate(
-        {
-            "base": {"checkpoint": checkpoint},
-            "data": {"sets": {TRAINING: 1.0}},
+def recipe_for(checkpoint: str, *, steps: int, minutes: float | None, num_questions: int, num_dev: int) -> Recipe:
+    """The packaged recipe "adapt" for the model `checkpoint`. Training ends after `steps` or `minutes`.
+
+    The scores of the hybrid ranking are distilled too. The dev questions decide which weights are kept.
+    """
+    packaged = Recipe.load(_RECIPE)
+    (stage,) = packaged.stages
+    stage = stage.model_copy(
+        update={
+            "steps": steps,
+            "minutes": minutes,
+            "batch_size": min(stage.batch_size, num_questions),
+            "loss": stage.loss.model_copy(
+                update={"list_distill": _LIST_DISTILL, "list_temperature": _LIST_TEMPERATURE}
+            ),
+        }
+    )
+    dev = Dev(pairs=[DEV], every=max(1, round(steps / _SCORES)), patience=None, max_queries=100, max_documents=200)
+    return packaged.model_copy(
+        update={
+            "base": BaseModels(checkpoint=checkpoint),
+            "data": Data(sets={TRAINING: 1.0}),
             "stages": [stage],
             "dev": dev if num_dev >= MIN_DEV else "none",
             "report_to": [],
-            "lora": template["lora"],
-            "save_steps": template["save_steps"],
         }
     )
 
@@ -103,13 +108,3 @@ def losses(output: Path) -> list[float]:
     """The loss of every step of the training that wrote `output`."""
     log = json.loads((output.with_name(f"{output.name}.training") / "log.json").read_text(encoding="utf-8"))
     return [float(row["loss"]) for rows in log["steps"].values() for row in rows]
-
-
-def _stage_name(config: Causal2VecConfig) -> str:
-    return "context" if config.pooling in ("context", "context_eos") else "full"
-
-
-def _template() -> dict[str, Any]:
-    text = (resources.files("c2v_rag.adapt") / "recipe.yaml").read_text(encoding="utf-8")
-    template: dict[str, Any] = yaml.safe_load(text)
-    return template

@@ -127,7 +127,7 @@ def search(
     collection: Collection = "documents",
     mode: Annotated[
         str,
-        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both. Needs c2v-rag[hybrid]."),
+        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both."),
     ] = "dense",
     where: Annotated[
         str | None, typer.Option(help="""Chroma's metadata filter as JSON: '{"kind": "function"}'.""")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from c2v_rag.finetune.loss import LossWeights
 
+PACKAGED = Path(__file__).parent / "recipes"  # recipes that come with the package
 TrainedPart = Literal["projector", "llm_adapter", "encoder_adapter", "encoder"]
 
 
@@ -132,8 +133,9 @@ class Recipe(_Strict):
     `dev`: development data; "none" trains on everything and scores nothing. `report_to`: where every step is logged
     while the run goes on; unless given, tensorboard if it is installed.
 
-    `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "lexical"
-    (`LexicalEmbedder`), or the name of a sentence-transformers model.
+    `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "start" (the
+    model before the stage, so that it forgets less), "lexical" (`LexicalEmbedder`), or the name of a
+    sentence-transformers model.
     """
 
     base: BaseModels
@@ -149,7 +151,17 @@ class Recipe(_Strict):
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Read a recipe. ValueError names the file and every key that is unknown, missing or out of range."""
+        """Read a recipe: a file, or the name of one that comes with the package ("adapt").
+
+        FileNotFoundError for a name that is neither; ValueError names the file and every key that is unknown, missing
+        or out of range.
+        """
+        if not path.is_file():
+            packaged = PACKAGED / f"{path}.yaml"
+            if len(path.parts) != 1 or not packaged.is_file():
+                names = ", ".join(sorted(one.stem for one in PACKAGED.glob("*.yaml")))
+                raise FileNotFoundError(f"There is no recipe {path}: give a YAML file, or one of {names}.")
+            path = packaged
         try:
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except yaml.YAMLError as error:

@@ -67,7 +67,8 @@ def train(
 
     Under `torchrun` or `accelerate launch` each process takes `batch_size` pairs a step (DDP); the negatives of a
     process are those of its own batch. The folder `OUTPUT.training` beside `output` keeps what `resume` needs, the
-    loss of every step (log.json, loss.png) and the cached vectors. `max_steps` shortens each stage, for a dry run.
+    values of every step (log.json, loss.png, tensorboard), the development scores (dev.json, see `DevReport.load`) and
+    the cached vectors. `max_steps` shortens each stage, for a dry run.
 
     Raises ValueError for data or a recipe that cannot be used, FileExistsError when there is a run already and
     `resume` is false, FloatingPointError when the loss is not finite.
@@ -80,6 +81,8 @@ def train(
         read_pair_set(data, name, instruction=option.instruction, max_bad_rows=recipe.data.max_bad_rows)
         for name, option in options.items()
     ]
+    if any(stage.loss.list_distill for stage in recipe.stages) and not any(p.scores for s in sets for p in s.pairs):
+        raise ValueError("list_distill needs a teacher's scores, but no set holds positive_score and negative_scores.")
     sets, dev_sets = _hold_out(recipe, data, sets)
     work = output.with_name(f"{output.name}.training")
     processes = PartialState(cpu=device == "cpu")
@@ -109,7 +112,8 @@ def train(
             seed=seed,
         )
         with processes.main_process_first():  # the other processes read its vectors from the files
-            vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets))
+            prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
+            vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
         log[stage.name] = run_stage(
             model, stage, datasets, instructions, vectors, work / f"{number}-{stage.name}",
             seed=seed, save_steps=recipe.save_steps, resume=resume, dev=scored.get(stage.name),
@@ -169,6 +173,17 @@ def texts_of(datasets: Mapping[str, Dataset]) -> list[str]:
     """All texts of a stage's datasets, with repetitions."""
     columns = [dataset[name] for dataset in datasets.values() for name in dataset.column_names if name != "scores"]
     return [text for column in columns for text in column]
+
+
+def prompted_texts(datasets: Mapping[str, Dataset], prompts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The texts of a stage's datasets by the prompt before them: "" for documents; `prompts` by the name of a set."""
+    found: dict[str, list[str]] = {"": []}
+    for name, dataset in datasets.items():
+        found.setdefault(prompts[name.removesuffix(WITH_NEGATIVES)], []).extend(dataset["query"])
+        for column in dataset.column_names:
+            if column not in ("query", "scores"):
+                found[""].extend(dataset[column])
+    return found
 
 
 def run_stage(

@@ -72,7 +72,7 @@ class IndexReport:
 class VectorIndex:
     """A Chroma collection filled and searched with one embedder.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Document, VectorIndex, shared_model
         >>> index = VectorIndex("store", shared_model())
         >>> index.add([Document("Bread needs yeast.", source="bread.txt")]).added
@@ -117,13 +117,13 @@ class VectorIndex:
         """The `top_k` best chunks, best first; fewer when the index has fewer.
 
         `mode`: "dense" sorts by the cosine similarity of embeddings; "lexical" by BM25, which needs words in common;
-        "hybrid" by both, 0.7 x the standardised cosine + 0.3 x the standardised BM25 score. The lexical index is built
+        "hybrid" by both, the standardised cosine + 40 x the squared share of BM25's maximum. The lexical index is built
         at its first use, stored beside a folder's collections (in the cache folder for a server), and rebuilt when
         chunks have changed. `where`: Chroma's metadata filter, such as {"source": "a.txt"}. `min_score`: leave out
         hits with a lower score. `group_by`: only the best chunk for each value of a metadata key, such as "source".
         `offset`: skip the first hits.
 
-        Raises FileNotFoundError when the store or the collection does not exist, ImportError without bm25s.
+        Raises FileNotFoundError when the store or the collection does not exist.
         """
         if not isinstance(query, str):
             raise TypeError(f"query must be one string, got {type(query).__name__}. For several, use search_many.")
