@@ -8,7 +8,8 @@ A folder holds corpus.parquet, queries.parquet and qrels.parquet (columns as `c2
 as `c2v-rag index` makes them, with and without chunk headers; the best chunk of a document counts.
 
 The rows of the encoder are the baseline for what the decoder adds. "rank fusion" and "0.7 z + 0.3 z" combine the same
-lists in other ways. Intervals: paired bootstrap over queries against the dense row of the same embedder. `--vectors`
+lists in other ways. Intervals: paired bootstrap over queries against the dense row of the same embedder
+without headers. `--vectors`
 keeps the embeddings, so that a run that was killed goes on where it stopped.
 """
 
@@ -26,6 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from c2v_rag import Document, SearchMode, VectorIndex, __version__, shared_model
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.evaluate.metrics import mrr_at_k, ndcg_at_k, recall_at_k
 from c2v_rag.fusion import reciprocal_rank_fusion
+from c2v_rag.index import ChunkSettings
 from c2v_rag.sources import PYTHON_DOCS, python_docs
 
 QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
@@ -52,7 +55,7 @@ Gains = Mapping[str, float]
 
 
 class KeptVectors:
-    """An embedder that keeps the embeddings of documents in a file, by the model's weights and the text."""
+    """An embedder that keeps the embeddings of documents, by the model's weights and the text."""
 
     def __init__(self, embedder: Any, kept: Any) -> None:
         self._embedder = embedder
@@ -91,18 +94,27 @@ def main() -> None:
     }
     by_query: dict[str, dict[str, np.ndarray]] = {}
     with ExitStack() as stack:
-        kept = stack.enter_context(shelve.open(str(arguments.vectors))) if arguments.vectors else {}
+        kept: Any = stack.enter_context(shelve.open(str(arguments.vectors))) if arguments.vectors else {}
+        embedders = {"encoder": KeptVectors(EncoderEmbedder(model), kept), "model": KeptVectors(model, kept)}
         for data in arguments.data:
             name = Path(data).name
             corpus, queries, gains = read(data)
             corpus, queries = corpus[: arguments.documents], dict(list(queries.items())[: arguments.queries])
+            dense = np.empty(0)
             found: dict[str, Any] = {"queries": len(queries), "documents": len(corpus), "rows": {}}
-            for label, embedder in (("encoder", EncoderEmbedder(model)), ("model", model)):
-                index = VectorIndex(stack.enter_context(tempfile.TemporaryDirectory()), KeptVectors(embedder, kept))
-                index.add(corpus, show_progress=True)
-                values, speed = score(index, queries, gains)
-                found["rows"] |= {f"{label}, {mode}": row for mode, row in summary(values, speed).items()}
-                found[f"{label} index"] = {"chunks": len(index), "bytes": size_of(index)}
+            for (label, embedder), header in product(embedders.items(), (False, True)):
+                with tempfile.TemporaryDirectory() as store:
+                    index = VectorIndex(store, embedder, chunking=ChunkSettings(header=header))
+                    index.add(corpus, show_progress=True)
+                    values, speed = score(index, embedder, queries, gains)
+                    number = len(index)
+                    size = sum(path.stat().st_size for path in Path(store).rglob("*") if path.is_file())
+                headed = ", headers" if header else ""
+                dense = dense if header else values["dense"]
+                found["rows"] |= {
+                    f"{label}, {mode}{headed}": row for mode, row in summary(values, speed, dense).items()
+                }
+                found[f"{label} index{headed}"] = {"chunks": number, "bytes": size}
             by_query[name] = values
             result["sets"][name] = found
             show(name, found)
@@ -132,14 +144,14 @@ def read(data: str) -> tuple[list[Document], dict[str, str], dict[str, Gains]]:
             gains[str(row["query-id"])] = {**gains.get(str(row["query-id"]), {}), str(row["corpus-id"]): row["score"]}
     queries = {str(row["_id"]): row["text"] for row in pq.read_table(folder / "queries.parquet").to_pylist()}
     corpus = [
-        Document(f"{row.get('title') or ''} {row['text']}".strip(), str(row["_id"]))
+        Document(f"{row.get('title') or ''} {row['text']}".strip(), str(row["_id"]), title=row.get("title") or "")
         for row in pq.read_table(folder / "corpus.parquet").to_pylist()
     ]
     return corpus, {id: text for id, text in queries.items() if id in gains}, gains
 
 
 def score(
-    index: VectorIndex, queries: Mapping[str, str], gains: Mapping[str, Gains]
+    index: VectorIndex, embedder: KeptVectors, queries: Mapping[str, str], gains: Mapping[str, Gains]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """For each mode and fusion the metrics of every query (Q, 3), and for each mode the milliseconds a query."""
     ranked: dict[str, dict[str, list[str]]] = {}
@@ -152,17 +164,19 @@ def score(
             for id, text in queries.items()
         }
         speed[mode] = 1000 * (time.perf_counter() - started) / len(queries)
-    for fusion, scores, sources in other_fusions(index, list(queries.values())):
+    for fusion, scores, sources in other_fusions(index, embedder, list(queries.values())):
         ranked[fusion] = {id: best_sources(row, sources) for id, row in zip(queries, scores, strict=True)}
     return {name: np.array([metrics(lists[id], gains[id]) for id in queries]) for name, lists in ranked.items()}, speed
 
 
-def other_fusions(index: VectorIndex, queries: list[str]) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+def other_fusions(
+    index: VectorIndex, embedder: KeptVectors, queries: list[str]
+) -> Iterator[tuple[str, np.ndarray, list[str]]]:
     """(name, scores (Q, N), source of each of N chunks): fixed weights of standardised scores, and rank fusion."""
     chunks = list(index.chunks(embeddings=True))
     sources = [str(chunk.metadata["source"]) for chunk in chunks]
     embeddings = np.stack([chunk.embedding for chunk in chunks if chunk.embedding is not None])
-    cosines = index.model.encode_query(queries) @ embeddings.T
+    cosines = embedder.encode_query(queries) @ embeddings.T
     lexical = index.lexical_index()
     rows = [lexical.rows[chunk.id] for chunk in chunks]
     words = np.stack([lexical.scores(query)[rows] for query in queries])
@@ -195,13 +209,13 @@ def metrics(ranked: list[str], gains: Gains) -> list[float]:
     return [ndcg_at_k(ranked, gains, 10), recall_at_k(ranked, gains, 10), mrr_at_k(ranked, gains, 10)]
 
 
-def summary(values: Mapping[str, np.ndarray], speed: Mapping[str, float]) -> dict[str, Any]:
-    """For each mode the means, the interval of its nDCG@10 against "dense", and the milliseconds a query."""
-    number = len(values["dense"])
+def summary(values: Mapping[str, np.ndarray], speed: Mapping[str, float], dense: np.ndarray) -> dict[str, Any]:
+    """For each mode the means, the interval of its nDCG@10 against `dense` (Q, 3), and the milliseconds a query."""
+    number = len(dense)
     draws = np.random.default_rng(0).integers(0, number, size=(DRAWS, number))
     rows = {}
     for mode, by_query in values.items():
-        difference = (by_query[:, 0] - values["dense"][:, 0])[draws].mean(axis=1)
+        difference = (by_query[:, 0] - dense[:, 0])[draws].mean(axis=1)
         rows[mode] = {
             **dict(zip(METRICS, by_query.mean(axis=0).tolist(), strict=True)),
             "against_dense": [float(np.quantile(difference, quantile)) for quantile in (0.025, 0.975)],
@@ -232,16 +246,13 @@ def held_out(by_set: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]
     }
 
 
-def size_of(index: VectorIndex) -> int:
-    """Bytes of the store's files: Chroma's and the lexical index."""
-    return sum(path.stat().st_size for path in Path(str(index.address)).rglob("*") if path.is_file())
-
-
 def show(name: str, found: dict[str, Any]) -> None:
     table = Table("", *METRICS, "against dense, 95 %", "ms a query", title=f"{name}, {found['queries']} queries")
     for row, values in found["rows"].items():
+        if " z" in row and "0.7 z" not in row:
+            continue  # only in the JSON
         low, high = values["against_dense"]
-        interval = "" if row.endswith("dense") else f"{100 * low:+.1f} to {100 * high:+.1f}"
+        interval = "" if row.endswith(", dense") else f"{100 * low:+.1f} to {100 * high:+.1f}"
         time_ms = "" if values["ms_per_query"] is None else f"{values['ms_per_query']:.0f}"
         table.add_row(row, *(f"{100 * values[metric]:.1f}" for metric in METRICS), interval, time_ms)
     Console(width=120).print(table)

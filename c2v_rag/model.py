@@ -234,6 +234,10 @@ class Causal2Vec(nn.Module):
         """Length of each text in tokens. Texts longer than `max_tokens` are truncated."""
         return self.tokenizer.count_tokens(texts)
 
+    def token_ends(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """For each text, for decoder and encoder, the offset at which each token ends."""
+        return self.tokenizer.token_ends(texts)
+
     @property
     def max_tokens(self) -> int:
         """The longest text, in `count_tokens`, that is not truncated for the encoder or the decoder."""

@@ -32,13 +32,14 @@ from c2v_rag.adapt.report import judge
 from c2v_rag.adapt.scoring import Comparison, compare, metric_values
 from c2v_rag.adapt.training import write_pairs
 from c2v_rag.adapt.writers import DecoderWriter, EndpointWriter
-from c2v_rag.index import Chunk, stored_stamps
+from c2v_rag.index import Chunk, ChunkSettings, stored_stamps
 from tests.pairs import pairs
 from tests.plain import Letters
 from tests.test_cli import run as run_command
 from tests.tiny import tiny_model, tiny_tokenizer
 
 STEPS = 3
+PLAIN = ChunkSettings(header=False)
 SCRIPT = "<script>alert('no')</script>"
 
 
@@ -402,17 +403,24 @@ def chunk(document: str, number: int) -> Chunk:
 def test_one_giant_document_does_not_crowd_out_the_others() -> None:
     sizes = {"giant": 500} | {f"small-{n}": 2 for n in range(9)}
     chunks = [chunk(document, number) for document, size in sizes.items() for number in range(size)]
-    drawn = draw_passages(chunks, 40, seed=0)
+    drawn = draw_passages(chunks, 40, 0, PLAIN)
     counts = Counter(passage.document for passage in drawn)
     assert counts == {"giant": 22} | {f"small-{n}": 2 for n in range(9)}
-    assert drawn == draw_passages(iter(chunks), 40, seed=0)
-    assert drawn != draw_passages(chunks, 40, seed=1)
-    assert Counter(passage.document for passage in draw_passages(chunks, 10, seed=0)) == dict.fromkeys(sizes, 1)
+    assert drawn == draw_passages(iter(chunks), 40, 0, PLAIN)
+    assert drawn != draw_passages(chunks, 40, 1, PLAIN)
+    assert Counter(passage.document for passage in draw_passages(chunks, 10, 0, PLAIN)) == dict.fromkeys(sizes, 1)
+
+
+def test_passages_are_embedded_behind_the_headers_of_their_collection() -> None:
+    metadata = {"source": "a.md", "title": "Food", "section": "Food > Bread"}
+    chunks = [Chunk("1", "Knead it for ten minutes.", metadata)]
+    with_header, without = (draw_passages(chunks, 9, 0, settings)[0] for settings in (ChunkSettings(), PLAIN))
+    assert (with_header.text, without.text) == (f"Food > Bread\n\n{chunks[0].text}", chunks[0].text)
 
 
 def test_rows_of_a_table_are_documents_and_repeated_or_short_passages_are_left_out() -> None:
     rows = [Chunk(str(n), f"This row is the number {n // 2}.", {"source": "faq.csv", "row": n}) for n in range(40)]
-    drawn = draw_passages([*rows, Chunk("short", "Too short.", {"source": "faq.csv", "row": 99})], 100, seed=0)
+    drawn = draw_passages([*rows, Chunk("short", "Too short.", {"source": "faq.csv", "row": 99})], 100, 0, PLAIN)
     assert len(drawn) == 20
     assert len({passage.document for passage in drawn}) == 20
     assert drawn[0].document.startswith("faq.csv#")
@@ -420,7 +428,7 @@ def test_rows_of_a_table_are_documents_and_repeated_or_short_passages_are_left_o
 
 @pytest.mark.parametrize("sizes", [[10] * 3, [1, 1, 28], [2, 14, 14], [1] * 30, [1] * 4 + [26], [3] * 40])
 def test_documents_not_passages_are_split(sizes: list[int]) -> None:
-    passages = draw_passages([chunk(str(d), n) for d, size in enumerate(sizes) for n in range(size)], 1000, seed=0)
+    passages = draw_passages([chunk(str(d), n) for d, size in enumerate(sizes) for n in range(size)], 1000, 0, PLAIN)
     split = split_documents(passages, seed=0)
     assert [dataclasses.replace(passage, split="training") for passage in split] == passages
     split_of = {passage.document: passage.split for passage in split}
@@ -493,26 +501,24 @@ def test_an_answer_is_reduced_to_its_question(answer: str, question: str) -> Non
     assert clean(answer) == question
 
 
-def passage(text: str, **metadata: Any) -> Passage:
-    return Passage("id", text, "document", metadata)
+def passage(body: str, header: str = "", **metadata: Any) -> Passage:
+    return Passage("id", body, "document", metadata, header)
 
 
 def test_the_heading_becomes_the_question_and_leaves_the_passage() -> None:
     rest = "Mix flour, water and yeast in a bowl."
-    for text, metadata, question, left in (
-        (f"## Baking bread ##\n\n{rest}", {}, "Baking bread", rest),
-        (f"Baking bread\n============\n\n{rest}", {}, "Baking bread", rest),
-        (f"This is about bread. {rest}", {}, "This is about bread.", rest),
-        (rest + " Wait.", {"section": "Cooking > Baking bread"}, "Baking bread", rest + " Wait."),
-        (rest + " Wait.", {"title": "Cook book"}, "Cook book", rest + " Wait."),
-        (
-            f"bread.bake(x)\n\nBake a bread.\n\n{rest}",
-            {"kind": "function"},
-            "Bake a bread.",
-            f"bread.bake(x)\n\n{rest}",
-        ),
+    docstring = {"kind": "function"}
+    for text, header, metadata, question, left in (
+        (f"## Baking bread ##\n\n{rest}", "", {}, "Baking bread", rest),
+        (f"## Baking bread\n\n{rest}", "Food > Baking bread", {}, "Baking bread", f"Food\n\n{rest}"),
+        (f"Baking bread\n============\n\n{rest}", "Food", {}, "Baking bread", f"Food\n\n{rest}"),
+        (f"This is about bread. {rest}", "", {}, "This is about bread.", rest),
+        (rest, "Food > Baking bread", {}, "Baking bread", f"Food\n\n{rest}"),
+        (rest, "Cook book", {}, "Cook book", rest),
+        (f"bake(x)\n\nBake a bread.\n\n{rest}", "", docstring, "Bake a bread.", f"bake(x)\n\n{rest}"),
+        (f"Do so. {rest}", "bake(x)", docstring | {"start": 900}, "Do so.", f"bake(x)\n\n{rest}"),
     ):
-        written = take_heading(passage(text, **metadata))
+        written = take_heading(passage(text, header, **metadata))
         assert written is not None
         assert (written.question, written.passage) == (question, left)
     assert take_heading(passage("bread.bake(x)\n\nBake a bread.", kind="function")) is None
@@ -675,7 +681,7 @@ def basis(*positions: int, columns: int = 40) -> np.ndarray:
 def small_corpus(*asked: tuple[str, int]) -> Corpus:
     """40 passages of 40 documents, and questions on the passages at these positions."""
     texts = [f"Item{n} is kept in the drawer with the letter{n} on its front side." for n in range(40)]
-    passages = [Passage(str(n), text, f"document-{n}", {}, "training") for n, text in enumerate(texts)]
+    passages = [Passage(str(n), text, f"document-{n}", {}) for n, text in enumerate(texts)]
     rows = [Question(text, texts[n], f"document-{n}", "question", "training", str(n)) for text, n in asked]
     return assemble(passages, rows, seed=0)
 

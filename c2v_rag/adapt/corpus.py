@@ -53,7 +53,7 @@ def assemble(passages: Sequence[Passage], questions: Sequence[Question], seed: i
             name = question.passage_id or f"question {len(positions) + 1}"
             found.append(Passage(name, question.passage, question.document, {"source": question.document}))
         elif found[position].text != question.passage:
-            found[position] = dataclasses.replace(found[position], text=question.passage)
+            found[position] = dataclasses.replace(found[position], header="", body=question.passage)
         positions.append(position)
     named: dict[str, Split] = {question.document: question.split for question in questions if question.split}
     # Passages that were drawn have their split already, unless there were none.

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from c2v_rag.adapt.passages import MIN_WORDS, Passage
 from c2v_rag.adapt.questions import Written
+from c2v_rag.index.chunking import SECTION_SEPARATOR
 
 _MARKDOWN = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 _UNDERLINED = re.compile(r"^(\S.*)\n([=\-~^\"'`*+#])\2{2,}[ \t]*$", re.MULTILINE)  # reStructuredText, Markdown
+_DOCSTRINGS = ("module", "class", "function", "property")  # kinds of documents of "python-docs"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 
 
@@ -28,25 +30,30 @@ class HeadingWriter:
 
 
 def take_heading(passage: Passage) -> Written | None:
-    """The best line of these, in this order, and the passage without it: a heading in the passage, the summary line
-    of a docstring, the section or the title of its document, the first sentence."""
-    text = passage.text.strip()
-    if passage.metadata.get("kind") in ("module", "class", "function", "property"):
-        signature, _, doc = text.partition("\n\n")
-        summary, rest = _first_sentence(doc)
-        found = summary, f"{signature}\n\n{rest}"
+    """The best line of these, in this order, and the passage without it: the summary line of a docstring, a heading in
+    the passage, the heading above it or the title of its document, the first sentence."""
+    path = passage.header.split(SECTION_SEPARATOR) if passage.header else []
+    body = passage.body.strip()
+    is_docstring = passage.metadata.get("kind") in _DOCSTRINGS
+    if is_docstring and not passage.metadata.get("start"):
+        signature, _, doc = body.partition("\n\n")
+        question, rest = _first_sentence(doc)
         if len(rest.split()) < MIN_WORDS:
             return None  # the signature alone does not answer a question
-    elif heading := _MARKDOWN.search(text) or _UNDERLINED.search(text):
-        found = heading[1], text[: heading.start()] + text[heading.end() :]
-    elif section := str(passage.metadata.get("section") or passage.metadata.get("title") or ""):
-        found = section.rpartition(" > ")[2], text
+        body = f"{signature}\n\n{rest}"
+    elif heading := _MARKDOWN.search(body) or _UNDERLINED.search(body):
+        question = heading[1]
+        body = body[: heading.start()] + body[heading.end() :]
+        path = [part for part in path if part.casefold() != question.casefold()]
+    elif path and not is_docstring:
+        question = path.pop()
     else:
-        found = _first_sentence(text)
-    question, rest = " ".join(found[0].split()), found[1].strip()
-    if len(rest.split()) < MIN_WORDS or not question:
+        question, body = _first_sentence(body)
+    question, body = " ".join(question.split()), body.strip()
+    if len(body.split()) < MIN_WORDS or not question:
         return None
-    return Written(question, rest)
+    header = SECTION_SEPARATOR.join(path)
+    return Written(question, f"{header}\n\n{body}" if header else body)
 
 
 def _first_sentence(text: str) -> tuple[str, str]:

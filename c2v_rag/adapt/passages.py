@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Literal, get_args
 
-from c2v_rag.index import Chunk, new_chunks
+from c2v_rag.index import Chunk, ChunkSettings, Present, new_chunks
+from c2v_rag.index.chunking import chunk_header
 from c2v_rag.sources import Document
 
 Split = Literal["training", "dev", "held-out"]
@@ -23,36 +24,52 @@ _DOCUMENTS_READ_AHEAD = 512
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """A chunk of a document. `document`: the document's source, with the row for a table; `split`: of its document."""
+    """A chunk of a document.
+
+    `header`: what it is embedded behind, title and headings; "" without. `document`: the document's source, with the
+    row for a table. `split`: the split of its document.
+    """
 
     id: str
-    text: str
+    body: str
     document: str
     metadata: Mapping[str, Any]
+    header: str = ""
     split: Split = "training"
+
+    @property
+    def text(self) -> str:
+        """The text as the model reads it."""
+        return f"{self.header}\n\n{self.body}" if self.header else self.body
 
 
 def chunks_of(documents: Iterable[Document], model: object) -> Iterator[Chunk]:
-    """The chunks that an index of these documents would have; `model` counts the tokens."""
-    repeated: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    """The chunks that a new index of these documents would have; `model` counts the tokens."""
+    present, counts = Present(), Counter[str]()
     stream = iter(documents)
     while part := list(islice(stream, _DOCUMENTS_READ_AHEAD)):
-        yield from chain.from_iterable(new_chunks(part, model, defaultdict(set), repeated, counts))
+        yield from chain.from_iterable(new_chunks(part, model, ChunkSettings(), None, present, counts))
 
 
-def draw_passages(chunks: Iterable[Chunk], number: int, seed: int) -> list[Passage]:
+def draw_passages(chunks: Iterable[Chunk], number: int, seed: int, settings: ChunkSettings) -> list[Passage]:
     """At most `number` passages: one of each document, then a second one of each, and so on.
 
     Which passages and documents come first is random, and the same for equal seeds. Passages with fewer than five words
     and repeated texts are left out. Only `number` passages are in memory. The result is in the order of the chunks.
+    `settings`: those of the chunks, which say whether they are embedded behind headers.
     """
     drawn = heapq.nsmallest(number, _with_priority(chunks, seed), key=lambda item: item[:3])
     first: dict[str, tuple[int, Chunk]] = {}  # by text
     for _, _, position, chunk in drawn:
         first.setdefault(chunk.text, (position, chunk))
     return [
-        Passage(chunk.id, chunk.text, document_of(chunk.metadata), chunk.metadata)
+        Passage(
+            chunk.id,
+            chunk.text,
+            document_of(chunk.metadata),
+            chunk.metadata,
+            chunk_header(chunk.text, chunk.metadata) if settings.header else "",
+        )
         for _, chunk in sorted(first.values(), key=lambda item: item[0])
     ]
 

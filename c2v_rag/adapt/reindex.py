@@ -66,7 +66,7 @@ def build_collection(store: StoreAddress, collection: str, model: Embedder, *, s
     """
     old = open_stored(store, collection)
     unfinished = f"{new_name(collection)}.unfinished"
-    new = VectorIndex(store, model, unfinished)
+    new = VectorIndex(store, model, unfinished, chunking=old.chunking)
     present = {chunk.id for chunk in new.chunks()}
     missing = (chunk for chunk in old.chunks() if chunk.id not in present)
     with tqdm(total=len(old), initial=len(present), unit="chunk", disable=not show_progress) as progress:

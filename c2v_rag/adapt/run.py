@@ -23,7 +23,7 @@ from c2v_rag.adapt.scoring import ranks, read_general_sets, score_general
 from c2v_rag.adapt.training import PAIRS, losses, recipe_for, run_training, steps_within, write_pairs
 from c2v_rag.adapt.work import Work, write_text
 from c2v_rag.adapt.writers import HEADINGS, open_writer, writer_kinds
-from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress
+from c2v_rag.index import DEFAULT_COLLECTION, ChunkSettings, StoreAddress
 from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import read_sources
 
@@ -146,13 +146,14 @@ class _Run:
             unread.append(str(path))
 
         if options.store is not None:
-            chunks = open_stored(options.store, options.collection).chunks()
+            index = open_stored(options.store, options.collection)
+            chunks, settings = index.chunks(), index.chunking
         elif options.sources:
             documents = read_sources(options.sources, text_column=options.text_column, on_error=leave_out)
-            chunks = chunks_of(documents, model)
+            chunks, settings = chunks_of(documents, model), ChunkSettings()
         else:
             return {"passages": [], "unread": []}  # the file of questions has the passages
-        passages = split_documents(draw_passages(chunks, options.questions, options.seed), options.seed)
+        passages = split_documents(draw_passages(chunks, options.questions, options.seed, settings), options.seed)
         return {"passages": [dataclasses.asdict(passage) for passage in passages], "unread": unread}
 
     def train(self, corpus: Corpus) -> AdaptReport:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from c2v_rag.index.chroma_server import ChromaServer
-from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
+from c2v_rag.index.chunking import Chunk, Present, new_chunks
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.searching import Hit, SearchMode, check_mode
+from c2v_rag.index.settings import ChunkSettings, stored_settings
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
 from c2v_rag.index.vanished import remove_vanished
-from c2v_rag.index.vector_index import CHUNKS_WRITTEN_AT_ONCE, IndexReport, VectorIndex
+from c2v_rag.index.vector_index import VectorIndex
+from c2v_rag.index.writing import CHUNKS_WRITTEN_AT_ONCE, IndexReport
 
 __all__ = [
     "CHUNKS_WRITTEN_AT_ONCE",
@@ -17,9 +19,11 @@ __all__ = [
     "STAMP_KEY",
     "ChromaServer",
     "Chunk",
+    "ChunkSettings",
     "Hit",
     "IndexReport",
     "LexicalIndex",
+    "Present",
     "SearchMode",
     "StoreAddress",
     "VectorIndex",
@@ -29,9 +33,9 @@ __all__ = [
     "find_collection",
     "new_chunks",
     "open_store",
-    "present_ids",
     "remove_vanished",
     "store_name",
+    "stored_settings",
     "stored_stamp",
     "stored_stamps",
 ]

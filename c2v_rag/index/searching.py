@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
 
+from c2v_rag.index.chunking import INTERNAL_KEYS
 from c2v_rag.index.lexical import LexicalIndex
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def dense_hits(
     found = collection.query(query_embeddings=query, n_results=number, include=include, where=_filter(where))
     columns: Any = [found["ids"], found["distances"], found["documents"], found["metadatas"]]
     return [
-        Hit(id, 1.0 - distance, text, dict(metadata), {"cosine": 1.0 - distance})
+        Hit(id, 1.0 - distance, text, _shown(metadata), {"cosine": 1.0 - distance})
         for id, distance, text, metadata in zip(*(column[0] for column in columns), strict=True)
     ]
 
@@ -154,6 +155,11 @@ def _best_of_each(hits: Sequence[Hit], key: str) -> list[Hit]:
     return list(found.values())
 
 
+def _shown(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A chunk's metadata without the entries that only the index uses."""
+    return {key: value for key, value in metadata.items() if key not in INTERNAL_KEYS}
+
+
 def _filter(where: Mapping[str, Any] | None) -> Any:
     return dict(where) if where else None
 
@@ -178,7 +184,7 @@ def _get(collection: Collection, ids: list[str]) -> dict[str, tuple[str, dict[st
     include: Any = ["documents", "metadatas", "embeddings"]
     page = collection.get(ids=ids, include=include)
     columns: Any = zip(page["ids"], page["documents"], page["metadatas"], page["embeddings"], strict=True)  # type: ignore[arg-type]
-    return {id: (text, dict(metadata), np.asarray(embedding)) for id, text, metadata, embedding in columns}
+    return {id: (text, _shown(metadata), np.asarray(embedding)) for id, text, metadata, embedding in columns}
 
 
 def _standardiser(scores: np.ndarray) -> Callable[[float], float]:
