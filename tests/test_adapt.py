@@ -32,6 +32,7 @@ from c2v_rag.adapt.report import judge
 from c2v_rag.adapt.scoring import Comparison, compare, metric_values
 from c2v_rag.adapt.training import write_pairs
 from c2v_rag.adapt.writers import DecoderWriter, EndpointWriter
+from c2v_rag.app.about import facts
 from c2v_rag.index import Chunk, ChunkSettings, stored_stamps
 from tests.pairs import pairs
 from tests.plain import Letters
@@ -360,6 +361,8 @@ def test_a_store_is_embedded_again_beside_the_old_collection_only_after_a_gain(
     old = VectorIndex(store, Causal2Vec.from_pretrained(checkpoint, device="cpu"))
     assert {chunk.id for chunk in new.chunks()} == {chunk.id for chunk in old.chunks()}
     assert len(new) == 30
+    shown = facts(Causal2Vec.from_pretrained(checkpoint, device="cpu"), store, old)
+    assert "c2v-rag adapt --store" in shown["train it on these documents"]
     with pytest.raises(FileExistsError, match="documents-adapted"):
         adapt(output=tmp_path / "other", **settings)
 
@@ -493,6 +496,7 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         ("Question:\n  **What   rises?**", "What rises?"),
         ("- What rises?", "What rises?"),
         ("x" * 400, ""),
+        ("What \x1b[31m\trises\x07?", "What [31m rises?"),
         ("", ""),
         ("3D printers: how do they work?", "3D printers: how do they work?"),
     ],

@@ -132,7 +132,7 @@ ABOVE = {
         "training": {"corpus", "passages", "work"},
         "reindex": set(),
         "report": {"corpus", "filter", "passages", "questions", "scoring", "work"},
-        "options": {"reindex", "writers"},
+        "options": {"passages", "reindex", "writers"},
         "run": {
             "corpus",
             "filter",

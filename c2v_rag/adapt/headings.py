@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from c2v_rag.adapt.passages import MIN_WORDS, Passage
-from c2v_rag.adapt.questions import Written
+from c2v_rag.adapt.questions import Written, one_line
 from c2v_rag.index.chunking import SECTION_SEPARATOR
 
 _MARKDOWN = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
@@ -49,7 +49,7 @@ def take_heading(passage: Passage) -> Written | None:
         question = path.pop()
     else:
         question, body = _first_sentence(body)
-    question, body = " ".join(question.split()), body.strip()
+    question, body = one_line(question), body.strip()
     if len(body.split()) < MIN_WORDS or not question:
         return None
     header = SECTION_SEPARATOR.join(path)

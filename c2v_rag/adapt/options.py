@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from c2v_rag.adapt.passages import MIN_PASSAGES
 from c2v_rag.adapt.reindex import check_free
 from c2v_rag.adapt.writers import HEADINGS
 from c2v_rag.embedders import DEFAULT
@@ -49,12 +50,13 @@ class Options:
             raise ValueError("--reindex embeds a collection again, so it needs --store.")
         for name, least, value in (
             ("minutes", 0, self.minutes),
-            ("questions", 0, self.questions),
             ("found_among", 0, self.found_among),
             ("steps", 0, 1 if self.steps is None else self.steps),
         ):
             if value <= least:
                 raise ValueError(f"{name} must be above {least}, got {value}.")
+        if self.questions < MIN_PASSAGES:
+            raise ValueError(f"questions must be at least {MIN_PASSAGES}, got {self.questions}.")
         if is_url(self.model):
             raise ValueError(f"{self.model} is a server. Training needs the weights: give a checkpoint with --model.")
         if self.writer == HEADINGS and (self.prompts or self.writer_model):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
+from unicodedata import category
 
 from tqdm.auto import tqdm
 
@@ -104,8 +105,13 @@ def write_questions(
 def clean(answer: str) -> str:
     """The first line of a writer's answer without numbering, label and quotes; "" where it is empty or too long."""
     lines = [_OPENING.sub("", line.strip()).strip("\"'“”«»*` ") for line in _THINKING.sub("", answer).splitlines()]
-    question = " ".join(next((line for line in lines if line), "").split())
+    question = one_line(next((line for line in lines if line), ""))
     return question if len(question) <= MAX_CHARACTERS else ""
+
+
+def one_line(text: str) -> str:
+    """The text on one line with single spaces, without control characters, which could act on a terminal."""
+    return " ".join("".join(letter for letter in text if category(letter) != "Cc" or letter.isspace()).split())
 
 
 def save_questions(path: Path, questions: Sequence[Question]) -> None:

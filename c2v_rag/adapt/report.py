@@ -13,7 +13,7 @@ from typing import Any, Literal
 from c2v_rag.adapt.corpus import Corpus
 from c2v_rag.adapt.filter import Filtered
 from c2v_rag.adapt.passages import SPLITS
-from c2v_rag.adapt.questions import Question
+from c2v_rag.adapt.questions import Question, one_line
 from c2v_rag.adapt.scoring import METRICS, Comparison, compare, metric_values
 from c2v_rag.adapt.work import write_text
 
@@ -131,7 +131,8 @@ def _text(report: AdaptReport) -> list[str]:
         + (", ".join(f"{count} {split}" for split, count in report.kept.items()) or "not checked yet"),
     ]
     for reason, count in report.dropped.items():
-        lines += [f"  dropped, {reason}: {count}", *(f"    - {example}" for example in report.examples[reason])]
+        lines.append(f"  dropped, {reason}: {count}")
+        lines += [f"    - {one_line(example)}" for example in report.examples[reason]]
     if report.unread:
         lines.append(f"{len(report.unread)} files could not be read, such as {report.unread[0]}")
     for mode, metrics in report.held_out.items():
@@ -142,7 +143,10 @@ def _text(report: AdaptReport) -> list[str]:
         lines += [f"  {name}: {_row(one)}" for name, one in report.general.items()]
     if report.changed:
         lines += ["", "Rank of the right passage before and after (held-out questions that changed most)"]
-        lines += [f"  {one.before:>5} -> {one.after:<5} {one.question}  [{one.document}]" for one in report.changed]
+        lines += [
+            f"  {one.before:>5} -> {one.after:<5} {one_line(one.question)}  [{one_line(one.document)}]"
+            for one in report.changed
+        ]
     lines += ["", f"Base model: {report.base_model}", f"Adapted model: {report.model or 'none'}"]
     if report.collection:
         lines.append(f"New collection: {report.collection}; the old one is unchanged. Search it with --collection.")
