@@ -150,6 +150,7 @@ def kill(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_at_any_step_continues_to_the_same_result(
     documents: Path, checkpoint: str, finished: AdaptReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +343,7 @@ def make_store(checkpoint: str, store: Path) -> Path:
     return store
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained_already")
 def test_a_store_is_embedded_again_beside_the_old_collection_only_after_a_gain(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -588,13 +590,13 @@ def test_the_models_own_decoder_writes(tmp_path: Path) -> None:
 
     encoder, llm = parts(tmp_path, "llama")
     model = Causal2Vec.from_parts(encoder, llm, config=Causal2VecConfig(num_llm_layers=2), dtype="float32")
-    writer = open_writer("default", None, None, model)
+    writer = open_writer("default", None, None, lambda: model)
     assert writer.kinds == ("question", "keywords", "problem")
     passages = [passage("Bread needs yeast."), passage("A heap keeps its smallest item first.")]
     written = writer.write(passages, ["question", "keywords"])
     assert len(written) == 2
     assert written == writer.write(passages, ["question", "keywords"])
-    other = open_writer(str(llm), None, None, model)
+    other = open_writer(str(llm), None, None, lambda: model)
     assert other.write(passages, ["question", "keywords"]) == written
 
 

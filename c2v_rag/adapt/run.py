@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ class _Run:
         """
         options = self._options
         given = read_questions(options.from_questions) if options.from_questions else []
-        model = self._load(options.model)
-        drawn = self._work.read_json("passages") or self._draw(model)
+        load = functools.cache(lambda: self._load(options.model))  # not every step needs the model
+        drawn = self._work.read_json("passages") or self._draw(load)
         passages = [Passage(**row) for row in drawn["passages"]]
         if options.from_questions and not self.questions_file.is_file():
             given = assemble(passages, given, options.seed).questions  # raises an error before anything is written
@@ -129,14 +130,14 @@ class _Run:
             with self._work.timed("write"):
                 given = write_questions(
                     passages, options.questions, self._kinds,
-                    lambda: open_writer(options.writer, options.writer_model, options.prompts, model), self._work,
+                    lambda: open_writer(options.writer, options.writer_model, options.prompts, load), self._work,
                     seconds=60 * options.minutes * _WRITING_SHARE - spent if limited else math.inf,
                     show_progress=options.show_progress,
                 )  # fmt: skip
         save_questions(self.questions_file, given)
         return assemble(passages, given, options.seed)
 
-    def _draw(self, model: Causal2Vec) -> dict[str, Any]:
+    def _draw(self, load: Callable[[], Causal2Vec]) -> dict[str, Any]:
         """The drawn passages with their splits, and the files that could not be read, as JSON values."""
         options = self._options
         unread: list[str] = []
@@ -150,7 +151,7 @@ class _Run:
             chunks, settings = index.chunks(), index.chunking
         elif options.sources:
             documents = read_sources(options.sources, text_column=options.text_column, on_error=leave_out)
-            chunks, settings = chunks_of(documents, model), ChunkSettings()
+            chunks, settings = chunks_of(documents, load()), ChunkSettings()
         else:
             return {"passages": [], "unread": []}  # the file of questions has the passages
         passages = split_documents(draw_passages(chunks, options.questions, options.seed, settings), options.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -177,16 +177,18 @@ def writer_kinds(writer: str, prompts: Path | None) -> tuple[str, ...]:
     return HeadingWriter.kinds if writer == HEADINGS else tuple(read_prompts(prompts))
 
 
-def open_writer(writer: str, writer_model: str | None, prompts: Path | None, model: Causal2Vec) -> Writer:
-    """The writer of this name: "headings", "default" (the decoder of `model`), a URL, or a local model's folder or id.
+def open_writer(writer: str, writer_model: str | None, prompts: Path | None, load: Callable[[], Causal2Vec]) -> Writer:
+    """The writer of this name: "headings", "default" (the decoder of the model), a URL, or a language model's name.
 
-    "default" changes how `model` computes (see `generation.causal_lm`). Raises the errors of opening the model.
+    `load` returns the model that is adapted. "default" changes how this object computes (see `generation.causal_lm`).
+    Raises the errors of opening a model.
     """
     if writer == HEADINGS:
         return HeadingWriter()
     read = read_prompts(prompts)
     if is_url(writer):
         return EndpointWriter(writer, writer_model, read)
+    model = load()
     if writer == DEFAULT:
         return DecoderWriter(f"decoder of {model.name or 'the model'}", causal_lm(model), model.tokenizer.llm, read)
     with quiet_transformers():
