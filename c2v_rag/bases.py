@@ -76,14 +76,20 @@ def locate_base(name_or_path: str | os.PathLike[str], revision: str | None = Non
     return Base(folder, f"hub {name}@{commit or 'main'}", reference, hashes)
 
 
+def is_installed(name: str) -> bool:
+    """Whether a package of this name is installed."""
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def package_base(name: str) -> Base | None:
     """The weights in an installed package; None if there is no such package, or if it contains no weights."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or not is_installed(name):
         return None
-    try:
-        distribution = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return None
+    distribution = metadata.distribution(name)
     files = [Path(str(distribution.locate_file(file))) for file in distribution.files or []]
     origin = f"package {name}=={distribution.version}"
     reference = {"kind": "package", "name": name, "version": distribution.version}

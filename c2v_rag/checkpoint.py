@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from c2v_rag.bases import Base, hub_folder, locate_base, package_base, weight_hashes
+from c2v_rag.bases import Base, hub_folder, is_installed, locate_base, package_base, weight_hashes
 from c2v_rag.config import CONFIG_FILE
 
 BASE_FILE = "base.json"
 IDENTITY_FILE = "c2v_identity.json"
 DEFAULT = "default"
+PARTS = ("encoder", "llm")
 
 
 def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -58,10 +59,7 @@ def checkpoint_part(folder: Path, part: str) -> Base:
         return Base(
             part_folder, f"folder {part_folder}", None, weight_hashes(part_folder), _saved_identity(folder, part)
         )
-    try:
-        accepted = json.loads(reference_file.read_text(encoding="utf-8"))["accepted"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{reference_file} must be a JSON object with a list 'accepted' ({error!r}).") from error
+    accepted = _accepted(reference_file)
     tried: list[str] = []
     for entry in accepted:
         try:
@@ -83,6 +81,31 @@ def checkpoint_part(folder: Path, part: str) -> Base:
     raise FileNotFoundError(
         f"The {part} of {folder} is not on this machine. Any one of these would do:\n" + "\n".join(tried)
     )
+
+
+def missing_packages(folder: Path) -> list[str]:
+    """The packages that contain weights of a checkpoint and are not installed, as "NAME==VERSION".
+
+    Of each part only the first package of its base.json counts; a part with another source on this machine counts too.
+    """
+    missing = []
+    for part in PARTS:
+        reference_file = folder / part / BASE_FILE
+        if not reference_file.is_file():
+            continue
+        packages = [entry for entry in _accepted(reference_file) if entry["kind"] == "package"]
+        if packages and not any(is_installed(entry["name"]) for entry in packages):
+            missing.append(f"{packages[0]['name']}=={packages[0]['version']}")
+    return missing
+
+
+def _accepted(reference_file: Path) -> list[dict[str, Any]]:
+    """The entries of a base.json. Raises ValueError for a damaged file."""
+    try:
+        accepted: list[dict[str, Any]] = json.loads(reference_file.read_text(encoding="utf-8"))["accepted"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{reference_file} must be a JSON object with a list 'accepted' ({error!r}).") from error
+    return accepted
 
 
 def _referenced(entry: Mapping[str, Any], reference_file: Path) -> Base | None:

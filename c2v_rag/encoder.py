@@ -49,6 +49,10 @@ class EncoderEmbedder:
         """The same counts as the whole model's, so that an index made with either has the same chunks."""
         return self._model.count_tokens(texts)
 
+    def token_ends(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """The same offsets as the whole model's."""
+        return self._model.token_ends(texts)
+
     @property
     def max_tokens(self) -> int:
         return self._model.max_tokens

@@ -6,11 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 _SAMPLED_ELEMENTS = 64
+
+
+# Of each sampled module: the addresses of its tensors, and views of the sampled elements, one list for each device and
+# dtype. A view is used again while its tensor has the same address; it keeps the tensor's memory, so that no other
+# tensor can get that address.
+_views: WeakKeyDictionary[nn.Module, tuple[list[tuple[object, ...]], list[list[Tensor]]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -21,13 +28,24 @@ def sample_weights(module: nn.Module) -> bytes:
     optimizers), which version counters do not show. A change of single elements can be missed: code that must notice
     every change compares or hashes whole tensors.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.device.type != "meta":  # offloaded: no values in memory
+    # Offloaded tensors (meta) have no values in memory.
+    tensors = [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.device.type != "meta"]
+    addresses: list[tuple[object, ...]] = [
+        (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride()) for tensor in tensors
+    ]
+    cached = _views.get(module)
+    if cached is None or cached[0] != addresses:
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
             flat = tensor.detach().reshape(-1)
+            is_view = flat.data_ptr() == tensor.data_ptr()
             step = max(1, len(flat) // _SAMPLED_ELEMENTS)
             groups.setdefault((tensor.device, tensor.dtype), []).append(flat[::step])
-    return b"".join(_bytes(torch.cat(samples)) for samples in groups.values())
+            if not is_view:
+                addresses = []  # reshape made a copy, which would not follow the tensor: no later call equals this
+        cached = addresses, list(groups.values())
+        _views[module] = cached
+    return b"".join(_bytes(torch.cat(samples)) for samples in cached[1])
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], **settings: object) -> str:

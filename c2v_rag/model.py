@@ -38,7 +38,7 @@ ENCODER_SLICES = 2
 class Causal2Vec(nn.Module):
     """An embedding model: a bidirectional encoder, a projector and a causal decoder.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Causal2Vec
         >>> model = Causal2Vec.from_pretrained("default")
         >>> documents = model.encode_document(["A heap keeps its smallest item first.", "Bread needs yeast."])
@@ -234,6 +234,10 @@ class Causal2Vec(nn.Module):
         """Length of each text in tokens. Texts longer than `max_tokens` are truncated."""
         return self.tokenizer.count_tokens(texts)
 
+    def token_ends(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """For each text, for decoder and encoder, the offset at which each token ends."""
+        return self.tokenizer.token_ends(texts)
+
     @property
     def max_tokens(self) -> int:
         """The longest text, in `count_tokens`, that is not truncated for the encoder or the decoder."""
@@ -349,7 +353,7 @@ class Causal2Vec(nn.Module):
             "llm_kwargs": llm_kwargs,
         }
         model.weights_record.note_checkpoint(model, sums)
-        return model
+        return model.eval()  # the adapters were added in training mode
 
     @classmethod
     @torch.inference_mode(False)

@@ -18,7 +18,8 @@ class Embedder(Protocol):
     loading the model, "" for a model that exists in memory only.
 
     `count_tokens(texts) -> list[int]` and `max_tokens` are optional. With them, documents are split into chunks that
-    the embedder does not truncate.
+    the embedder does not truncate. `token_ends(texts)`, also optional, gives for each text and tokenizer the offset at
+    which each token ends; with it, a document is tokenised once.
     """
 
     @property

@@ -45,7 +45,7 @@ class ApiKeyError(ValueError):
 class RemoteModel:
     """A model that runs in a `c2v-rag serve` process. It can be used wherever a loaded model can.
 
-    Example:
+    Examples:
         >>> from c2v_rag import RemoteModel, VectorIndex
         >>> index = VectorIndex("store", RemoteModel("http://127.0.0.1:8000"))  # doctest: +SKIP
 

@@ -157,6 +157,25 @@ class TextTokenizer:
         pairs = zip(self._ids(clean), self._encoder_ids(clean, truncation=False), strict=True)
         return [max(len(ids) + 1, len(encoder_ids)) for ids, encoder_ids in pairs]
 
+    def token_ends(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """For each text, for decoder and encoder, the offset at which each token ends; without special tokens.
+
+        Raises ValueError for a tokenizer without offsets (one that is not of the tokenizers library).
+        """
+        clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
+        pairs = zip(self._ends(self.llm, clean), self._ends(self.encoder, clean), strict=True)
+        return [list(pair) for pair in pairs]
+
+    def _ends(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} gives no offsets of its tokens. Use its fast version.")
+        if not texts:
+            return []
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        with _lock_of(tokenizer):
+            encoding: Any = tokenizer(texts, return_offsets_mapping=True, **options)
+        return [[end for _, end in offsets] for offsets in encoding["offset_mapping"]]
+
     def with_config(self, config: Causal2VecConfig) -> TextTokenizer:
         """The same tokenizers with other lengths."""
         return TextTokenizer(config, self.encoder, self.llm)

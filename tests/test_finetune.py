@@ -125,7 +125,7 @@ def test_one_set_reads_the_same_from_parquet_jsonl_and_csv(tmp_path: Path) -> No
         assert (read.pairs, read.left_out) == (expected, {})
     assert read_pair_set(tmp_path, "a").instruction == "find"
     assert read_pair_set(tmp_path, "a", instruction="told").instruction == "told"
-    assert read_pair_set(tmp_path, "b").instruction == ""
+    assert read_pair_set(tmp_path, "b").instruction is None
 
 
 def test_bad_rows_are_counted_with_their_lines_and_too_many_are_an_error(
@@ -288,6 +288,8 @@ def recipe_for(folder: Path, *, steps: int = 6, **changes: Any) -> dict[str, Any
         "stages": stages,
         "lora": {"rank": 4},
         "save_steps": 2,
+        "dev": "none",
+        "report_to": [],
     } | changes
 
 

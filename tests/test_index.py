@@ -71,7 +71,10 @@ def test_search_equals_brute_force(tmp_path: Path, model: Counting) -> None:
         assert_ranked(found, row)
         np.testing.assert_allclose([hit.score for hit in hits], row[found], atol=1e-5)
         for i, hit in zip(found, hits, strict=True):
-            assert (hit.text, hit.metadata) == (DOCUMENTS[i].text, {"n": i, "source": DOCUMENTS[i].source})
+            assert (hit.text, hit.metadata) == (
+                DOCUMENTS[i].text,
+                {"n": i, "source": DOCUMENTS[i].source, "start": 0, "end": len(DOCUMENTS[i].text)},
+            )
         alone = index.search(query, top_k=4)
         np.testing.assert_allclose([hit.score for hit in alone], [hit.score for hit in hits], atol=1e-5)
     assert len(index.search("anything", top_k=100)) == 30
@@ -129,7 +132,7 @@ def test_equal_texts_are_kept_apart(tmp_path: Path, model: Counting) -> None:
 
 
 def test_sources_in_mixed_order_lose_no_chunk(tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("c2v_rag.index.vector_index.DOCUMENTS_READ_AHEAD", 4)
+    monkeypatch.setattr("c2v_rag.index.writing.DOCUMENTS_READ_AHEAD", 4)
     scattered = [Document(f"text {i}", f"source-{i % 3}") for i in range(20)]
     index = VectorIndex(tmp_path, model)
     assert index.add(scattered, write_every=5).added == 20
@@ -352,7 +355,7 @@ VectorIndex(sys.argv[1], Stuck()).add(numbered(240), write_every=30)
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_ids(tmp_path: Path) -> None:
-    for _ in range(2):  # each run writes 60 more chunks, and is killed while it embeds the next ones
+    for _ in range(2):  # each run writes 30 or 60 more chunks, and is killed while it embeds the next ones
         command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -361,9 +364,10 @@ def test_a_killed_run_continues_and_ends_with_the_same_ids(tmp_path: Path) -> No
             finally:
                 process.send_signal(signal.SIGKILL)
     resumed = VectorIndex(tmp_path / "killed", Letters())
-    assert len(resumed) == 120
+    written = len(resumed)
+    assert written in (60, 90, 120)
     report = resumed.add(numbered(240), write_every=30)
-    assert (report.added, report.unchanged, report.replaced) == (120, 120, 0), "nothing is embedded twice"
+    assert (report.added, report.unchanged, report.replaced) == (240 - written, written, 0), "nothing is embedded twice"
 
     undisturbed = VectorIndex(tmp_path / "undisturbed", Letters())
     undisturbed.add(numbered(240))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 
 import bm25s
@@ -52,14 +53,18 @@ def test_lexical_search_ranks_by_bm25_and_finds_only_what_shares_a_word(index: V
     assert index.search("zebra", mode="lexical") == index.search("", mode="lexical") == []
 
 
-def test_hybrid_search_adds_standardised_scores(index: VectorIndex) -> None:
+def test_hybrid_search_adds_the_standardised_cosine_and_the_squared_share_of_bm25(index: VectorIndex) -> None:
     """With fewer chunks than candidates and a sample of all of them, the estimate is the definition."""
-    query = "bread in the morning"
+    query = "bread in the zeppelin"
     chunks = list(index.chunks(embeddings=True))
     cosines = np.stack([chunk.embedding for chunk in chunks if chunk.embedding is not None])
     cosines = cosines @ Letters().encode_query([query])[0]
     words = bm25_by_hand([chunk.text for chunk in chunks], query)
-    expected = 0.7 * (cosines - cosines.mean()) / cosines.std() + 0.3 * (words - words.mean()) / words.std()
+    number = sum("bread" in chunk.text for chunk in chunks)
+    assert number == 8
+    assert not any("zeppelin" in chunk.text for chunk in chunks)
+    limit = sum(math.log(1 + (40 - texts + 0.5) / (texts + 0.5)) for texts in (number, 0))
+    expected = (cosines - cosines.mean()) / cosines.std() + 40 * (words / limit) ** 2
     hits = index.search(query, top_k=40, mode="hybrid")
     found = {hit.id: hit for hit in hits}
     assert len(found) == 40

@@ -118,24 +118,13 @@ def test_wrong_numbers_are_refused_before_anything_is_embedded(
         index.search("a", **options)
 
 
-@pytest.mark.parametrize("is_installed", [True, False])
-def test_a_hybrid_default_without_bm25s_is_dense_and_an_explicit_mode_is_an_error(
-    index: VectorIndex, is_installed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    index.add(numbered(6))
-    monkeypatch.setattr(query_module, "DEFAULT_MODE", "hybrid")
-    query_module._default_mode.cache_clear()
-    if not is_installed:
-        monkeypatch.setattr(query_module, "find_spec", lambda name: None)
-        monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
-    with caplog.at_level(logging.WARNING):
-        hits = [index.search("topic 3", 3) for _ in range(2)][1]
-    query_module._default_mode.cache_clear()
-    assert hits == index.search("topic 3", 3, mode="hybrid" if is_installed else "dense")
-    assert caplog.text.count("c2v-rag[hybrid]") == (0 if is_installed else 1)
-    if not is_installed:
-        with pytest.raises(ImportError, match="hybrid"):
-            index.search("topic 3", 3, mode="hybrid")
+@pytest.mark.parametrize("default", ["dense", "hybrid"])
+def test_one_constant_is_the_default_mode(index: VectorIndex, default: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.add(numbered(12))
+    monkeypatch.setattr(query_module, "DEFAULT_MODE", default)
+    hits = index.search("topic 3", 3)
+    assert hits == index.search("topic 3", 3, mode=default)
+    assert ("bm25" in hits[0].scores) == (default == "hybrid")
 
 
 def test_hits_are_plain_data(index: VectorIndex) -> None:

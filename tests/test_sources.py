@@ -40,9 +40,13 @@ def test_html_gives_its_main_text_and_pdf_its_pages(tmp_path: Path) -> None:
     (html,) = read_sources([tmp_path / "page.html"])
     assert "Bread needs yeast" in html.text
     assert "<p>" not in html.text
-    (pdf,) = read_sources([SAMPLE_PDF])
-    assert "first page speaks of bread" in pdf.text
-    assert "second page speaks of heaps" in pdf.text
+    assert "# Bread" in html.text
+    assert html.format == "markdown"
+    first, second = read_sources([SAMPLE_PDF])
+    assert "first page speaks of bread" in first.text
+    assert "second page speaks of heaps" in second.text
+    assert (first.metadata["page"], second.metadata["page"]) == (1, 2)
+    assert first.source == second.source
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
@@ -77,7 +81,7 @@ def test_an_unreadable_file_is_named_and_can_be_skipped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken.jsonl:2: not valid JSON"):
         list(read_sources([tmp_path / "broken.jsonl"]))
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
-    with pytest.raises(ValueError, match=r"cannot read .jpg; known: .csv .htm"):
+    with pytest.raises(ValueError, match=r"cannot read .jpg; known: .csv .docx .epub .htm"):
         read_sources([tmp_path / "photo.jpg"])
 
     problems: dict[str, str] = {}

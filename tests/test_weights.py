@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from c2v_rag import Document, VectorIndex, hashes, shared_model, weights
 from c2v_rag.config import Causal2VecConfig
+from c2v_rag.identity import sample_weights
 from c2v_rag.model import Causal2Vec
 from c2v_rag.parts import PartRecord, adapted_layers, base_tensors, is_base
 from c2v_rag.tokenization import TextTokenizer
@@ -351,3 +352,28 @@ def test_two_tokenizers_over_the_same_vocabulary_never_mix_their_lengths() -> No
     for thread in threads:
         thread.join()
     assert longest == {16: {16}, 64: {64}}
+
+
+def test_a_sample_follows_writes_in_place_and_tensors_that_are_replaced() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 200))
+    transposed = torch.nn.Parameter(torch.randn(8, 8).T)  # reshape copies it
+    module.register_parameter("transposed", transposed)
+    samples = [sample_weights(module)]
+    assert sample_weights(module) == samples[0]
+    with torch.no_grad():
+        module[1].weight.data[0, 0] += 1
+        samples.append(sample_weights(module))
+        transposed.data[0, 0] += 1
+        samples.append(sample_weights(module))
+        module[0].weight.data = module[0].weight.data + 1
+        samples.append(sample_weights(module))
+        module[0].bias = torch.nn.Parameter(module[0].bias + 1)
+        samples.append(sample_weights(module))
+        module.double()
+        samples.append(sample_weights(module))
+    assert len(set(samples)) == 6
+
+
+def test_a_loaded_model_is_in_eval_mode(tmp_path: Path) -> None:
+    adapted_model().save_pretrained(tmp_path / "model")
+    assert not any(module.training for module in Causal2Vec.from_pretrained(tmp_path / "model").modules())

@@ -17,7 +17,7 @@ METHODS = {
     CAUSAL2VEC: "cosine similarity of the embeddings",
     ENCODER: "cosine similarity of the contextual encoder's own vectors",
     BM25: "words in common; rare words count more",
-    HYBRID: "0.7 x Causal2Vec + 0.3 x BM25, both standardised",
+    HYBRID: "Causal2Vec and BM25; BM25 counts where it finds most of the question's words",
 }
 DEFAULT_METHODS = {"dense": CAUSAL2VEC, "lexical": BM25, "hybrid": HYBRID}  # by the default mode of a search
 ENCODER_SUFFIX = ".encoder"

@@ -1,4 +1,4 @@
-"""The command `c2v-rag`: index, search, embed, info, train, mine, evaluate, serve, app.
+"""The command `c2v-rag`: download, index, search, embed, info, train, mine, evaluate, serve, app.
 
 Results go to stdout, all other output to stderr. An error prints one message, and the exit code is 1; `--debug` shows
 the traceback.
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from c2v_rag import __version__
-from c2v_rag.cli import search, serve, train
+from c2v_rag.cli import download, search, serve, train
 from c2v_rag.cli.shared import err
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def _options(
     pass  # --version works in its callback, --debug in main
 
 
+app.command()(download.download)
 app.command()(search.index)
 app.command()(search.search)
 app.command()(search.embed)

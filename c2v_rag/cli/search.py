@@ -52,6 +52,15 @@ def index(
             "mounted.",
         ),
     ] = False,
+    splitter: Annotated[
+        str | None,
+        typer.Option(help="structure: along headings, functions, paragraphs; characters: as version 0.1 did."),
+    ] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk; 256 unless given.")] = None,
+    overlap: Annotated[float | None, typer.Option(help="Share of a chunk that the next one repeats; 0.1.")] = None,
+    header: Annotated[
+        bool | None, typer.Option("--header/--no-header", help="Embed a chunk behind its title and headings.")
+    ] = None,
     ray: Ray = None,
     workers: RayWorkers = None,
     num_gpus_per_worker: RayGpus = None,
@@ -62,10 +71,16 @@ def index(
     """Embed documents into a Chroma collection. Another run embeds new documents and deletes those that are gone.
 
     Chunks of a deleted file are deleted too, unless its folder exists and is empty (see --prune). A file that cannot be
-    read is reported, and its chunks stay in the index.
+    read is reported, and its chunks stay in the index. How documents are cut is a setting of the collection: give it
+    when the collection is new.
     """
-    from c2v_rag.index import VectorIndex, remove_vanished
+    from c2v_rag.index import ChunkSettings, VectorIndex, remove_vanished
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
+
+    given = {"splitter": splitter, "max_tokens": chunk_tokens, "overlap": overlap, "header": header}
+    given = {name: value for name, value in given.items() if value is not None}
+    if splitter == "characters":
+        given.setdefault("header", False)
 
     if ray is not None:
         if limit is not None or device is not None:
@@ -79,6 +94,7 @@ def index(
         report, unread = index_on_ray(
             sources, store, model=model, collection=collection, text_column=text_column, address=ray,
             workers=Workers(count=workers, gpus=num_gpus_per_worker), dtype=dtype, prune=prune,
+            chunking=dataclasses.replace(ChunkSettings(), **given) if given else None,
         )  # fmt: skip
         for line in unread:
             err.print(f"Left out: {line}", style="yellow", markup=False)
@@ -94,7 +110,11 @@ def index(
     documents = read_sources(sources, limit=limit, text_column=text_column, on_error=leave_out)
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
     total = min(total, limit) if total and limit else total
-    vectors = VectorIndex(store, open_embedder(model, device, dtype), collection)
+    embedder = open_embedder(model, device, dtype)
+    vectors = VectorIndex(store, embedder, collection)
+    if given:
+        chunking = dataclasses.replace(vectors.chunking, **given)
+        vectors = VectorIndex(store, embedder, collection, chunking=chunking)
     # With a limit some documents were not read, so it is unknown which are gone.
     report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
     if limit is None:
@@ -129,9 +149,7 @@ def search(
     collection: Collection = "documents",
     mode: Annotated[
         str | None,
-        typer.Option(
-            help="dense: by embeddings; lexical: by words (BM25); hybrid: by both. The last two need c2v-rag[hybrid]."
-        ),
+        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both."),
     ] = None,
     where: Annotated[
         str | None, typer.Option(help="""Chroma's metadata filter as JSON: '{"kind": "function"}'.""")

@@ -17,7 +17,9 @@ from c2v_rag.cli.shared import load_model, out, requires_extra
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has examples.")],
+    recipe: Annotated[
+        Path, typer.Argument(help='A YAML file, or "adapt": trains the default further on pairs of yours.')
+    ],
     data: Annotated[Path | None, typer.Option(help="Folder of the data sets that the recipe names.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the finished checkpoint.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
@@ -28,6 +30,7 @@ def train(
     with requires_extra("train"):
         from c2v_rag.finetune import run
         from c2v_rag.finetune.recipe import Recipe
+        from c2v_rag.finetune.scoring import DevReport
 
     read = Recipe.load(recipe)
     folder, target = data or read.data.folder, output or read.output
@@ -42,6 +45,10 @@ def train(
         markup=False,
         soft_wrap=True,
     )
+    report = target.with_name(f"{target.name}.training") / "dev.json"
+    if report.is_file():
+        for line in DevReport.load(report).lines():
+            out.print(line, markup=False, soft_wrap=True)
 
 
 def mine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import tempfile
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
+from c2v_rag.evaluate.intervals import difference_of_means, paired_bootstrap
 from c2v_rag.evaluate.metrics import ndcg_at_k
 from c2v_rag.evaluate.systems import BM25, HYBRID, SEARCH_ONLY, DenseSystem, HybridSystem, systems
 from c2v_rag.evaluate.tasks import Task
@@ -23,7 +25,6 @@ from c2v_rag.model import Causal2Vec
 
 RETRIEVAL_METRICS = ("ndcg_at_10", "map_at_10", "recall_at_10", "recall_at_100", "mrr_at_10")
 STS_METRICS = ("cosine_spearman",)
-_DRAWS = 2000
 
 
 def evaluate(
@@ -106,17 +107,14 @@ def _score(system: Any, task: Task) -> tuple[dict[str, float], np.ndarray]:
 
 
 def _lead(task: Task, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    rng = np.random.default_rng(0)
-    rows = rng.integers(len(ours), size=(_DRAWS, len(ours)))
     if task.gold is None:
-        difference = float((ours - theirs).mean())
-        draws = (ours - theirs)[rows].mean(axis=1)
-    else:
-        gold = np.array(task.gold)
-        difference = _spearman(ours, gold) - _spearman(theirs, gold)
-        draws = np.array([_spearman(ours[row], gold[row]) - _spearman(theirs[row], gold[row]) for row in rows])
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"difference": difference, "low": float(low), "high": float(high)}
+        return dataclasses.asdict(difference_of_means([ours], [theirs]))
+    gold = np.array(task.gold)
+    return dataclasses.asdict(
+        paired_bootstrap(
+            len(gold), lambda rows: _spearman(ours[rows], gold[rows]) - _spearman(theirs[rows], gold[rows])
+        )
+    )
 
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float:

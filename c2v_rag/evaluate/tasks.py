@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,8 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
+
+from c2v_rag.evaluate.folders import RetrievalFolder, read_retrieval, read_rows, retrieval_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +51,8 @@ def read_task(folder: Path) -> Task:
     for suffix in (".parquet", ".jsonl"):
         if (pairs := folder / f"pairs{suffix}").is_file():
             return _sts_task(folder.name, pairs)
-        if (corpus := folder / f"corpus{suffix}").is_file():
-            qrels = folder / ("qrels.parquet" if suffix == ".parquet" else "qrels/test.tsv")
-            return _retrieval_task(folder.name, corpus, folder / f"queries{suffix}", qrels)
+    if files := retrieval_files(folder):
+        return _retrieval_task(folder.name, read_retrieval(files))
     raise FileNotFoundError(
         f"{folder} is no evaluation set: it has neither pairs.parquet (sentence pairs) nor corpus.parquet or "
         "corpus.jsonl (retrieval)."
@@ -77,25 +75,8 @@ def mteb_task(name: str) -> Task:
     return Task(name, task, revision, qrels=dataset["default"]["test"]["relevant_docs"])
 
 
-def _retrieval_task(name: str, corpus: Path, queries: Path, qrels: Path) -> Task:
-    gains: dict[str, dict[str, int]] = {}
-    for row in _rows(qrels, ("query-id", "corpus-id", "score")):
-        if float(row["score"]) > 0:
-            gains.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(float(row["score"]))
-    documents = [
-        {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
-        for row in _rows(corpus, ("_id", "text"))
-    ]
-    judged = [
-        {"id": str(row["_id"]), "text": row["text"]}
-        for row in _rows(queries, ("_id", "text"))
-        if str(row["_id"]) in gains
-    ]
-    known = {row["id"] for row in judged}
-    if missing := sorted(gains.keys() - known):
-        raise ValueError(f"{qrels} judges queries that {queries} does not hold: {missing[:4]}.")
-
-    revision = _hash(corpus, queries, qrels)
+def _retrieval_task(name: str, data: RetrievalFolder) -> Task:
+    revision = _hash(*data.files)
 
     class LocalRetrieval(AbsTaskRetrieval):
         metadata = _metadata(name, "Retrieval", "ndcg_at_10", revision)
@@ -104,20 +85,20 @@ def _retrieval_task(name: str, corpus: Path, queries: Path, qrels: Path) -> Task
             self.dataset = {
                 "default": {
                     "test": {
-                        "corpus": Dataset.from_list(documents),
-                        "queries": Dataset.from_list(judged),
-                        "relevant_docs": gains,
+                        "corpus": Dataset.from_list(data.documents),
+                        "queries": Dataset.from_list(data.queries),
+                        "relevant_docs": data.qrels,
                         "top_ranked": None,
                     }
                 }
             }
             self.data_loaded = True
 
-    return Task(name, LocalRetrieval(), revision, qrels=gains)
+    return Task(name, LocalRetrieval(), revision, qrels=data.qrels)
 
 
 def _sts_task(name: str, pairs: Path) -> Task:
-    rows = list(_rows(pairs, ("sentence1", "sentence2", "score")))
+    rows = list(read_rows(pairs, ("sentence1", "sentence2", "score")))
     scores = [float(row["score"]) for row in rows]
 
     revision = _hash(pairs)
@@ -151,23 +132,3 @@ def _metadata(name: str, task_type: Any, main_score: str, revision: str) -> Task
         eval_langs=["eng-Latn"],
         main_score=main_score,
     )
-
-
-def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, and the files beside it need it.")
-    rows: Iterator[Mapping[str, Any]]
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        rows = iter(pq.read_table(path).to_pylist())
-    elif path.suffix == ".tsv":
-        with path.open(encoding="utf-8", newline="") as text:
-            rows = iter(list(csv.DictReader(text, delimiter="\t")))
-    else:
-        with path.open(encoding="utf-8") as text:
-            rows = iter([json.loads(line) for line in text if line.strip()])
-    for number, row in enumerate(rows, start=1):
-        if missing := [name for name in needed if row.get(name) is None]:
-            raise ValueError(f"{path}: row {number} lacks {missing}; it has {list(row)}.")
-        yield row

@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +19,58 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = (".parquet", ".jsonl", ".csv")
 _LINES_SHOWN = 5
+_COLUMNS = ("query", "positive", "negatives", "positive_score", "negative_scores", "document")
 WITH_NEGATIVES = " with negatives"  # suffix of a dataset's name: the rows of a set that have enough negatives
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
+    """A query and a passage that answers it.
+
+    `scores`: a teacher's score of the positive, then of each negative; empty without scores. `document`: the name of
+    the document that the positive is a part of; "" if it is one of its own.
+    """
+
     query: str
     positive: str
     negatives: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    document: str = ""
+
+    def with_negatives(self, rows: Iterable[int]) -> Pair:
+        """The pair with its negatives at these positions only, and their scores."""
+        rows = list(rows)
+        scores = (self.scores[0], *(self.scores[1 + row] for row in rows)) if self.scores else ()
+        return dataclasses.replace(self, negatives=tuple(self.negatives[row] for row in rows), scores=scores)
+
+    def without_negatives(self, texts: AbstractSet[str]) -> Pair:
+        """The pair without those of its negatives that are in `texts`."""
+        if texts.isdisjoint(self.negatives):
+            return self
+        return self.with_negatives(row for row, text in enumerate(self.negatives) if text not in texts)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairSet:
-    """Pairs of one task. `instruction` goes before its queries; `left_out`: the lines that were skipped, by reason."""
+    """Pairs of one task. `left_out`: the lines that were skipped, by reason.
+
+    `instruction` goes before its queries; None: the set names none, and gets the model's own.
+    """
 
     name: str
-    instruction: str
+    instruction: str | None
     pairs: list[Pair]
     left_out: dict[str, list[int]]
 
 
 def read_pair_set(folder: Path, name: str, *, instruction: str | None = None, max_bad_rows: float = 0.05) -> PairSet:
-    """Read NAME.parquet, NAME.jsonl or NAME.csv: query, positive, optional negatives (a list; in CSV as JSON).
+    """Read NAME.parquet, NAME.jsonl or NAME.csv: query, positive, and optional columns.
 
-    The instruction is the one in NAME.json unless given. Rows that cannot be used are left out and counted: no JSON,
-    a missing or empty text, a positive that is its query, a pair that came before.
+    Optional: `negatives`, a list of texts; `positive_score` and `negative_scores`, a teacher's score of the positive
+    and the list of the negatives' scores; `document`, the name of the positive's document. In CSV, lists are JSON.
+
+    The instruction is the one in NAME.json unless given; None where there is neither. Rows that cannot be used are left
+    out and counted: no JSON, a missing or empty text, a positive that is its query, a pair that came before.
 
     Raises FileNotFoundError; ValueError, with line numbers, when a column is missing altogether or more rows than
     the share `max_bad_rows` cannot be used.
@@ -79,7 +108,7 @@ def read_pair_set(folder: Path, name: str, *, instruction: str | None = None, ma
         logger.warning(report)
     if instruction is None:
         about = folder / f"{name}.json"
-        instruction = json.loads(about.read_text(encoding="utf-8")).get("instruction", "") if about.is_file() else ""
+        instruction = json.loads(about.read_text(encoding="utf-8")).get("instruction") if about.is_file() else None
     return PairSet(name, instruction, list(pairs.values()), left_out)
 
 
@@ -90,7 +119,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
         file = pq.ParquetFile(path)
         _check_columns(path, file.schema_arrow.names)
-        names = [name for name in ("query", "positive", "negatives") if name in file.schema_arrow.names]
+        names = [name for name in _COLUMNS if name in file.schema_arrow.names]
         line = 0
         for batch in file.iter_batches(columns=names):
             for row in batch.to_pylist():
@@ -128,16 +157,34 @@ def _pair(row: Any) -> Pair | str:
             return f"no text in {name!r}"
     if query == positive:
         return "query and positive are the same"
-    if isinstance(negatives, str):
-        try:
-            negatives = json.loads(negatives) if negatives.strip() else None
-        except json.JSONDecodeError:
-            return "'negatives' is not a JSON list"
-    if negatives is None:
-        negatives = []
-    if not isinstance(negatives, list) or not all(isinstance(text, str) and text.strip() for text in negatives):
+    try:
+        negatives = _list_of(negatives)
+    except ValueError:
+        return "'negatives' is not a JSON list"
+    if not all(isinstance(text, str) and text.strip() for text in negatives):
         return "'negatives' is not a list of texts"
-    return Pair(str(query), str(positive), tuple(text for text in negatives if text not in (query, positive)))
+    scores: list[Any] = []
+    if row.get("positive_score") not in (None, ""):
+        try:
+            scores = [float(row["positive_score"]), *map(float, _list_of(row.get("negative_scores")))]
+        except (TypeError, ValueError):
+            return "'positive_score' or 'negative_scores' holds no numbers"
+        if len(scores) != 1 + len(negatives) or not np.isfinite(scores).all():
+            return "'negative_scores' has not one finite score for each negative"
+    document = row.get("document")
+    whole = Pair(str(query), str(positive), tuple(negatives), tuple(scores), "" if document is None else str(document))
+    return whole.without_negatives({whole.query, whole.positive})
+
+
+def _list_of(value: Any) -> list[Any]:
+    """A list given as such, as JSON text, or not at all (empty). ValueError for anything else."""
+    if isinstance(value, str):
+        value = json.loads(value) if value.strip() else None
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"not a list: {value!r:.80}")
+    return value
 
 
 def draw_stage(
@@ -147,7 +194,9 @@ def draw_stage(
 
     The trainer makes every batch from one dataset and draws datasets in proportion to their rows. A set is gone
     through in a shuffled order, and again when it is used up. Columns: query, positive, and `num_negatives` more
-    where a row has as many; rows that lack them make a dataset of their own, since a batch has one shape.
+    where a row has as many; rows that lack them make a dataset of their own, since a batch has one shape. The negatives
+    are drawn from the row's, anew each time the row comes up. "scores" holds the teacher's scores of positive and
+    negatives where a pair of the dataset has them; NaN for pairs without.
     """
     rng = np.random.default_rng(seed)
     share = np.array([weights[one.name] * np.sqrt(len(one.pairs)) for one in sets])
@@ -161,7 +210,11 @@ def draw_stage(
         plain: list[Pair] = []
         full: list[Pair] = []
         for pair in rows:
-            (full if num_negatives and len(pair.negatives) >= num_negatives else plain).append(pair)
+            if num_negatives and len(pair.negatives) >= num_negatives:
+                chosen = rng.choice(len(pair.negatives), size=num_negatives, replace=False)
+                full.append(pair.with_negatives(chosen.tolist()))
+            else:
+                plain.append(pair)
         for name, part, negatives in ((one.name, plain, 0), (one.name + WITH_NEGATIVES, full, num_negatives)):
             # Fewer than a batch are no batch of their own, unless the set has no more than that.
             if len(part) >= batch_size or (part and len(part) == len(rows)):
@@ -170,7 +223,13 @@ def draw_stage(
 
 
 def _dataset(pairs: list[Pair], num_negatives: int) -> Dataset:
-    columns = {"query": [pair.query for pair in pairs], "positive": [pair.positive for pair in pairs]}
+    columns: dict[str, list[Any]] = {
+        "query": [pair.query for pair in pairs],
+        "positive": [pair.positive for pair in pairs],
+    }
     for i in range(num_negatives):
         columns[f"negative_{i + 1}"] = [pair.negatives[i] for pair in pairs]
+    if num_negatives and any(pair.scores for pair in pairs):
+        unknown = [math.nan] * (1 + num_negatives)
+        columns["scores"] = [list(pair.scores) or unknown for pair in pairs]
     return Dataset.from_dict(columns)

@@ -1,4 +1,4 @@
-"""The training loss: InfoNCE and in-batch distillation, on the embedding and on each half, and words for EOS's half.
+"""The training loss: InfoNCE and distillation, on the embedding and on each half, and words for EOS's half.
 
 B queries, M documents of which the first B are the queries' positives, D and K columns.
 """
@@ -6,14 +6,16 @@ B queries, M documents of which the first B are the queries' positives, D and K 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax, normalize, softmax
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, mse_loss, normalize, softmax
+
+from c2v_rag.finetune.masks import batch_statistics, false_negatives
 
 _MASKED = -1e4  # a finite logit whose probability is 0: a row of -inf alone would give NaN
 
@@ -27,6 +29,16 @@ class LossWeights(BaseModel):
 
     `words` is the weight of 1 - cosine between the EOS half and its target. The target is the sum of the mean EOS
     direction of all texts and, with the share `words_share` of the squared length, the text's lexical vector.
+
+    `symmetric`: InfoNCE is the mean of both directions, from queries to documents and from positives to queries.
+
+    `mask_margin`, `mask_similar_documents` and `mask_similar_queries` leave candidates out of InfoNCE that probably
+    answer the query, as `masks.false_negatives` describes. They are judged by the vectors of the recipe's teachers, or
+    by the trained model's own with `mask_by: model`.
+
+    `list_distill`: weight of the distillation from the scores that the data holds for positive and negatives:
+    "kl" compares the distributions over each pair's list, the teacher's scores divided by `list_temperature` (unless
+    given, `temperature`); "margin_mse" compares the differences between positive and negatives.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,14 +50,73 @@ class LossWeights(BaseModel):
     matryoshka_dims: tuple[PositiveInt, ...] = ()
     words: NonNegativeFloat = 0.0
     words_share: Annotated[float, Field(gt=0, le=1)] = 0.4
+    symmetric: bool = False
+    mask_margin: NonNegativeFloat | None = None
+    mask_similar_documents: Annotated[float, Field(gt=-1, lt=1)] | None = None
+    mask_similar_queries: Annotated[float, Field(gt=-1, lt=1)] | None = None
+    mask_by: Literal["teacher", "model"] = "teacher"
+    list_distill: NonNegativeFloat = 0.0
+    list_loss: Literal["kl", "margin_mse"] = "kl"
+    list_temperature: PositiveFloat | None = None
+
+    @property
+    def masks(self) -> bool:
+        """Whether candidates can be left out."""
+        rules = (self.mask_margin, self.mask_similar_documents, self.mask_similar_queries)
+        return any(rule is not None for rule in rules)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss reads the teachers' vectors."""
+        return self.distill > 0 or (self.masks and self.mask_by == "teacher")
 
 
-def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    queries: Tensor,
+    documents: Tensor,
+    temperature: float,
+    *,
+    left_out: Tensor | None = None,
+    symmetric: bool = False,
+) -> Tensor:
     """InfoNCE over in-batch and hard negatives; unit-length rows, so that scores are cosine similarities.
 
-    `queries` (B, D); `documents` (M, D), the positive of query i at row i.
+    `queries` (B, D); `documents` (M, D), the positive of query i at row i. `left_out` (B, M): candidates that do not
+    count, never a positive. `symmetric`: the mean of this loss and of the one that ranks the queries for each positive.
     """
-    return cross_entropy(queries @ documents.T / temperature, torch.arange(len(queries), device=queries.device))
+    scores = queries @ documents.T / temperature
+    if left_out is not None:
+        scores = scores.masked_fill(left_out, _MASKED)
+    labels = torch.arange(len(queries), device=queries.device)
+    loss = cross_entropy(scores, labels)
+    return (loss + cross_entropy(scores[:, : len(queries)].T, labels)) / 2 if symmetric else loss
+
+
+def list_distillation(
+    queries: Tensor,
+    candidates: Tensor,
+    teacher: Tensor,
+    *,
+    loss: Literal["kl", "margin_mse"],
+    temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """Match a teacher's scores over each query's own candidates, the positive first.
+
+    `queries` (B, D), `candidates` (B, N, D), `teacher` (B, N); rows of `teacher` with NaN are left out, and without
+    any row the loss is 0. "kl": divergence from softmax(teacher / teacher_temperature) to softmax(student /
+    temperature). "margin_mse": mean squared difference of the margins between positive and negatives
+    (arXiv 2010.02666).
+    """
+    known = ~teacher.isnan().any(dim=1)
+    if not known.any():
+        return queries.sum() * 0
+    student = torch.einsum("bd,bnd->bn", queries, candidates)[known]
+    teacher = teacher[known].to(student.dtype)
+    if loss == "margin_mse":
+        return mse_loss(student[:, :1] - student[:, 1:], teacher[:, :1] - teacher[:, 1:])
+    target = log_softmax(teacher / teacher_temperature, dim=1)
+    return kl_div(log_softmax(student / temperature, dim=1), target, log_target=True, reduction="batchmean")
 
 
 def score_distillation(student: Tensor, teacher: Tensor, temperature: float, *, leave_out_diagonal: bool) -> Tensor:
@@ -80,19 +151,32 @@ def combined_loss(
     teacher_queries: Tensor | None,
     teacher_documents: Tensor | None,
     weights: LossWeights,
+    *,
+    list_scores: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum over the embeddings and the parts of them that `weights` names; computed in float32.
 
     `queries` (B, D) and `documents` (M, D), a teacher's (B, K) and (M, K); all of unit length. Without a teacher there
-    is no distillation.
+    is no in-batch distillation. `list_scores` (B, M / B): the scores of each query's positive and negatives; M is then
+    a multiple of B, and row i of every B documents belongs to query i.
     """
+    left_out = candidates_left_out(queries, documents, teacher_queries, teacher_documents, weights)
 
     def loss_on(columns: slice) -> Tensor:
         q, d = (normalize(side[:, columns], dim=1) for side in (queries, documents))
-        loss = weights.info_nce * info_nce(q, d, weights.temperature)
-        if teacher_queries is not None and teacher_documents is not None:
+        loss = weights.info_nce * info_nce(q, d, weights.temperature, left_out=left_out, symmetric=weights.symmetric)
+        if teacher_queries is not None and teacher_documents is not None and weights.distill:
             distilled = in_batch_distillation(q, d, teacher_queries, teacher_documents, weights.temperature)
             loss = loss + weights.distill * distilled
+        if list_scores is not None and weights.list_distill:
+            loss = loss + weights.list_distill * list_distillation(
+                q,
+                d.view(-1, *q.shape).transpose(0, 1),
+                list_scores,
+                loss=weights.list_loss,
+                temperature=weights.temperature,
+                teacher_temperature=weights.list_temperature or weights.temperature,
+            )
         return loss
 
     loss = loss_on(slice(None))
@@ -101,6 +185,33 @@ def combined_loss(
     for dim in weights.matryoshka_dims:
         loss = loss + loss_on(slice(0, dim))
     return loss
+
+
+@torch.no_grad()
+def candidates_left_out(
+    queries: Tensor,
+    documents: Tensor,
+    teacher_queries: Tensor | None,
+    teacher_documents: Tensor | None,
+    weights: LossWeights,
+) -> Tensor | None:
+    """(B, M) bool, the candidates that InfoNCE leaves out; None if `weights` has no rule. Shapes as in `combined_loss`.
+
+    Raises ValueError when teachers shall judge and there are no teachers' vectors.
+    """
+    if not weights.masks:
+        return None
+    if weights.mask_by == "model":
+        teacher_queries, teacher_documents = queries.detach(), documents.detach()
+    if teacher_queries is None or teacher_documents is None:
+        raise ValueError("mask_by is 'teacher', but the batch has no teachers' vectors.")
+    return false_negatives(
+        teacher_queries,
+        teacher_documents,
+        margin=weights.mask_margin,
+        similar_documents=weights.mask_similar_documents,
+        similar_queries=weights.mask_similar_queries,
+    )
 
 
 def words_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
@@ -113,28 +224,32 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
     """`combined_loss` for sentence-transformers' trainer: columns query, positive, and any number of negatives.
 
     The teachers' vectors come as the feature "teacher" (B, K) of each column, the targets of `words_loss` as "target"
-    (B, D). With `mini_batch_size`, activations of so many texts are alive at a time (GradCache, arXiv 2101.06983; the
-    library's), whatever the batch size.
+    (B, D), the scores of positive and negatives as the labels (B, 1 + negatives). `statistics` describes the last
+    batch as `masks.batch_statistics` does. With `mini_batch_size`, activations of so many texts are in memory at a time
+    (GradCache, arXiv 2101.06983; the library's), whatever the batch size.
     """
 
     def __init__(self, model: SentenceTransformer, weights: LossWeights, mini_batch_size: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.weights = weights
+        self.statistics: dict[str, float] = {}
         self.uses_gradient_cache = mini_batch_size is not None
         self.mini_batch_size = mini_batch_size or 0
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
-        """The loss of one batch; there are no labels."""
+        """The loss of one batch; `labels` are the scores of the pairs' positives and negatives, where they have any."""
         features = list(sentence_features)
         targets: Any = [{name: column[name] for name in ("teacher", "target") if name in column} for column in features]
+        if labels is not None:
+            targets[0]["scores"] = labels
         if self.uses_gradient_cache:
             loss: Tensor = self.forward_cached(features, targets)
             return loss
         return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], targets)
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
-        """From the embeddings of each column, in slices; `labels` are the columns' teacher vectors and targets.
+        """From the embeddings of each column, in slices; `labels`: the columns' teacher vectors, targets and scores.
 
         The mixin calls it too, and hands `labels` through as they are.
         """
@@ -143,9 +258,11 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
         teacher_queries, teacher_documents = (teachers[0], torch.cat(teachers[1:])) if teachers else (None, None)
         # In half precision different candidates get equal similarities.
         with torch.autocast(embeddings[0].device.type, enabled=False):
-            loss = combined_loss(
-                embeddings[0], torch.cat(embeddings[1:]), teacher_queries, teacher_documents, self.weights
-            )
+            queries, documents = embeddings[0], torch.cat(embeddings[1:])
+            sides = (queries, documents, teacher_queries, teacher_documents)
+            loss = combined_loss(*sides, self.weights, list_scores=labels[0].get("scores"))
+            with torch.no_grad():
+                self.statistics = batch_statistics(queries, documents, candidates_left_out(*sides, self.weights))
             if self.weights.words:
                 targets = torch.cat([column["target"] for column in labels])
                 loss = loss + self.weights.words * words_loss(torch.cat(embeddings), targets)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +23,14 @@ from c2v_rag import inference
 from c2v_rag.config import Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.recipe import Recipe, Stage
+from c2v_rag.finetune.start import StartVectors
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer
 from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
 
-# Two names among a recipe's teachers: the encoder inside the model, and `LexicalEmbedder`.
-ENCODER, LEXICAL = "encoder", "lexical"
+# Names among a recipe's teachers: the encoder inside the model, `LexicalEmbedder`, and `StartVectors`.
+ENCODER, LEXICAL, START = "encoder", "lexical", "start"
 _EOS_SAMPLE = 256  # texts whose EOS states are averaged
 
 
@@ -38,12 +39,14 @@ class StageVectors:
     """Cached vectors of a stage's texts; a text has the same row in all of them.
 
     `encoder`: the vectors of the model's encoder. `teachers`: one entry per teacher, empty without distillation.
-    `lexical`: the vectors of `LexicalEmbedder` where the loss has `words`, else None.
+    `lexical`: the vectors of `LexicalEmbedder` where the loss has `words`, else None. `start`: the vectors of the model
+    before the stage where it is a teacher, else None.
     """
 
     encoder: TextVectors
     teachers: Sequence[TextVectors]
     lexical: TextVectors | None
+    start: StartVectors | None = None
 
 
 class TrainingModule(Causal2VecModule):
@@ -63,6 +66,7 @@ class TrainingModule(Causal2VecModule):
         self.texts = vectors.encoder
         self.pooling: Pooling = "context" if stage.sequences == "context" else model.config.pooling
         self._teachers = vectors.teachers
+        self._start = vectors.start
         self._encoder_is_frozen = not {"encoder", "encoder_adapter"} & set(stage.train)
         self._lexical = vectors.lexical
         self._mean_eos = torch.empty(0)
@@ -93,8 +97,11 @@ class TrainingModule(Causal2VecModule):
         features["rows"] = self.texts.rows(inputs)
         if self._encoder_is_frozen:
             features["pooled"] = self.texts(features["rows"]).unsqueeze(1)
-        if self._teachers:
-            features["teacher"] = concatenate_teachers(self._teachers, features["rows"])
+        taught = [teacher(features["rows"]) for teacher in self._teachers]
+        if self._start is not None:
+            taught.append(self._start(prompt or "", inputs))
+        if taught:
+            features["teacher"] = concatenate_teachers(taught)
         if self._lexical is not None:
             share = self._stage.loss.words_share
             lexical = self._lexical(features["rows"])
@@ -107,9 +114,17 @@ class TrainingModule(Causal2VecModule):
         return features
 
 
-def stage_vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, texts: Sequence[str]) -> StageVectors:
+def stage_vectors(
+    model: Causal2Vec,
+    recipe: Recipe,
+    stage: Stage,
+    work: Path,
+    texts: Sequence[str],
+    prompted: Mapping[str, Sequence[str]] | None = None,
+) -> StageVectors:
     """The cached vectors of `texts` that the stage needs, each text cut at the stage's `max_length`.
 
+    `prompted`: the texts of each prompt, which the teacher "start" needs; without it, all texts have no prompt.
     Vectors of the encoder and of other teachers are kept in files under `work`; only missing ones are computed.
     """
     encoder = EncoderEmbedder(model, stage_tokenizer(model, stage.max_length))
@@ -132,7 +147,13 @@ def stage_vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, t
     vectors = {
         ENCODER: TextVectors(folder / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", embed_with_encoder)
     }
-    teachers = recipe.teachers if stage.loss.distill else []
+    teachers = recipe.teachers if stage.loss.needs_teacher else []
+    start = None
+    if START in teachers:
+        trained = {name: tensor for name, tensor in model.named_parameters() if tensor.dtype == torch.float32}
+        start = StartVectors(model, stage_tokenizer(model, stage.max_length), trained, folder)
+        start.prepare(prompted if prompted is not None else {"": texts})
+        teachers = [name for name in teachers if name != START]
     for name in {*teachers, *([LEXICAL] if stage.loss.words else [])} - {ENCODER}:
         if name == LEXICAL:
             table = cast(Tensor, model.llm.get_input_embeddings().weight)
@@ -144,12 +165,12 @@ def stage_vectors(model: Causal2Vec, recipe: Recipe, stage: Stage, work: Path, t
     for table_of_vectors in vectors.values():
         table_of_vectors.prepare(texts)
     lexical = vectors[LEXICAL] if stage.loss.words else None
-    return StageVectors(vectors[ENCODER], [vectors[name] for name in teachers], lexical)
+    return StageVectors(vectors[ENCODER], [vectors[name] for name in teachers], lexical, start)
 
 
-def concatenate_teachers(teachers: Sequence[TextVectors], rows: Tensor) -> Tensor:
-    """(n, K) vectors whose cosine similarity is the mean of the teachers' similarities; `rows` (n,)."""
-    return torch.cat([teacher(rows) for teacher in teachers], dim=1) / math.sqrt(len(teachers))
+def concatenate_teachers(vectors: Sequence[Tensor]) -> Tensor:
+    """(n, K) vectors whose cosine similarity is the mean of the teachers' similarities; each teacher's are (n, ...)."""
+    return torch.cat(list(vectors), dim=1) / math.sqrt(len(vectors))
 
 
 def stage_tokenizer(model: Causal2Vec, max_length: int) -> TextTokenizer:

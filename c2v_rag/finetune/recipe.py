@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from c2v_rag.finetune.loss import LossWeights
 
+PACKAGED = Path(__file__).parent / "recipes"  # recipes that come with the package
 TrainedPart = Literal["projector", "llm_adapter", "encoder_adapter", "encoder"]
 
 
@@ -43,7 +44,7 @@ class BaseModels(_Strict):
 
 
 class SetOptions(_Strict):
-    """`instruction` goes before the set's queries; None takes the one in NAME.json."""
+    """`instruction` goes before the set's queries; None takes the one in NAME.json, or else the model's own."""
 
     weight: PositiveFloat = 1.0
     instruction: str | None = None
@@ -81,13 +82,15 @@ class Stage(_Strict):
     "full" gives the decoder whole texts. `learning_rate`: per trained part, the peak of a cosine schedule with 5 %
     warm-up. `batch_size`: pairs per step, all of one set. `mini_batch_size`: texts whose activations are in memory at
     the same time; the whole batch if None. `max_length`: longest text in tokens, for both tokenizers.
-    `num_negatives`: hard negatives per pair.
+    `num_negatives`: hard negatives per pair. `minutes`: the stage ends after so many minutes of training (scoring does
+    not count), even if it has not reached its `steps`.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
     sequences: Literal["context", "full"]
     train: Annotated[list[TrainedPart], Field(min_length=1)]
     steps: PositiveInt
+    minutes: PositiveFloat | None = None
     batch_size: Annotated[int, Field(ge=2)]
     mini_batch_size: PositiveInt | None = None
     max_length: PositiveInt
@@ -102,11 +105,37 @@ class Stage(_Strict):
         return self
 
 
+class Dev(_Strict):
+    """Development data, which is scored by nDCG@10 before training, every `every` steps and at the end of a stage.
+
+    `folders`: retrieval folders as for `c2v-rag evaluate`. `pairs`: names of sets in the data folder that are not
+    trained on. `hold_out`: the share of each training set's documents that is kept for scoring; unless given, 0.05
+    without `folders` and `pairs`, else 0. `max_queries` and `max_documents`: the most that are scored of each folder
+    and of each set in `pairs`, and of all held-out documents together.
+
+    `keep_best`: a stage ends with the weights of its best score, which can be those it began with; otherwise with its
+    last. `patience`: a stage stops after so many scores in a row without a new best; None never stops early.
+    """
+
+    folders: list[Path] = []
+    pairs: list[str] = []
+    hold_out: Annotated[float, Field(ge=0, lt=1)] | None = None
+    every: PositiveInt = 100
+    max_queries: PositiveInt = 200
+    max_documents: PositiveInt = 1000
+    patience: PositiveInt | None = 5
+    keep_best: bool = True
+
+
 class Recipe(_Strict):
     """A whole training run.
 
-    `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "lexical"
-    (`LexicalEmbedder`), or the name of a sentence-transformers model.
+    `dev`: development data; "none" trains on everything and scores nothing. `report_to`: where every step is logged
+    while the run goes on; unless given, tensorboard if it is installed.
+
+    `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "start" (the
+    model before the stage, so that it forgets less), "lexical" (`LexicalEmbedder`), or the name of a
+    sentence-transformers model.
     """
 
     base: BaseModels
@@ -114,13 +143,25 @@ class Recipe(_Strict):
     stages: Annotated[list[Stage], Field(min_length=1)]
     lora: Lora = Lora()
     teachers: Annotated[list[str], Field(min_length=1)] = ["encoder"]
+    dev: Dev | Literal["none"] = Dev()
     seed: int = 0
     save_steps: PositiveInt = 50
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] | None = None
     output: Path | None = None
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Read a recipe. ValueError names the file and every key that is unknown, missing or out of range."""
+        """Read a recipe: a file, or the name of one that comes with the package ("adapt").
+
+        FileNotFoundError for a name that is neither; ValueError names the file and every key that is unknown, missing
+        or out of range.
+        """
+        if not path.is_file():
+            packaged = PACKAGED / f"{path}.yaml"
+            if len(path.parts) != 1 or not packaged.is_file():
+                names = ", ".join(sorted(one.stem for one in PACKAGED.glob("*.yaml")))
+                raise FileNotFoundError(f"There is no recipe {path}: give a YAML file, or one of {names}.")
+            path = packaged
         try:
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except yaml.YAMLError as error:

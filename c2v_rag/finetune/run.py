@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,9 +31,12 @@ from transformers.trainer_callback import PrinterCallback
 from c2v_rag import inference, weights
 from c2v_rag.config import Causal2VecConfig
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
+from c2v_rag.finetune.dev import DevSet, prepare_dev
 from c2v_rag.finetune.loss import Causal2VecLoss
 from c2v_rag.finetune.module import StageVectors, TrainingModule, stage_vectors
+from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.recipe import Recipe, Stage
+from c2v_rag.finetune.scoring import DevCallback, DevReport
 from c2v_rag.finetune.trainer import (
     ProgressCallback,
     StageTrainer,
@@ -75,16 +80,23 @@ def train(
         read_pair_set(data, name, instruction=option.instruction, max_bad_rows=recipe.data.max_bad_rows)
         for name, option in options.items()
     ]
+    if any(stage.loss.list_distill for stage in recipe.stages) and not any(p.scores for s in sets for p in s.pairs):
+        raise ValueError("list_distill needs a teacher's scores, but no set holds positive_score and negative_scores.")
+    sets, dev_sets = _hold_out(recipe, data, sets)
     work = output.with_name(f"{output.name}.training")
     processes = PartialState(cpu=device == "cpu")
     if processes.is_main_process:
-        _claim_folder(work, recipe, sets, resume)
+        _claim_folder(work, recipe, sets, dev_sets, resume)
     processes.wait_for_everyone()
     model = new_model(recipe, device=device or str(processes.device))
+    instructions = _instructions(sets, model)
     log: dict[str, list[dict[str, float]]] = {}
+    scored: dict[str, DevCallback] = {}
     for number, stage in enumerate(recipe.stages, start=1):
         finished = work / f"{number}-{stage.name}.safetensors"
         rows_file = finished.with_suffix(".json")
+        if recipe.dev != "none" and dev_sets:
+            scored[stage.name] = DevCallback(model, dev_sets, recipe.dev, finished.with_suffix(".dev.json"))
         if rows_file.is_file():
             load_trained(model, finished)
             log[stage.name] = json.loads(rows_file.read_text(encoding="utf-8"))
@@ -99,10 +111,12 @@ def train(
             seed=seed,
         )
         with processes.main_process_first():  # the other processes read its vectors from the files
-            vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets))
+            prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
+            vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
         log[stage.name] = run_stage(
-            model, stage, datasets, {pairs.name: pairs.instruction for pairs in sets}, vectors,
-            work / f"{number}-{stage.name}", seed=seed, save_steps=recipe.save_steps, resume=resume,
+            model, stage, datasets, instructions, vectors, work / f"{number}-{stage.name}",
+            seed=seed, save_steps=recipe.save_steps, resume=resume, dev=scored.get(stage.name),
+            report_to=_trackers(recipe, work / "tensorboard" / stage.name),
         )  # fmt: skip
         if processes.is_main_process:
             unfinished = finished.with_suffix(".part")
@@ -114,6 +128,8 @@ def train(
     if processes.is_main_process:
         (work / "log.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "steps": log}, indent=1))
         plot_losses(log, work / "loss.png")
+        if scored:
+            DevReport.of_stages(dev_sets, scored).save(work / "dev.json")
         write_checkpoint(model, recipe, output)
     return model
 
@@ -154,7 +170,19 @@ def new_model(recipe: Recipe, *, device: str | None = None, model_class: type[Ca
 
 def texts_of(datasets: Mapping[str, Dataset]) -> list[str]:
     """All texts of a stage's datasets, with repetitions."""
-    return [text for dataset in datasets.values() for column in dataset.column_names for text in dataset[column]]
+    columns = [dataset[name] for dataset in datasets.values() for name in dataset.column_names if name != "scores"]
+    return [text for column in columns for text in column]
+
+
+def prompted_texts(datasets: Mapping[str, Dataset], prompts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The texts of a stage's datasets by the prompt before them: "" for documents; `prompts` by the name of a set."""
+    found: dict[str, list[str]] = {"": []}
+    for name, dataset in datasets.items():
+        found.setdefault(prompts[name.removesuffix(WITH_NEGATIVES)], []).extend(dataset["query"])
+        for column in dataset.column_names:
+            if column not in ("query", "scores"):
+                found[""].extend(dataset[column])
+    return found
 
 
 def run_stage(
@@ -168,8 +196,12 @@ def run_stage(
     seed: int = 0,
     save_steps: int = 50,
     resume: bool = False,
+    dev: DevCallback | None = None,
+    report_to: Sequence[str] = (),
 ) -> list[dict[str, float]]:
-    """Train one stage in place; returns one row per step: step, loss, grad_norm, learning_rate.
+    """Train one stage in place; returns one row per step: step, loss, grad_norm, learning_rate, `Monitor.values`.
+
+    With `dev` the model has the weights of `dev.kept_step` afterwards. `report_to`: names of trackers.
 
     `instructions`: by the name of a data set. With `resume`, training goes on from the last complete checkpoint in
     `folder`. Raises FloatingPointError when the loss is not finite; the batch is then in a file in `folder`.
@@ -205,23 +237,31 @@ def run_stage(
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(report_to) or "none",
         dataloader_pin_memory=not on_cpu,
     )
     loaded = SentenceTransformer(modules=[module], device=str(model.device))
     loss_weights = stage.loss if module.pooling == "context_eos" else stage.loss.model_copy(update={"halves": 0.0})
     loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size)
     progress = ProgressCallback(stage.name)
-    trainer = StageTrainer(model=loaded, args=arguments, train_dataset=dict(datasets), loss=loss, callbacks=[progress])
+    paused = (lambda: dev.seconds) if dev is not None else (lambda: 0.0)
+    monitor = Monitor(model, loss, part_of, paused=paused, minutes=stage.minutes)
+    callbacks = [progress, monitor, *([dev] if dev is not None else [])]
+    trainer = StageTrainer(model=loaded, args=arguments, train_dataset=dict(datasets), loss=loss, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
+    trainer.monitor = monitor
+    best = folder / "best.safetensors"
+    if dev is not None:
+        dev.save_best = lambda: save_file(trained_tensors(model), best)
+        dev.log = trainer.log
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     model.eval()
-    return [
-        {"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"], "learning_rate": row["learning_rate"]}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
+    if dev is not None and dev.kept_step != trainer.state.global_step:
+        PartialState().wait_for_everyone()
+        load_trained(model, best)
+        logger.info("Stage %s ends with the weights of step %d, its best.", stage.name, dev.kept_step)
+    return [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
 
 
 def write_checkpoint(model: Causal2Vec, recipe: Recipe, output: Path) -> None:
@@ -234,9 +274,49 @@ def write_checkpoint(model: Causal2Vec, recipe: Recipe, output: Path) -> None:
     )
 
 
-def _claim_folder(work: Path, recipe: Recipe, sets: list[PairSet], resume: bool) -> None:
+def _hold_out(recipe: Recipe, data: Path, sets: list[PairSet]) -> tuple[list[PairSet], list[DevSet]]:
+    """(the sets to train on, the development sets) of a recipe; says what is held out."""
+    if recipe.dev == "none":
+        return sets, []
+    named = {name: read_pair_set(data, name, max_bad_rows=recipe.data.max_bad_rows) for name in recipe.dev.pairs}
+    kept, dev_sets = prepare_dev(sets, recipe.dev, named, seed=recipe.seed)
+    held = sum(len(one.pairs) for one in sets) - sum(len(one.pairs) for one in kept)
+    if held:
+        logger.info("%d pairs are not trained on: their documents are held out to score the model.", held)
+    if not dev_sets:
+        logger.warning("There is too little data to hold out a part of it: no development scores, no early stopping.")
+    return kept, dev_sets
+
+
+def _instructions(sets: Sequence[PairSet], model: Causal2Vec) -> dict[str, str]:
+    """The instruction before the queries of each set, by its name; says where it is not the one of `encode_query`."""
+    usual = model.config.instruction
+    found = {one.name: usual if one.instruction is None else one.instruction for one in sets}
+    if other := {name: instruction for name, instruction in found.items() if instruction != usual}:
+        logger.warning(
+            "encode_query uses the model's own instruction, %r. These sets are trained with another one, which has to "
+            "be given to encode_query for such queries:\n%s",
+            usual,
+            "\n".join(f"- {name}: {instruction!r}" for name, instruction in other.items()),
+        )
+    return found
+
+
+def _trackers(recipe: Recipe, tensorboard_folder: Path) -> list[str]:
+    """The trackers of a recipe, for the trainer; tensorboard writes into the given folder."""
+    names: list[str] = [*recipe.report_to] if recipe.report_to is not None else []
+    if recipe.report_to is None and importlib.util.find_spec("tensorboard"):
+        names = ["tensorboard"]
+    if "tensorboard" in names:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard_folder)
+    return names
+
+
+def _claim_folder(
+    work: Path, recipe: Recipe, sets: Sequence[PairSet], dev_sets: Sequence[DevSet], resume: bool
+) -> None:
     """Create the run's folder, or check that the run in it has the same recipe and data."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps([dataclasses.astuple(one) for one in dev_sets]).encode())
     for pairs in sets:
         rows = [dataclasses.astuple(pair) for pair in pairs.pairs]
         digest.update(json.dumps([pairs.name, pairs.instruction, rows]).encode())

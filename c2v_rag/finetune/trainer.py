@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from c2v_rag.finetune.module import TrainingModule
+from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.recipe import TrainedPart
 from c2v_rag.model import Causal2Vec
 
@@ -76,9 +77,18 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 
 
 class StageTrainer(SentenceTransformerTrainer):
-    """Counts tokens, saves the trained parameters only, and raises FloatingPointError when the loss is not finite."""
+    """Counts tokens, saves the trained parameters only, and raises FloatingPointError when the loss is not finite.
+
+    Set `monitor` before training: its values are logged with each step's loss.
+    """
 
     tokens = 0
+    monitor: Monitor | None = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.monitor is not None:
+            logs |= self.monitor.values(logs.get("grad_norm", 0.0)) | {"tokens": self.tokens}
+        super().log(logs, start_time)
 
     def compute_loss(
         self,

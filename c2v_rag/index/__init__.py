@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from c2v_rag.index.chroma_server import ChromaServer
-from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
+from c2v_rag.index.chunking import Chunk, Present, new_chunks
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.query import DEFAULT_MODE, Hit, SearchMode, SearchOptions, check_mode, location
 from c2v_rag.index.reranking import Reranker
+from c2v_rag.index.settings import ChunkSettings, stored_settings
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
 from c2v_rag.index.vanished import remove_vanished
-from c2v_rag.index.vector_index import CHUNKS_WRITTEN_AT_ONCE, IndexReport, VectorIndex
+from c2v_rag.index.vector_index import VectorIndex
+from c2v_rag.index.writing import CHUNKS_WRITTEN_AT_ONCE, IndexReport
 
 __all__ = [
     "CHUNKS_WRITTEN_AT_ONCE",
@@ -19,9 +21,11 @@ __all__ = [
     "STAMP_KEY",
     "ChromaServer",
     "Chunk",
+    "ChunkSettings",
     "Hit",
     "IndexReport",
     "LexicalIndex",
+    "Present",
     "Reranker",
     "SearchMode",
     "SearchOptions",
@@ -34,9 +38,9 @@ __all__ = [
     "location",
     "new_chunks",
     "open_store",
-    "present_ids",
     "remove_vanished",
     "store_name",
+    "stored_settings",
     "stored_stamp",
     "stored_stamps",
 ]

@@ -19,7 +19,7 @@ _CLOUD_DOMAIN = "trychroma.com"
 class ChromaServer:
     """The address of a Chroma server, a tenant and database there, and the headers of every request.
 
-    Example:
+    Examples:
         >>> ChromaServer("https://me:secret@example.org/chroma?tenant=team&database=notes").url
         'https://example.org/chroma?tenant=team&database=notes'
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -36,18 +37,13 @@ class LexicalIndex:
 
     @classmethod
     def build(cls, ids: Sequence[str], texts: Sequence[str]) -> Self:
-        """Index `texts`, one for each id. ImportError where bm25s or PyStemmer is missing, with the pip line."""
-        try:
-            import bm25s
-        except ModuleNotFoundError as error:
-            if error.name != "bm25s":
-                raise
-            raise ImportError('Lexical and hybrid search need bm25s: pip install "c2v-rag[hybrid]"') from error
+        """Index `texts`, one for each id."""
+        import bm25s
 
         index = cls(ids, None)
         tokens = index._tokenize(list(texts), return_ids=True)
         if tokens.vocab and any(len(text_ids) for text_ids in tokens.ids):
-            index._model = bm25s.BM25()
+            index._model = bm25s.BM25(method="lucene")
             index._model.index(tokens, show_progress=False)
         return index
 
@@ -66,6 +62,22 @@ class LexicalIndex:
         if not known:
             return empty
         return np.asarray(self._model.get_scores(known), dtype=np.float32)
+
+    def max_score(self, query: str) -> float:
+        """The limit of a text's score when it contains every word of the query arbitrarily often: the sum of their idf.
+
+        A word that no text contains counts too, so that a query with unknown words has low scores for all texts.
+        """
+        if self._model is None:
+            return 0.0
+        (words,) = self._tokenize([query], return_ids=False)
+        starts, vocabulary = self._model.scores["indptr"], self._model.vocab_dict
+        total = 0.0
+        for word in words:
+            row = vocabulary.get(word)
+            texts = 0 if row is None else int(starts[row + 1] - starts[row])
+            total += math.log(1 + (len(self.ids) - texts + 0.5) / (texts + 0.5))  # bm25s' idf for the method "lucene"
+        return total
 
     def _tokenize(self, texts: list[str], *, return_ids: bool) -> Any:
         import bm25s

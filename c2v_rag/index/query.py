@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
 if TYPE_CHECKING:
     from c2v_rag.index.reranking import Reranker
-
-logger = logging.getLogger(__name__)
 
 SearchMode = Literal["dense", "lexical", "hybrid"]
 DEFAULT_MODE: SearchMode = "dense"  # of index, command line, page, server and retrievers
@@ -24,9 +19,9 @@ RERANK_DEPTH = 50
 class Hit:
     """A chunk that was found. `metadata`: its "source" and the document's metadata.
 
-    `score`: the cosine similarity of a dense search, BM25's score of a lexical one, the weighted z-scores of both of a
-    hybrid one, the reranker's score if there is one. Hits are sorted by it, except with `mmr`. `scores` has those that
-    were computed, as "cosine", "bm25" and "rerank".
+    `score`: the cosine similarity of a dense search, BM25's score of a lexical one, a sum of both of a hybrid one, or the
+    reranker's score if there is one. Hits are sorted by it, except with `mmr`. `scores` has those that were computed,
+    as "cosine", "bm25" and "rerank".
     `before`, `after`: the text around the passage in its source, if `neighbours` were asked for; else empty.
     """
 
@@ -82,12 +77,9 @@ def location(metadata: Mapping[str, Any]) -> str:
 
 
 def check_mode(mode: str | None) -> SearchMode:
-    """The mode; for None the default mode. ValueError for one that does not exist.
-
-    If the default mode needs bm25s and it is not installed, the mode is "dense".
-    """
+    """The mode; for None the default mode. ValueError for one that does not exist."""
     if mode is None:
-        return _default_mode(DEFAULT_MODE)
+        return DEFAULT_MODE
     if mode not in get_args(SearchMode):
         raise ValueError(f"mode must be one of {', '.join(get_args(SearchMode))}; got {mode!r}.")
     return cast(SearchMode, mode)
@@ -104,11 +96,3 @@ def check_options(top_k: int, options: SearchOptions) -> None:
     mmr = options.get("mmr")
     if mmr is not None and not 0 <= mmr <= 1:
         raise ValueError(f"mmr must be from 0 (only diversity) to 1 (only relevance); got {mmr}.")
-
-
-@functools.cache  # so that the log line appears once
-def _default_mode(mode: SearchMode) -> SearchMode:
-    if mode == "dense" or (find_spec("bm25s") and find_spec("Stemmer")):
-        return mode
-    logger.warning('Searching by embeddings only; the default, %s search, needs: pip install "c2v-rag[hybrid]"', mode)
-    return "dense"

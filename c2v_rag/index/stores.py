@@ -148,11 +148,13 @@ class _Folder:
             return ""
 
 
+Store = _Server | _Folder
+
 _folders: dict[Path, _Folder] = {}
 _folders_lock = threading.Lock()
 
 
-def open_store(store: StoreAddress) -> _Server | _Folder:
+def open_store(store: StoreAddress) -> Store:
     """The store at this address. A folder is not created until something is written.
 
     Raises ConnectionError if the server does not answer or refuses, ValueError for an invalid URL.

@@ -9,20 +9,18 @@ import asyncio
 import dataclasses
 import json
 import re
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from itertools import count
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from c2v_rag.index.chunking import Chunk, new_chunks, present_ids
+from c2v_rag.index.chunking import Chunk
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.query import Hit, SearchMode, SearchOptions, check_mode, check_options
 from c2v_rag.index.search_cache import SearchCache
 from c2v_rag.index.searching import search_collection
+from c2v_rag.index.settings import CHUNKING_KEY, ChunkSettings, check_settings, stored_settings
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, read_stamp
 from c2v_rag.index.stores import (
     DEFAULT_COLLECTION,
@@ -31,39 +29,21 @@ from c2v_rag.index.stores import (
     missing_index,
     open_store,
 )
+from c2v_rag.index.writing import CHUNKS_WRITTEN_AT_ONCE, CollectionWriter, IndexReport
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import Document
 
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
-DOCUMENTS_READ_AHEAD = 512
-CHUNKS_WRITTEN_AT_ONCE = 256
 PAGE_SIZE = 1000
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexReport:
-    """The result of `add`, in numbers of chunks.
-
-    `added`: embedded and written. `unchanged`: stored already. `replaced`: deleted, because their source no longer
-    contains them. `removed`: deleted, because their source no longer exists. `truncated`: longer than the model reads,
-    in spite of chunking. `seconds`: duration of the whole call.
-    """
-
-    added: int
-    unchanged: int
-    replaced: int
-    removed: int
-    truncated: int
-    seconds: float
 
 
 class VectorIndex:
     """A Chroma collection filled and searched with one embedder.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Document, VectorIndex, shared_model
         >>> index = VectorIndex("store", shared_model())
         >>> index.add([Document("Bread needs yeast.", source="bread.txt")]).added
@@ -82,7 +62,14 @@ class VectorIndex:
     server answers, PermissionError from a writing method while another process writes.
     """
 
-    def __init__(self, store: StoreAddress, model: Embedder, collection: str = DEFAULT_COLLECTION) -> None:
+    def __init__(
+        self,
+        store: StoreAddress,
+        model: Embedder,
+        collection: str = DEFAULT_COLLECTION,
+        *,
+        chunking: ChunkSettings | None = None,
+    ) -> None:
         if not _COLLECTION_NAME.fullmatch(collection):
             raise ValueError(
                 f"{collection!r} cannot name a Chroma collection: 3 to 512 letters, digits, '.', '_' or '-', the first "
@@ -92,6 +79,7 @@ class VectorIndex:
         self._store = open_store(store)
         self._name = collection
         self._model = model
+        self._chunking = chunking
         self._cache = SearchCache()
         with self._store.reading():
             self._find()
@@ -102,17 +90,26 @@ class VectorIndex:
             collection = self._find()
             return 0 if collection is None else collection.count()
 
+    @property
+    def chunking(self) -> ChunkSettings:
+        """How this collection cuts documents; for a collection that does not exist yet, how it will."""
+        with self._store.reading():
+            collection = self._find()
+            if collection is None:
+                return self._chunking or ChunkSettings()
+            return stored_settings(collection.metadata)
+
     def search(
         self, query: str, top_k: int = 5, *, mode: SearchMode | None = None, **options: Unpack[SearchOptions]
     ) -> list[Hit]:
         """The `top_k` best chunks, best first; fewer when the index has fewer.
 
         `mode`: "dense" sorts by the cosine similarity of embeddings; "lexical" by BM25, which needs words in common;
-        "hybrid" by both, 0.7 x the standardised cosine + 0.3 x the standardised BM25 score; unless given, the default
+        "hybrid" by both, the standardised cosine + 40 x the squared share of BM25's maximum; unless given, the default
         (`DEFAULT_MODE`). The lexical index is built at its first use, stored beside a folder's collections (in the
         cache folder for a server), and rebuilt when chunks have changed. `options`: see `SearchOptions`.
 
-        Raises FileNotFoundError when the store or the collection does not exist, ImportError without bm25s.
+        Raises FileNotFoundError when the store or the collection does not exist.
         """
         if not isinstance(query, str):
             raise TypeError(f"query must be one string, got {type(query).__name__}. For several, use search_many.")
@@ -202,54 +199,30 @@ class VectorIndex:
         written so far; an exception that it raises stops the call, and the chunks written so far stay. `write_every`:
         number of chunks embedded and written at a time.
         """
-        started = time.perf_counter()
         if isinstance(documents, Sequence):
             total = len(documents)
         with self._store.writing():
-            collection = self._find_or_create()
-            counts: Counter[str] = Counter()
-            stale: dict[str, set[str]] = {}  # by source: stored ids that this call has not seen yet
-            repeated: Counter[str] = Counter()
-            waiting: list[Chunk] = []
-            num_read = 0
-            with tqdm(total=total, unit="document", disable=not show_progress) as progress:
-                for batch in _batched(documents, DOCUMENTS_READ_AHEAD):
-                    stale.update(present_ids(collection, {document.source for document in batch} - stale.keys()))
-                    for chunks in new_chunks(batch, self._model, stale, repeated, counts):
-                        for chunk in chunks:
-                            waiting.append(chunk)
-                            if len(waiting) >= write_every:
-                                self._write(collection, waiting, counts)
-                                waiting = []
-                        progress.update()
-                        num_read += 1
-                        if on_progress is not None:
-                            on_progress(num_read, counts["added"])
-                self._write(collection, waiting, counts)
-            outdated = [id for ids in stale.values() for id in ids] if prune else []
-            self._delete(collection, outdated)
-        return IndexReport(
-            added=counts["added"],
-            unchanged=counts["unchanged"],
-            replaced=len(outdated),
-            removed=0,
-            truncated=counts["truncated"],
-            seconds=time.perf_counter() - started,
-        )
+            return self._writer().add(
+                documents,
+                prune=prune,
+                total=total,
+                show_progress=show_progress,
+                on_progress=on_progress,
+                write_every=write_every,
+            )
 
     def write(self, chunks: Sequence[Chunk]) -> None:
         """Embed these chunks and store them, in place of chunks with the same ids; nothing else is changed."""
         with self._store.writing():
-            self._write(self._find_or_create(), chunks, Counter())
+            self._writer().write(chunks)
 
     def delete(self, source: str) -> int:
         """Delete a source's chunks; returns their number."""
         if not len(self):
             return 0
         with self._store.writing():
-            collection = self._find_or_create()
-            ids = collection.get(where={"source": source}, include=[])["ids"]
-            self._delete(collection, ids)
+            ids = self._find_or_create().get(where={"source": source}, include=[])["ids"]
+            self._writer().delete(ids)
         return len(ids)
 
     def delete_ids(self, ids: Sequence[str]) -> None:
@@ -257,7 +230,7 @@ class VectorIndex:
         if not len(self):
             return
         with self._store.writing():
-            self._delete(self._find_or_create(), ids)
+            self._writer().delete(ids)
 
     def sources(self) -> set[str]:
         """The sources of all chunks."""
@@ -325,7 +298,7 @@ class VectorIndex:
         """The collection, opened again, or None. Raises ValueError if another model made it."""
         collection = find_collection(self._store, self._name)
         if collection is not None:
-            check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
+            self._check(collection)
         return collection
 
     def _find_or_create(self) -> Collection:
@@ -333,35 +306,24 @@ class VectorIndex:
             return found
         collection = self._store.client().get_or_create_collection(  # another writer may have created it on the server
             self._name,
-            metadata={STAMP_KEY: json.dumps(self._model.stamp, sort_keys=True)},
+            metadata={
+                STAMP_KEY: json.dumps(self._model.stamp, sort_keys=True),
+                CHUNKING_KEY: json.dumps(dataclasses.asdict(self._chunking or ChunkSettings())),
+            },
             configuration={"hnsw": {"space": "cosine"}},
             embedding_function=None,
         )
-        check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
+        self._check(collection)
         return collection
 
-    def _write(self, collection: Collection, chunks: Sequence[Chunk], counts: Counter[str]) -> None:
-        if not chunks:
-            return
-        embeddings = self._model.encode_document([chunk.text for chunk in chunks])
-        size = min(self._store.client().get_max_batch_size(), CHUNKS_WRITTEN_AT_ONCE)
-        for start in range(0, len(chunks), size):
-            part = chunks[start : start + size]
-            collection.upsert(
-                ids=[chunk.id for chunk in part],
-                embeddings=embeddings[start : start + size],
-                documents=[_storable(chunk.text) for chunk in part],
-                metadatas=[chunk.metadata for chunk in part],
-            )
-        self._store.wrote(collection)
-        counts["added"] += len(chunks)
+    def _check(self, collection: Collection) -> None:
+        """Raise ValueError if the collection was made with another model or other chunk settings."""
+        check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
+        check_settings(stored_settings(collection.metadata), self._chunking, self._name)
 
-    def _delete(self, collection: Collection, ids: Sequence[str]) -> None:
-        size = self._store.client().get_max_batch_size()
-        for start in range(0, len(ids), size):
-            collection.delete(ids=list(ids[start : start + size]))
-        if ids:
-            self._store.wrote(collection)
+    def _writer(self) -> CollectionWriter:
+        collection = self._find_or_create()
+        return CollectionWriter(self._store, collection, self._model, stored_settings(collection.metadata))
 
 
 def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -371,17 +333,3 @@ def _chunks_of(page: Mapping[str, Any]) -> Iterator[Chunk]:
     embeddings = page["embeddings"] if page["embeddings"] is not None else empty
     for id, text, metadata, embedding in zip(page["ids"], texts, page["metadatas"], embeddings, strict=True):
         yield Chunk(id, text or "", dict(metadata or {}), embedding)
-
-
-def _storable(text: str) -> str:
-    """The text without lone surrogates: Chroma stores UTF-8, which cannot hold them."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, size)):
-        for document in batch:
-            if not isinstance(document, Document):
-                raise TypeError(f"documents must be c2v_rag.Document objects, got {type(document).__name__}.")
-        yield batch

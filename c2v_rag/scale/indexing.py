@@ -21,13 +21,15 @@ from c2v_rag.index import (
     CHUNKS_WRITTEN_AT_ONCE,
     ChromaServer,
     Chunk,
+    ChunkSettings,
     IndexReport,
+    Present,
     VectorIndex,
     find_collection,
     new_chunks,
     open_store,
-    present_ids,
     remove_vanished,
+    stored_settings,
     stored_stamps,
 )
 from c2v_rag.protocols import is_url
@@ -49,6 +51,7 @@ def index_on_ray(
     workers: Workers | None = None,
     dtype: str | None = None,
     prune: bool = False,
+    chunking: ChunkSettings | None = None,
 ) -> tuple[IndexReport, list[str]]:
     """Bring a Chroma server's collection up to date with files, folders and "python-docs".
 
@@ -58,6 +61,7 @@ def index_on_ray(
     every machine must see them under the same paths. Tenant, database and headers for the server are read from the
     driver's environment. `model` is loaded once in each worker. `unchanged` and `added` count this run's chunks. If a
     worker was replaced, a chunk may be counted twice. `prune`: as in `remove_vanished`.
+    `chunking`: as for `VectorIndex`.
 
     Raises ValueError for a store that is a folder, and the errors of reading, loading and writing.
     """
@@ -71,6 +75,7 @@ def index_on_ray(
     started = time.perf_counter()
     read_sources(sources)  # raises for a missing source
     units = [str(file) for source in sources for file in _units(source)]
+    settings = chunking or ChunkSettings()
     counts: Counter[str] = Counter()
     outdated: list[str] = []
     left_out: list[str] = []
@@ -78,13 +83,13 @@ def index_on_ray(
         chosen = (workers or Workers()).of(resources)
         chunks = ray.data.from_items(units, override_num_blocks=max(1, min(len(units), _MAX_BLOCKS))).flat_map(
             _Splitter,
-            fn_constructor_args=(store, model, collection, text_column),
+            fn_constructor_args=(store, model, collection, text_column, settings),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, chosen.count or 1)),
             num_cpus=0.25,
         )
         written = chunks.map_batches(
             _Writer,
-            fn_constructor_args=(store, model, collection, dtype, chosen.cpus),
+            fn_constructor_args=(store, model, collection, dtype, chosen.cpus, chunking),
             batch_size=CHUNKS_WRITTEN_AT_ONCE,
             **chosen.options,
         )
@@ -135,7 +140,10 @@ class _StampOnly:
 class _Splitter:
     """Reads and splits a unit. Yields a row for each chunk that is not in the collection, and a report row."""
 
-    def __init__(self, store: ChromaServer, model: str, collection: str, text_column: str) -> None:
+    def __init__(
+        self, store: ChromaServer, model: str, collection: str, text_column: str, settings: ChunkSettings
+    ) -> None:
+        self._settings = settings
         self._store = store
         self._model = model
         self._collection = collection
@@ -155,19 +163,19 @@ class _Splitter:
             self._opened = open_store(self._store)
         collection = find_collection(self._opened, self._collection)
         counts: Counter[str] = Counter(truncated=0, unchanged=0)
-        repeated: Counter[str] = Counter()
-        present: dict[str, set[str]] = {}
+        present = Present()
+        if collection is not None:
+            self._settings = stored_settings(collection.metadata)
         left_out: list[str] = []
         documents = read_sources(
             [unit], text_column=self._text_column, on_error=lambda path, error: left_out.append(str(error))
         )
         while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-            present.update(present_ids(collection, {document.source for document in batch} - present.keys()))
-            for chunks in new_chunks(batch, self._counter, present, repeated, counts):
+            for chunks in new_chunks(batch, self._counter, self._settings, collection, present, counts):
                 for chunk in chunks:
                     metadata = json.dumps(chunk.metadata)
                     yield {"id": chunk.id, "text": chunk.text, "metadata": metadata, "report": ""}
-        outdated = [id for ids in present.values() for id in ids]
+        outdated = [id for ids in present.ids.values() for id in ids]
         yield _report_row({**counts, "outdated": outdated, "left_out": left_out})
 
 
@@ -175,8 +183,15 @@ class _Writer:
     """Embeds chunks and writes them; passes on the reports of the splitters."""
 
     def __init__(
-        self, store: ChromaServer, model: str, collection: str, dtype: str | None, threads: float | None
+        self,
+        store: ChromaServer,
+        model: str,
+        collection: str,
+        dtype: str | None,
+        threads: float | None,
+        chunking: ChunkSettings | None,
     ) -> None:
+        self._chunking = chunking
         self._store = store
         self._collection = collection
         self._loaded = Loaded(model, dtype, threads)
@@ -197,7 +212,7 @@ class _Writer:
 
     def _write(self, chunks: list[Chunk]) -> dict[str, Any]:
         if self._index is None:
-            self._index = VectorIndex(self._store, self._loaded(), self._collection)
+            self._index = VectorIndex(self._store, self._loaded(), self._collection, chunking=self._chunking)
         self._index.write(chunks)
         return {"added": len(chunks)}
 

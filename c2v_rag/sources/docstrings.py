@@ -50,7 +50,10 @@ def python_docs() -> tuple[Document, ...]:
 
     command = [sys.executable, "-I", "-S", "-W", "ignore", __file__]
     collected = subprocess.run(command, check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL).stdout
-    return tuple(Document(text, name, {"kind": kind}) for name, kind, text in json.loads(collected))
+    return tuple(
+        Document(text, name, {"kind": kind}, title=text.partition("\n")[0])
+        for name, kind, text in json.loads(collected)
+    )
 
 
 def _collect_docs() -> list[tuple[str, str, str]]:

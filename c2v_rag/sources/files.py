@@ -29,8 +29,9 @@ def read_sources(
 ) -> Iterator[Document]:
     """Documents of files, folders (with their subfolders) and "python-docs", in the order given.
 
-    Files of these kinds are read: .txt .md .rst .html .pdf .py and, one document per row, .jsonl .csv .parquet with a
-    column `text_column`. A document's source is its file's absolute path; the other columns of a table become metadata.
+    Files of these kinds are read: .txt .md .rst .html .py .docx .pptx .xlsx .epub; .pdf, one document per page; and
+    .jsonl .csv .parquet, one document per row, with a column `text_column`. A document's source is its file's absolute
+    path; the other columns of a table become metadata, and a column "title" the title.
     An empty file gives one empty document, so that an index deletes its earlier text. `limit`: stop after this many
     documents.
 
@@ -95,7 +96,11 @@ def _read_file(path: Path, text_column: str) -> Iterator[Document]:
     # A file name may be invalid UTF-8, but stores accept only valid UTF-8.
     suffix, source = path.suffix.lower(), path.resolve().as_posix().encode("utf-8", "replace").decode("utf-8")
     if suffix in READERS:
-        yield Document(READERS[suffix](path), source)
+        part = None
+        for part in READERS[suffix](path):
+            yield Document(part.text, source, dict(part.metadata), part.title, part.format)
+        if part is None:
+            yield Document("", source)
         return
     row = -1
     for row, record in enumerate(TABLES[suffix](path)):
@@ -106,6 +111,7 @@ def _read_file(path: Path, text_column: str) -> Iterator[Document]:
                 "Name the column that holds the text."
             )
         others = {str(key): value for key, value in record.items() if key != text_column and isinstance(value, Scalar)}
-        yield Document(text, source, others | {"row": row})
+        title = others.get("title")
+        yield Document(text, source, others | {"row": row}, title if isinstance(title, str) else "")
     if row < 0:
         yield Document("", source)

@@ -1,14 +1,42 @@
-"""Read file formats: the text of a text, HTML or PDF file, and the rows of a table."""
+"""Read file formats: the text of a file with its title and structure, and the rows of a table."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from c2v_rag.sources.document import Format, Scalar
 
 CSV_FIELD_CHARACTERS = 2**26
+
+
+class Part(NamedTuple):
+    """A text of a file: the whole file, or one page of it."""
+
+    text: str
+    title: str = ""
+    format: Format = "text"
+    metadata: Mapping[str, Scalar] = MappingProxyType({})
+
+
+def _read_plain(path: Path) -> Iterator[Part]:
+    yield Part(_read_text(path))
+
+
+def _read_markdown(path: Path) -> Iterator[Part]:
+    yield Part(_read_text(path), format="markdown")
+
+
+def _read_rst(path: Path) -> Iterator[Part]:
+    yield Part(_read_text(path), format="rst")
+
+
+def _read_python(path: Path) -> Iterator[Part]:
+    yield Part(_read_text(path), path.stem, "python")
 
 
 def _read_text(path: Path) -> str:
@@ -20,17 +48,21 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _read_html(path: Path) -> str:
+def _read_html(path: Path) -> Iterator[Part]:
     try:
         import trafilatura
     except ModuleNotFoundError as error:
         if error.name != "trafilatura":
             raise
         raise ImportError('Reading HTML needs trafilatura: pip install "c2v-rag[files]"') from error
-    return trafilatura.extract(path.read_bytes(), include_comments=False) or ""
+    content = path.read_bytes()
+    text = trafilatura.extract(content, include_comments=False, output_format="markdown") or ""
+    found = trafilatura.extract_metadata(content)
+    yield Part(text, (found.title or "").strip() if found else "", "markdown")
 
 
-def _read_pdf(path: Path) -> str:
+def _read_pdf(path: Path) -> Iterator[Part]:
+    """A part for each page that has text; "page" counts from 1."""
     try:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
@@ -39,9 +71,25 @@ def _read_pdf(path: Path) -> str:
             raise
         raise ImportError('Reading PDF needs pypdf: pip install "c2v-rag[files]"') from error
     try:
-        return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)
+        reader = PdfReader(path)
+        title = str((reader.metadata and reader.metadata.title) or "").strip()
+        for number, page in enumerate(reader.pages, start=1):
+            if (text := page.extract_text()).strip():
+                yield Part(text, title, metadata={"page": number})
     except PyPdfError as error:
         raise ValueError(f"{path} cannot be read as a PDF: {error}") from error
+
+
+def _read_office(path: Path) -> Iterator[Part]:
+    """Word, PowerPoint, Excel and EPUB files, converted to Markdown."""
+    try:
+        import markitdown
+    except ModuleNotFoundError as error:
+        if error.name != "markitdown":
+            raise
+        raise ImportError(f'Reading {path.suffix} needs markitdown: pip install "c2v-rag[office]"') from error
+    converted = markitdown.MarkItDown(enable_plugins=False).convert_local(path)
+    yield Part(converted.markdown, (converted.title or "").strip(), "markdown")
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -81,14 +129,18 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-READERS: dict[str, Callable[[Path], str]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".rst": _read_text,
-    ".py": _read_text,
+READERS: dict[str, Callable[[Path], Iterator[Part]]] = {
+    ".txt": _read_plain,
+    ".md": _read_markdown,
+    ".rst": _read_rst,
+    ".py": _read_python,
     ".html": _read_html,
     ".htm": _read_html,
     ".pdf": _read_pdf,
+    ".docx": _read_office,
+    ".pptx": _read_office,
+    ".xlsx": _read_office,
+    ".epub": _read_office,
 }
 TABLES: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".jsonl": _read_jsonl,

@@ -17,7 +17,7 @@ _OPTIONS = ("query_instruction", "document_instruction", "truncate_dim")
 class Causal2VecEmbeddingFunction(EmbeddingFunction[Documents]):
     """Embeds the documents and queries of a collection. Chroma finds it by its name when a collection is reopened.
 
-    Example:
+    Examples:
         >>> import chromadb
         >>> from chroma_c2v import Causal2VecEmbeddingFunction
         >>> collection = chromadb.EphemeralClient().create_collection(

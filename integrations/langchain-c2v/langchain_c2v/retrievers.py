@@ -17,7 +17,7 @@ _OPTIONS = ("mode", "where", "min_score", "group_by", "mmr", "neighbours", "rera
 class C2VRetriever(BaseRetriever):
     """Retrieves from a `VectorIndex`: by embeddings, by words, or by both.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Document, VectorIndex, shared_model
         >>> from langchain_c2v import C2VRetriever
         >>> index = VectorIndex("store", shared_model())

@@ -22,7 +22,7 @@ from c2v_rag import Causal2Vec, TokenBatch
 class Causal2VecModule(InputModule):
     """Tokenises and embeds: the first and only module of a `SentenceTransformer`.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Causal2Vec
         >>> from sentence_transformers import SentenceTransformer
         >>> from sentence_transformers_c2v import Causal2VecModule
@@ -156,7 +156,7 @@ def load(
 ) -> SentenceTransformer:
     """A `SentenceTransformer` with a Causal2Vec checkpoint. Arguments as in `Causal2Vec.from_pretrained`.
 
-    Example:
+    Examples:
         >>> from sentence_transformers_c2v import load
         >>> model = load("default")
         >>> documents = model.encode_document(["A heap keeps its smallest item first.", "Bread needs yeast."])

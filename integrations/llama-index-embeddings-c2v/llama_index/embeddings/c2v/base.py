@@ -18,7 +18,7 @@ _SPEC_FIELDS = ("revision", "device", "dtype", "llm_kwargs")
 class Causal2VecEmbedding(BaseEmbedding):
     """Causal2Vec embedding model.
 
-    Example:
+    Examples:
         >>> from llama_index.embeddings.c2v import Causal2VecEmbedding
         >>> embed_model = Causal2VecEmbedding()
         >>> len(embed_model.get_query_embedding("What keeps its smallest item first?"))

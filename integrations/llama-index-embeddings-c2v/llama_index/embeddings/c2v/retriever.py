@@ -15,7 +15,7 @@ from c2v_rag import Hit, Reranker, SearchMode, VectorIndex
 class C2VRetriever(BaseRetriever):
     """Retrieves from a `VectorIndex`: by embeddings, by words, or by both.
 
-    Example:
+    Examples:
         >>> from c2v_rag import Document, VectorIndex, shared_model
         >>> from llama_index.embeddings.c2v import C2VRetriever
         >>> index = VectorIndex("store", shared_model())

@@ -1,0 +1,184 @@
+"""Write the tables of the documentation from the committed results.
+
+python benchmarks/tables.py           # rewrites every block between <!-- table: NAME --> and <!-- end -->
+python benchmarks/tables.py --check   # exit code 1 if a block differs from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).with_name("results")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A committed result."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is aligned to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def made_by(result: dict[str, Any]) -> str:
+    """The line under a table: what made it, and when."""
+    commands = result["command"] if isinstance(result["command"], list) else [result["command"]]
+    dates = result["date"] if isinstance(result["date"], list) else [result["date"]]
+    days = ", ".join(sorted({date[:10] for date in dates}))
+    machine = result.get("machine", "")
+    if isinstance(machine, dict):
+        machine = ", ".join(f"{machine[key]}" for key in ("cpu", "dtype") if key in machine)
+        machine = f"{machine}, {result['machine']['cores']} cores".removeprefix(", ")
+    return "\nMade with " + " and ".join(f"`{command}`" for command in commands) + f"; {machine}; {days}.\n"
+
+
+def evaluation() -> str:
+    result = read("evaluation")
+    rows = []
+    for name, task in result["tasks"].items():
+        metric = task["metric"]
+        scores = {system: f"{100 * values[metric]:.1f}" for system, values in task["scores"].items()}
+        lead = task["lead"]["encoder"]
+        measure = "nDCG@10" if metric == "ndcg_at_10" else "Spearman"
+        rows.append(
+            [f"{name}, {measure}", scores["model"], scores["encoder"], interval(lead["low"], lead["high"])]
+            + [scores.get(system, "-") for system in ("contextual", "eos", "bm25")]
+        )
+    header = ["x 100", "default", "its encoder alone", "difference, 95 %", "columns of C", "columns of EOS", "BM25"]
+    return markdown(header, rows) + made_by(result)
+
+
+def python_docs() -> str:
+    result = read("python_docs_quality")
+    rows = [
+        [name, f"{100 * values['recall@10']:.0f}", f"{values['mrr']:.2f}"] for name, values in result["results"].items()
+    ]
+    header = [f"{result['questions']} questions, {result['passages']} docstrings", "recall@10, x 100", "MRR"]
+    return markdown(header, rows) + made_by(result)
+
+
+def throughput() -> str:
+    result = read("throughput")
+    rows = [
+        [name, f"{values['tokens_per_s']:,.0f}", f"{100 * values['of_reference']:.0f} %"]
+        for name, values in result["encode"].items()
+    ]
+    return markdown(["", "tokens/s", "of `embed, uniform`"], rows) + made_by(result)
+
+
+def prefix() -> str:
+    result = read("throughput")
+    rows = [
+        [name, f"{values['per_s_with_reuse']:.1f}", f"{values['per_s_without']:.1f}", f"{values['gain']:.1f} x"]
+        for name, values in result["queries"].items()
+    ]
+    header = ["queries/s", "keys and values of the prefix reused", "computed anew", "gain"]
+    return markdown(header, rows) + made_by(result)
+
+
+def efficiency() -> str:
+    result = read("efficiency")
+    questions, passages = result["loads"]["questions"]["rows"], result["loads"]["passages"]["rows"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        less = row.get("ours_takes_less_time_by")
+        return [
+            f"{row['tokens_a_text']:.0f}",
+            f"{row['texts_per_s']:.1f}",
+            "" if less is None else f"{100 * less:+.0f} %",
+        ]
+
+    rows = [[name, *cells(questions[name]), *cells(passages[name])] for name in questions]
+    header = ["", "tokens, questions", "texts/s", "saved", "tokens, passages", "texts/s", "saved"]
+    return markdown(header, rows) + made_by(result)
+
+
+def serving() -> str:
+    rows = read("serving")["rows"]
+    lines = []
+    for name, together in rows.items():
+        if not name.startswith("gathered"):
+            continue
+        clients = name.removeprefix("gathered, ").removesuffix(" clients")
+        single = rows[f"one by one, {clients} clients"]
+        lines.append(
+            [
+                clients,
+                f"{together['queries_per_s']:.0f}",
+                f"{together['p50_s']:.2f} s",
+                f"{together['p99_s']:.2f} s",
+                f"{single['queries_per_s']:.0f}",
+                f"{single['p50_s']:.2f} s",
+                f"{together['gain']:.1f} x",
+            ]
+        )
+    header = ["clients", "queries/s", "p50", "p99", "one text a call: queries/s", "p50", "gain"]
+    return markdown(header, lines) + made_by(read("serving"))
+
+
+def ray() -> str:
+    result = read("scale")
+    rows = [
+        [
+            name,
+            f"{row['whole_s']:.1f} s",
+            f"{row['start_s']:.1f} s",
+            f"{row['chunks_per_s']:.1f}",
+            f"{row['ratio']:.1f}",
+        ]
+        for name, row in result["rows"].items()
+    ]
+    header = [f"{result['documents']} docstrings", "whole command", "start", "chunks/s", "time, of one process"]
+    return markdown(header, rows) + made_by(result)
+
+
+def interval(low: float, high: float) -> str:
+    """Both ends of an interval of a difference, x 100."""
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "evaluation": evaluation,
+    "python-docs": python_docs,
+    "throughput": throughput,
+    "prefix": prefix,
+    "efficiency": efficiency,
+    "serving": serving,
+    "ray": ray,
+}
+
+
+def updated(text: str) -> str:
+    """The text of a page with its tables made anew. Raises KeyError for a table that does not exist."""
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="Change nothing.")
+    arguments = parser.parse_args()
+    outdated = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := updated(text)) != text:
+            outdated.append(str(page.relative_to(ROOT)))
+            if not arguments.check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{len(outdated)} pages with other tables than the results: {', '.join(outdated)}")
+    sys.exit(arguments.check and bool(outdated))
+
+
+if __name__ == "__main__":
+    main()
