@@ -70,7 +70,6 @@ CORE = {
         "index.chunking",
         "index.lexical",
         "index.query",
-        "index.reranking",
         "index.settings",
         "index.stamp",
         "index.stores",

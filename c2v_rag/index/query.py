@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
-
-if TYPE_CHECKING:
-    from c2v_rag.index.reranking import Reranker
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, cast, get_args, runtime_checkable
 
 SearchMode = Literal["dense", "lexical", "hybrid"]
 DEFAULT_MODE: SearchMode = "dense"  # of index, command line, page, server and retrievers
@@ -19,8 +16,8 @@ RERANK_DEPTH = 50
 class Hit:
     """A chunk that was found. `metadata`: its "source" and the document's metadata.
 
-    `score`: the cosine similarity of a dense search, BM25's score of a lexical one, a sum of both of a hybrid one, or the
-    reranker's score if there is one. Hits are sorted by it, except with `mmr`. `scores` has those that were computed,
+    `score`: the cosine similarity of a dense search, BM25's score of a lexical one, a sum of both of a hybrid one, or
+    the reranker's score if there is one. Hits are sorted by it, except with `mmr`. `scores` has those that were computed,
     as "cosine", "bm25" and "rerank".
     `before`, `after`: the text around the passage in its source, if `neighbours` were asked for; else empty.
     """
@@ -37,6 +34,17 @@ class Hit:
     def context(self) -> str:
         """`before`, `text` and `after` as one text."""
         return self.before + self.text + self.after
+
+
+@runtime_checkable
+class PairScorer(Protocol):
+    """The member of sentence-transformers' `CrossEncoder` that is used: a score for each pair of query and text."""
+
+    def predict(self, pairs: Any, /, **options: Any) -> Any: ...
+
+
+Scorer: TypeAlias = Callable[[str, Sequence[str]], Any]
+Reranker: TypeAlias = str | PairScorer | Scorer
 
 
 class SearchOptions(TypedDict, total=False):
