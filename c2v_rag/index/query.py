@@ -17,8 +17,8 @@ class Hit:
     """A chunk that was found. `metadata`: its "source" and the document's metadata.
 
     `score`: the cosine similarity of a dense search, BM25's score of a lexical one, a sum of both of a hybrid one, or
-    the reranker's score if there is one. Hits are sorted by it, except with `mmr`. `scores` has those that were computed,
-    as "cosine", "bm25" and "rerank".
+    the reranker's score if there is one. Hits are sorted by it, except with `mmr`. `scores` has those that were
+    computed, as "cosine", "bm25" and "rerank".
     `before`, `after`: the text around the passage in its source, if `neighbours` were asked for; else empty.
     """
 
