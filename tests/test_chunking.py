@@ -219,7 +219,7 @@ def test_progress_ends_with_everything_written(tmp_path: Path) -> None:
     VectorIndex(tmp_path, Letters()).add(numbered(30), write_every=7, on_progress=lambda *now: seen.append(now))
     assert seen[-1] == (30, 30)
     assert seen == sorted(seen)
-    assert [documents for documents, _ in seen[:-1]] == list(range(1, 31))
+    assert sorted({documents for documents, _ in seen}) == list(range(1, 31))
 
 
 def test_a_servers_index_has_the_same_settings(chroma_server: str) -> None:

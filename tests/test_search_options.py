@@ -17,6 +17,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from sentence_transformers import CrossEncoder
 
 from c2v_rag import Document, VectorIndex
+from c2v_rag.index import query as query_module
 from c2v_rag.index.chunking import Chunk
 from tests.plain import Letters, numbered
 from tests.tiny import tiny_tokenizer
@@ -117,6 +118,15 @@ def test_wrong_numbers_are_refused_before_anything_is_embedded(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         index.search("a", **options)
+
+
+@pytest.mark.parametrize("default", ["dense", "hybrid"])
+def test_one_constant_is_the_default_mode(index: VectorIndex, default: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.add(numbered(12))
+    monkeypatch.setattr(query_module, "DEFAULT_MODE", default)
+    hits = index.search("topic 3", 3)
+    assert hits == index.search("topic 3", 3, mode=default)
+    assert ("bm25" in hits[0].scores) == (default == "hybrid")
 
 
 def test_hits_are_plain_data(index: VectorIndex) -> None:

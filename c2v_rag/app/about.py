@@ -30,6 +30,9 @@ def facts(model: Embedder, store: StoreAddress, index: VectorIndex | None) -> di
         }
     if index is not None:
         rows["passages"] = f"{len(index):,}"
+        if isinstance(model, Causal2Vec):
+            command = f"c2v-rag adapt --store {store_name(store)} --collection COLLECTION --output runs/adapted"
+            rows["train it on these documents"] = command
         rows |= _measure(model, [chunk.text for chunk in islice(index.chunks(), SPEED_TEXTS)])
     return rows
 

@@ -1,4 +1,4 @@
-"""The command `c2v-rag`: download, index, search, embed, info, train, mine, evaluate, serve, app.
+"""The command `c2v-rag`: download, index, search, embed, info, train, mine, evaluate, adapt, serve, app.
 
 Results go to stdout, all other output to stderr. An error prints one message, and the exit code is 1; `--debug` shows
 the traceback.
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from c2v_rag import __version__
-from c2v_rag.cli import download, search, serve, train
+from c2v_rag.cli import adapt, download, search, serve, train
 from c2v_rag.cli.shared import err
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ app.command()(search.info)
 app.command()(train.train)
 app.command()(train.mine)
 app.command()(train.evaluate)
+app.command()(adapt.adapt)
 app.command()(serve.serve)
 app.command("app")(serve.search_app)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from c2v_rag.cli.options import Device, DType, Json, ModelName
+from c2v_rag.cli.options import Collection, Device, DType, Json, ModelName
 from c2v_rag.cli.shared import load_model, out, requires_extra
 
 
@@ -61,23 +62,48 @@ def mine(
     relative_margin: Annotated[
         float, typer.Option(min=0, max=1, help="Leave out passages that score above (1 - this) x the positive's score.")
     ] = 0.05,
+    max_similarity: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Leave out passages more similar than this to the positive.")
+    ] = None,
     instruction: Annotated[str | None, typer.Option(help="Instruction instead of the data set's own.")] = None,
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="Repeatable: a file or folder whose passages are searched too.")
+    ] = None,
+    store: Annotated[str | None, typer.Option(help="Folder or URL of an index whose chunks are searched too.")] = None,
+    collection: Collection = "documents",
+    bm25: Annotated[bool, typer.Option("--bm25", help="Take candidates by BM25 too.")] = False,
+    teacher: Annotated[
+        str, typer.Option(help='Who scores: "model", "hybrid" (vectors and BM25), a sentence-transformers model.')
+    ] = "model",
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Find hard negatives among the positives of the other pairs."""
+    """Find hard negatives among the positives of the other pairs, and in a corpus of yours."""
     with requires_extra("train"):
         from c2v_rag.finetune import mining
+    from c2v_rag.index import VectorIndex
+    from c2v_rag.index.stores import missing_index
 
+    loaded = load_model(model, device, dtype)
+    chunks = mining.corpus_of(corpus or [], loaded)
+    if store is not None:
+        index = VectorIndex(store, loaded, collection)
+        if not len(index):
+            raise missing_index(store, collection)
+        chunks = itertools.chain(chunks, index.chunks(embeddings=True))
     found = mining.mine(
         data,
         output,
-        load_model(model, device, dtype),
+        loaded,
         num_negatives=num_negatives,
         range_min=range_min,
         range_max=range_max,
         relative_margin=relative_margin,
+        max_similarity=max_similarity,
         instruction=instruction,
+        corpus=chunks,
+        bm25=bm25,
+        teacher=teacher,
     )
     out.print(f"{output}: {found} pairs got {num_negatives} negatives each.", markup=False, soft_wrap=True)
 

@@ -19,12 +19,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from c2v_rag import inference
 from c2v_rag.config import Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.start import StartVectors
-from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
+from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer
 from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
@@ -179,8 +178,3 @@ def stage_tokenizer(model: Causal2Vec, max_length: int) -> TextTokenizer:
         model.config, max_length=max_length, encoder_max_length=min(max_length, model.config.encoder_max_length)
     )
     return model.tokenizer.with_config(config)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """A context that computes in bfloat16 where the hardware supports it, and in float32 elsewhere."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=inference.default_dtype(device) == torch.bfloat16)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from c2v_rag.finetune.loss import Causal2VecLoss
@@ -35,7 +36,7 @@ class Monitor(TrainerCallback):
         self._paused = paused
         self._limit = math.inf if minutes is None else 60 * minutes
         self._start = 0.0
-        self._norms: dict[str, float] = {}
+        self._norms: dict[str, Tensor] = {}  # on the device, so that it does not wait for each of them
         self._rates: dict[str, float] = {}
 
     @property
@@ -43,19 +44,24 @@ class Monitor(TrainerCallback):
         """Seconds of training so far, without scoring."""
         return time.perf_counter() - self._paused() - self._start
 
+    @property
+    def time_share(self) -> float:
+        """The share of `minutes` that is over; 0 without a limit."""
+        return min(1.0, self.seconds / self._limit)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         before = max((row.get("seconds", 0.0) for row in state.log_history), default=0.0)
         self._start = time.perf_counter() - self._paused() - before
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        squares: dict[str, float] = {}
+        gradients: dict[str, list[Tensor]] = {}
         for group in kwargs["optimizer"].param_groups:
             for parameter in group["params"]:
                 part = self._parts.get(parameter)
                 if part is not None and parameter.grad is not None:
-                    squares[part] = squares.get(part, 0.0) + float(parameter.grad.float().norm()) ** 2
+                    gradients.setdefault(part, []).append(parameter.grad)
                     self._rates[part] = float(group["lr"])
-        self._norms = {part: math.sqrt(square) for part, square in squares.items()}
+        self._norms = {part: get_total_norm(tensors) for part, tensors in gradients.items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._limit < math.inf:
@@ -68,10 +74,11 @@ class Monitor(TrainerCallback):
         "seconds"; "margin" and "masked" (`masks.batch_statistics`); for each trained part "learning_rate/PART" and
         "grad_norm/PART", the norm before clipping.
         """
-        clipped = math.sqrt(sum(norm**2 for norm in self._norms.values()))
+        norms = {part: norm.item() for part, norm in self._norms.items()}
+        clipped = math.hypot(*norms.values())
         scale = grad_norm / clipped if clipped > 0 else 0.0  # clipping multiplies all gradients by one factor
         return (
             {"seconds": round(self.seconds, 3), **self._loss.statistics}
             | {f"learning_rate/{part}": rate for part, rate in self._rates.items()}
-            | {f"grad_norm/{part}": scale * norm for part, norm in self._norms.items()}
+            | {f"grad_norm/{part}": scale * norm for part, norm in norms.items()}
         )

@@ -21,6 +21,7 @@ from c2v_rag.evaluate.intervals import Difference, difference_of_means
 from c2v_rag.evaluate.metrics import ndcg_at_k, top_k
 from c2v_rag.finetune.dev import DevSet
 from c2v_rag.finetune.recipe import Dev
+from c2v_rag.finetune.vectors import autocast
 from c2v_rag.model import Causal2Vec
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,9 @@ Scores = dict[str, list[float]]  # by the name of a development set: one score p
 
 def score(model: Causal2Vec, dev: DevSet) -> list[float]:
     """nDCG@10 of each query of `dev`, embedded as `encode_query` and `encode_document` embed."""
-    documents = model.encode_document(dev.documents, on_truncate="ignore")
-    queries = model.encode_query(dev.queries, instruction=dev.instruction, on_truncate="ignore")
+    with autocast(model.device):
+        documents = model.encode_document(dev.documents, on_truncate="ignore")
+        queries = model.encode_query(dev.queries, instruction=dev.instruction, on_truncate="ignore")
     ids = [str(row) for row in range(len(dev.documents))]
     ranked = top_k(queries, documents, ids, CUT_OFF)
     gains = [{str(row): gain for row, gain in one.items()} for one in dev.relevant]

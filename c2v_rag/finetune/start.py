@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from c2v_rag import inference
-from c2v_rag.finetune.vectors import TextVectors
+from c2v_rag.finetune.vectors import TextVectors, autocast
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
@@ -56,8 +55,7 @@ class StartVectors:
         found = np.empty((len(keys), self._model.embedding_dim), dtype=np.float32)
         for prompt, rows in groups.items():
             embedder = _PromptedModel(self._model, self._tokenizer, prompt)
-            dtype = inference.default_dtype(self._model.device)
-            with torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with autocast(self._model.device):
                 found[rows] = inference.encode(
                     embedder, [texts[row] for row in rows], on_truncate="ignore", show_progress=True
                 )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from c2v_rag import inference
+
 _TEXTS_PER_FILE = 20_000  # an interrupted run keeps the files that it finished
 
 
@@ -104,3 +106,8 @@ class LexicalEmbedder:
 
 def _key(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """A context that computes in bfloat16 where the hardware supports it, and in float32 elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=inference.default_dtype(device) == torch.bfloat16)

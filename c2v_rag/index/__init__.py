@@ -5,8 +5,7 @@ from __future__ import annotations
 from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, Present, new_chunks
 from c2v_rag.index.lexical import LexicalIndex
-from c2v_rag.index.query import DEFAULT_MODE, Hit, SearchMode, SearchOptions, check_mode, location
-from c2v_rag.index.reranking import Reranker
+from c2v_rag.index.query import DEFAULT_MODE, Hit, Reranker, SearchMode, SearchOptions, check_mode, location
 from c2v_rag.index.settings import ChunkSettings, stored_settings
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name

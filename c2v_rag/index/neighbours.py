@@ -73,7 +73,7 @@ def _ordered_ids(collection: Collection, where: Any) -> list[str]:
         for id, metadata in zip(page["ids"], page["metadatas"] or [], strict=True)
         if isinstance(metadata.get("start"), int)
     ]
-    return [id for *_, id in sorted(positions)]  # type: ignore[type-var]
+    return [id for *_, id in sorted(positions)]
 
 
 def _texts(collection: Collection, ids: list[str]) -> dict[str, _Piece]:

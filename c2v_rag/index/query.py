@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
-
-if TYPE_CHECKING:
-    from c2v_rag.index.reranking import Reranker
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, cast, get_args, runtime_checkable
 
 SearchMode = Literal["dense", "lexical", "hybrid"]
 DEFAULT_MODE: SearchMode = "hybrid"  # of index, command line, page, server and retrievers
 MMR_DEPTH = 50
 RERANK_DEPTH = 50
+
+
+@runtime_checkable
+class PairScorer(Protocol):
+    """The member of sentence-transformers' `CrossEncoder` that is used: a score for each pair of query and text."""
+
+    def predict(self, pairs: Any, /, **options: Any) -> Any: ...
+
+
+Scorer: TypeAlias = Callable[[str, Sequence[str]], Any]
+Reranker: TypeAlias = str | PairScorer | Scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,17 @@ class Hit:
     def context(self) -> str:
         """`before`, `text` and `after` as one text."""
         return self.before + self.text + self.after
+
+
+@runtime_checkable
+class PairScorer(Protocol):
+    """The member of sentence-transformers' `CrossEncoder` that is used: a score for each pair of query and text."""
+
+    def predict(self, pairs: Any, /, **options: Any) -> Any: ...
+
+
+Scorer: TypeAlias = Callable[[str, Sequence[str]], Any]
+Reranker: TypeAlias = str | PairScorer | Scorer
 
 
 class SearchOptions(TypedDict, total=False):

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Sequence
 
 import numpy as np
 
-from c2v_rag.index.query import Hit
-
-
-@runtime_checkable
-class PairScorer(Protocol):
-    """The member of sentence-transformers' `CrossEncoder` that is used: a score for each pair of query and text."""
-
-    def predict(self, pairs: Any, /, **options: Any) -> Any: ...
-
-
-Scorer: TypeAlias = Callable[[str, Sequence[str]], Any]
-Reranker: TypeAlias = str | PairScorer | Scorer
+from c2v_rag.index.query import Hit, PairScorer, Reranker, Scorer
 
 
 def rerank(reranker: Reranker, query: str, hits: Sequence[Hit]) -> list[Hit]:

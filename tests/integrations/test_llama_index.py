@@ -145,7 +145,7 @@ def test_retrieval_equals_that_of_a_vector_index(
         retriever = index.as_retriever(similarity_top_k=10)
         for query in queries:
             ids = [int(found.node.node_id) for found in retriever.retrieve(query)]
-            found = vector_index.search(query, top_k=len(passages))
+            found = vector_index.search(query, top_k=len(passages), mode="dense")
             scores = {int(hit.metadata["source"]): hit.score for hit in found}
             assert len(ids) == 10
             assert_ranked(ids, np.array([scores[i] for i in range(len(passages))]))
@@ -249,13 +249,14 @@ def test_a_retriever_gives_diverse_nodes_and_the_text_around_them(tmp_path: Path
 
 
 def test_a_retriever_reranks(tmp_path: Path) -> None:
-    def shortest(query: str, texts: Any) -> list[float]:
-        return [-len(text) for text in texts]
+    def backwards(query: str, texts: Any) -> list[int]:
+        return list(range(len(texts)))
 
     index = VectorIndex(tmp_path, Letters())
-    index.add([Document("topic 3 " * (i + 1), f"{i}.txt") for i in range(8)])
-    expected = index.search("topic 3", 2, rerank=shortest)
-    assert [len(hit.text) for hit in expected] == [7, 15]
-    assert [one.node_id for one in C2VRetriever(index, similarity_top_k=2, rerank=shortest).retrieve("topic 3")] == [
-        hit.id for hit in expected
-    ]
+    index.add(numbered(20))
+    expected = index.search("topic 3", 2, rerank=backwards, rerank_depth=8)
+    assert [hit.id for hit in expected] == [hit.id for hit in index.search("topic 3", 8)[:5:-1]]
+    assert [
+        one.node_id
+        for one in C2VRetriever(index, similarity_top_k=2, rerank=backwards, rerank_depth=8).retrieve("topic 3")
+    ] == [hit.id for hit in expected]
