@@ -223,6 +223,32 @@ def choose() -> str:
     return markdown(header, lines) + made_by(result)
 
 
+def adding() -> str:
+    result = read("indexing")["adding"]
+    rows = [
+        [
+            f"{name}, {row['chunks']:,} chunks",
+            *(f"{row['chunks_per_s'][way]:.0f}" for way in ("one after the other", "at the same time")),
+            f"{row['gain']:.2f} x",
+        ]
+        for name, row in result["rows"].items()
+    ]
+    return markdown(["chunks/s", "one after the other", "at the same time", "gain"], rows) + made_by(result)
+
+
+def searching() -> str:
+    result = read("indexing")["search"]
+    rows = [
+        [f"{int(chunks):,} chunks of {row['columns']} columns, {mode}"]
+        + [f"{row[mode]['first_s']:.1f} s"]
+        + [f"{1000 * row[mode][key]:.0f} ms" for key in ("p50_s", "p99_s")]
+        + [f"{row[mode]['memory_mib']:.0f} MiB"]
+        for chunks, row in result["rows"].items()
+        for mode in ("dense", "lexical", "hybrid")
+    ]
+    return markdown(["", "first search", "p50", "p99", "memory"], rows) + made_by(result)
+
+
 def interval(low: float, high: float) -> str:
     """Both ends of an interval of a difference, x 100."""
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
@@ -236,6 +262,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "efficiency": efficiency,
     "serving": serving,
     "ray": ray,
+    "adding": adding,
+    "searching": searching,
     "retrieval": retrieval,
     "held-out": held_out,
     "choose": choose,
