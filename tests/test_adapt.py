@@ -28,7 +28,7 @@ from c2v_rag.adapt.passages import Passage, draw_passages, split_documents
 from c2v_rag.adapt.prompts import Prompt, read_prompts
 from c2v_rag.adapt.questions import Question, clean, read_questions, save_questions
 from c2v_rag.adapt.reindex import build_collection
-from c2v_rag.adapt.report import judge
+from c2v_rag.adapt.report import compare_scores, judge
 from c2v_rag.adapt.scoring import Comparison, compare, metric_values
 from c2v_rag.adapt.training import write_pairs
 from c2v_rag.adapt.writers import DecoderWriter, EndpointWriter
@@ -305,22 +305,40 @@ def test_the_command_prints_the_report(documents: Path, checkpoint: str, tmp_pat
 # A gain
 
 
-def comparison(difference: float, low: float, high: float) -> Comparison:
-    return Comparison(0.5, 0.5 + difference, low, high)
+GAIN, NONE, LOSS = (0.01, 0.2), (-0.1, 0.1), (-0.2, -0.01)
 
 
-def test_a_gain_is_only_what_the_interval_proves_and_forgetting_is_said() -> None:
-    def ending(main: Comparison, general: float) -> str:
-        scores = {"vectors": {"nDCG@10": main}}
-        return judge(scores, {"general": comparison(general, -1, 1)})[0]
+@pytest.mark.parametrize(
+    ("hybrid", "vectors", "general", "ending", "advice"),
+    [
+        (GAIN, GAIN, 0.0, "gain", "Use it, and embed"),
+        (GAIN, NONE, 0.0, "gain", "Use it, and embed"),
+        (NONE, GAIN, 0.0, "gain by vectors only", "only if you search by vectors alone"),
+        (GAIN, GAIN, -0.02, "gain, but forgets", "finds less in trivia"),
+        (NONE, NONE, 0.0, "no gain", "No gain is proved"),
+        (NONE, LOSS, 0.0, "no gain", "is worse"),
+        (LOSS, GAIN, 0.0, "no gain", "is worse"),
+    ],
+)
+def test_a_gain_is_only_what_the_interval_proves_and_forgetting_is_said(
+    hybrid: tuple[float, float], vectors: tuple[float, float], general: float, ending: str, advice: str
+) -> None:
+    held_out = {
+        mode: {"nDCG@10": Comparison(0.5, 0.5 + (low + high) / 2, low, high)}
+        for mode, (low, high) in (("hybrid", hybrid), ("vectors", vectors))
+    }
+    found = judge(held_out, {"trivia": Comparison(0.5, 0.5 + general, -1, 1)})
+    assert found[0] == ending
+    assert advice in found[1]
+    assert ("Keep the old model" in found[1]) == (ending == "no gain")
 
-    assert ending(comparison(0.1, 0.01, 0.2), 0.0) == "gain"
-    assert ending(comparison(0.1, 0.01, 0.2), -0.02) == "gain, but forgets"
-    assert ending(comparison(0.1, -0.01, 0.2), 0.0) == "no gain"
-    worse = judge({"vectors": {"nDCG@10": comparison(-0.1, -0.2, -0.01)}}, {})
-    assert worse[0] == "no gain"
-    assert "worse" in worse[1]
-    assert "Keep the old model" in worse[1]
+
+def test_with_few_documents_the_interval_is_over_questions() -> None:
+    rows = [Question(f"question {n}", "passage", f"document-{n % 2}") for n in range(8)]
+    ranks = {"ranks": {"vectors": [1] * 8, "hybrid": [4, 2] * 4}, "general": {}}
+    better = {"ranks": {"vectors": [1] * 8, "hybrid": [1, 2] * 4}, "general": {}}
+    found = compare_scores(rows, ranks, better)["held_out"]["hybrid"]["MRR"]
+    assert found.low < found.difference < found.high
 
 
 def test_the_interval_is_over_documents_not_over_questions() -> None:
