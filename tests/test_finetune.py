@@ -40,6 +40,7 @@ from c2v_rag.finetune.mining import mine
 from c2v_rag.finetune.module import StageVectors, TrainingModule, stage_vectors
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.run import new_model, train
+from c2v_rag.finetune.scoring import DevReport
 from c2v_rag.finetune.trainer import part_of
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
 from tests.pairs import pairs
@@ -440,13 +441,18 @@ def test_a_loss_that_is_not_finite_stops_training_and_saves_the_batch(
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint, steps=3)))
+    dev = {"every": 2, "max_queries": 4, "max_documents": 8, "keep_best": False}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(checkpoint, steps=3, dev=dev)))
     options = ["--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "c2v_rag.cli", "train", str(tmp_path / "recipe.yaml"), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
     log = json.loads((tmp_path / "out.training" / "log.json").read_text())
     assert [len(rows) for rows in log["steps"].values()] == [3, 3]
+    report = DevReport.load(tmp_path / "out.training" / "dev.json")
+    assert [(row["stage"], row["step"]) for row in report.history] == [
+        (stage, step) for stage in ("context", "full") for step in (0, 2, 3)
+    ]
     trained = Causal2Vec.from_pretrained(tmp_path / "out", dtype=torch.float32)
     before = Causal2Vec.from_pretrained(checkpoint, dtype=torch.float32)
     assert not torch.equal(trained.projector.output.weight, before.projector.output.weight)

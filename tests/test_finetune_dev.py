@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ from c2v_rag import Causal2Vec
 from c2v_rag.cli import app
 from c2v_rag.evaluate.intervals import difference_of_means, paired_bootstrap
 from c2v_rag.evaluate.metrics import ndcg_at_k
-from c2v_rag.finetune import loss, scoring
+from c2v_rag.finetune import loss, monitor, scoring
 from c2v_rag.finetune.data import Pair, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.dev import DevSet, hold_out, prepare_dev, read_dev_folder
 from c2v_rag.finetune.loss import Causal2VecLoss, LossWeights
@@ -132,9 +133,24 @@ def test_caps_limit_queries_and_documents_and_keep_all_relevant_ones(tmp_path: P
     kept, found = prepare_dev(sets, Dev(max_queries=4, max_documents=20), {}, seed=0)
     assert [(len(one.queries), len(one.documents)) for one in found] == [(2, 10), (2, 10)]
     assert [len(one.pairs) for one in kept] == [98, 98]
-    kept, found = prepare_dev(sets, Dev(folders=[folder], pairs=["c"]), {"c": sets[1]}, seed=0)
+    other = PairSet("c", None, [Pair("q", "p")], {})
+    kept, found = prepare_dev(sets, Dev(folders=[folder], pairs=["c"]), {"c": other}, seed=0)
     assert kept == sets, "with data of its own, nothing is held out unless told"
-    assert [one.name for one in found] == ["dev", "b"]
+    assert [one.name for one in found] == ["dev", "c"]
+
+
+def test_development_data_that_is_trained_on_is_an_error_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = PairSet("a", None, [Pair(f"q{i}", f"p{i}") for i in range(100)], {})
+    other = PairSet("b", None, [Pair(f"other {i}", f"p{i + 97}") for i in range(10)], {})
+    with pytest.raises(ValueError, match=r"names sets that are trained on: \['a'\]"):
+        prepare_dev([trained], Dev(pairs=["a"]), {"a": trained}, seed=0)
+    prepare_dev([trained], Dev(pairs=["b"]), {"b": other}, seed=0)
+    assert "dev: 3 of 10 answers of b are trained on." in caplog.text
+    folder = retrieval_folder(tmp_path / "a")
+    with pytest.raises(ValueError, match="more than one set of the name a"):
+        prepare_dev([trained], Dev(folders=[folder], hold_out=0.1), {}, seed=0)
 
 
 def test_a_score_is_ndcg_over_the_vectors_that_inference_computes(tmp_path: Path) -> None:
@@ -251,13 +267,13 @@ def test_a_resumed_stage_goes_on_with_its_scores_and_its_time(tmp_path: Path, mo
     assert control.should_training_stop
     assert [mean_score(scores) for scores in resumed.history.values()] == [0.1, 0.5, 0.4, 0.3]
 
-    monitor = Monitor(
+    measured = Monitor(
         model, Causal2VecLoss(SentenceTransformer(modules=[Causal2VecModule(model)]), LossWeights()), part_of, minutes=1
     )
-    monitor.on_train_begin(None, state, control)
-    assert 80 <= monitor.seconds < 140
+    measured.on_train_begin(None, state, control)
+    assert 80 <= measured.seconds < 140
     control.should_training_stop = False
-    monitor.on_step_end(None, state, control)
+    measured.on_step_end(None, state, control)
     assert control.should_training_stop, "80 seconds of the minute were used before"
 
 
@@ -357,11 +373,30 @@ def test_every_step_is_logged_with_parts_margin_and_masked_share(checkpoint: Pat
     assert [event.step for event in events.Scalars("train/dev")] == [0, 1, 2]
 
 
-def test_a_stage_ends_after_its_minutes(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    values = recipe_for(checkpoint, steps=50, dev="none")
-    values["stages"][0]["minutes"] = 1e-6
+def test_a_tracker_that_is_not_installed_is_named_with_the_pip_line(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
+    values = recipe_for(checkpoint, report_to=["tensorboard", "wandb"])
+    with pytest.raises(ImportError, match="report_to names wandb, not installed here: pip install wandb"):
+        train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_a_stage_ends_after_its_minutes_and_its_learning_rates_follow_the_time(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(10_000))  # of each look at the clock
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: float(next(seconds)))
+    values = recipe_for(checkpoint, steps=1000, dev="none")
+    values["stages"][0]["minutes"] = 1
     train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
-    assert len(json.loads((tmp_path / "out.training" / "log.json").read_text())["steps"]["full"]) == 1
+    log = json.loads((tmp_path / "out.training" / "log.json").read_text())["steps"]["full"]
+    assert 5 < len(log) < 60, "it ends by the time, long before 1,000 steps"
+    rates = [row["learning_rate/projector"] for row in log]
+    assert max(rates) > 0.9 * RATES["projector"], "warm-up is over early"
+    assert rates[-1] < 0.2 * RATES["projector"], "the cosine has come down at the end"
 
 
 def test_scores_in_the_data_are_distilled_and_negatives_are_drawn_anew(tmp_path: Path) -> None:

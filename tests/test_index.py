@@ -65,7 +65,7 @@ def test_search_equals_brute_force(tmp_path: Path, model: Counting) -> None:
     assert len(index) == model.embedded == 30
     queries = ["topic 3", "12: a passage"]
     scores = model.encode_query(queries) @ model.encode_document([d.text for d in DOCUMENTS]).T
-    for query, row, hits in zip(queries, scores, index.search_many(queries, top_k=4), strict=True):
+    for query, row, hits in zip(queries, scores, index.search_many(queries, top_k=4, mode="dense"), strict=True):
         found = [int(hit.metadata["n"]) for hit in hits]
         assert len(found) == 4
         assert_ranked(found, row)
@@ -75,7 +75,7 @@ def test_search_equals_brute_force(tmp_path: Path, model: Counting) -> None:
                 DOCUMENTS[i].text,
                 {"n": i, "source": DOCUMENTS[i].source, "start": 0, "end": len(DOCUMENTS[i].text)},
             )
-        alone = index.search(query, top_k=4)
+        alone = index.search(query, top_k=4, mode="dense")
         np.testing.assert_allclose([hit.score for hit in alone], [hit.score for hit in hits], atol=1e-5)
     assert len(index.search("anything", top_k=100)) == 30
     assert index.search_many([]) == []
@@ -373,7 +373,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_ids(tmp_path: Path) -> No
     undisturbed.add(numbered(240))
     assert ids(resumed) == ids(undisturbed)
     query = "17: a passage"
-    found, expected = (index.search(query, top_k=240) for index in (resumed, undisturbed))
+    found, expected = (index.search(query, top_k=240, mode="dense") for index in (resumed, undisturbed))
     assert found[0].metadata["n"] == 17
     assert {hit.id: hit.score for hit in found} == pytest.approx({hit.id: hit.score for hit in expected}, abs=1e-6)
 
@@ -419,6 +419,8 @@ def test_a_chroma_server_serves_the_same_index(
     assert index.add(DOCUMENTS).unchanged == 30
     local = VectorIndex(tmp_path / "local", model)
     local.add(DOCUMENTS)
-    found, expected = ({hit.id: hit.score for hit in one.search("topic 3", top_k=30)} for one in (index, local))
+    found, expected = (
+        {hit.id: hit.score for hit in one.search("topic 3", top_k=30, mode="dense")} for one in (index, local)
+    )
     assert found == pytest.approx(expected, abs=1e-5)
     assert stored_stamp(chroma_server, "same_index") == model.stamp

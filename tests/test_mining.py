@@ -130,13 +130,22 @@ def test_the_mine_command_searches_a_folder_and_an_index(
     assert all(any(piece in text for text in TEXTS[12:30]) for piece in in_folder)
     index = VectorIndex(str(tmp_path / "store"), model)
     index.add(Document(text, f"s{i}") for i, text in enumerate(TEXTS[30:]))
+    in_index = {one.text for one in index.chunks()}
+    number = 12 + max(len(in_folder), len(in_index))  # more than there are without either of them
     arguments = ["mine", str(pairs_file), "-o", str(tmp_path / "out.jsonl"), "--model", str(checkpoint), "--bm25"]
-    arguments += ["--corpus", str(tmp_path / "docs"), "--store", str(tmp_path / "store"), "--num-negatives", "80"]
+    arguments += [
+        "--corpus",
+        str(tmp_path / "docs"),
+        "--store",
+        str(tmp_path / "store"),
+        "--num-negatives",
+        str(number),
+    ]
     arguments += ["--relative-margin", "0", "--range-max", "200", "--teacher", "hybrid", "--dtype", "float32"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     used = {text for row in read(tmp_path / "out.jsonl") for text in row.get("negatives", [])}
     assert used & in_folder
-    assert used & {one.text for one in index.chunks()}
+    assert used & in_index
     missing = CliRunner().invoke(app, [*arguments[:-2], "--collection", "nothing"])
     assert isinstance(missing.exception, FileNotFoundError)

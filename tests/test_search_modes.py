@@ -170,8 +170,10 @@ def test_wrong_options_are_named_and_nothing_is_created(index: VectorIndex, tmp_
 
 def test_a_vector_and_a_coroutine_find_the_same(index: VectorIndex) -> None:
     query = "museums"
+    dense = index.search(query, top_k=3, mode="dense")
+    assert index.search_by_vector(Letters().encode_query([query])[0], top_k=3) == dense
     expected = index.search(query, top_k=3)
-    assert index.search_by_vector(Letters().encode_query([query])[0], top_k=3) == expected
+    assert expected == index.search(query, top_k=3, mode="hybrid"), "the default"
     assert asyncio.run(index.asearch(query, 3)) == expected
     assert asyncio.run(index.asearch(query, 3, mode="hybrid", group_by="kind")) == index.search(
         query, 3, mode="hybrid", group_by="kind"

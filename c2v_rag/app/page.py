@@ -19,12 +19,13 @@ from c2v_rag.app.about import facts
 from c2v_rag.app.access import Logins, check_access, is_only_local
 from c2v_rag.app.adding import Added, add
 from c2v_rag.app.collections import Collections
-from c2v_rag.app.search import CAUSAL2VEC, ENCODER, METHODS, Searcher
+from c2v_rag.app.search import BM25, DEFAULT_METHODS, ENCODER, METHODS, Searcher
 from c2v_rag.app.task import Stopped, Task
 from c2v_rag.hosts import HostCheck
-from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress
+from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress, check_mode
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
+from c2v_rag.sentences import best_sentences
 from c2v_rag.sources import PYTHON_DOCS
 
 PYTHON_QUESTIONS = (
@@ -98,7 +99,7 @@ class SearchApp:
                 with gr.Row():
                     collection.render()  # type: ignore[no-untyped-call]
                     methods = self.methods()
-                    method = gr.Dropdown(label="Method", choices=methods, value=CAUSAL2VEC)
+                    method = gr.Dropdown(label="Method", choices=methods, value=DEFAULT_METHODS[check_mode(None)])
                     other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
                 results = gr.HTML(elem_id="results")
@@ -244,9 +245,10 @@ class SearchApp:
             timing = f"{len(hits)} of {len(searcher.index):,} passages in {took}"
             columns.append((name, METHODS[name], timing, hits))
         texts = {hit.id: hit.text for *_, hits in columns for hit in hits}
-        spans = dict(zip(texts, searcher.best_sentences(query, list(texts.values())), strict=True))
+        model = None if names == [BM25] else self.model
+        marked = dict(zip(texts, best_sentences(query, list(texts.values()), model), strict=True))
         return render.results(
-            [(*column, [spans[hit.id] for hit in column[3]]) for column in columns], self._notices(query)
+            [(*column, [marked[hit.id] for hit in column[3]]) for column in columns], self._notices(query)
         )
 
     def _notices(self, query: str) -> list[str]:

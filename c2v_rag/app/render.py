@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from c2v_rag.app.adding import FILE_NAME, UPLOAD
-from c2v_rag.index import Chunk, Hit
+from c2v_rag.index import Chunk, Hit, location
+from c2v_rag.sentences import Sentence
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; grey for all further groups.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#b8a500", "#795548")
@@ -29,6 +30,7 @@ CSS = """
 .c2v-head { display: flex; gap: .6rem; align-items: baseline; flex-wrap: wrap; }
 .c2v-rank { font-weight: 700; }
 .c2v-source { font-family: var(--font-mono); font-size: .85rem; overflow-wrap: anywhere; flex: 1; }
+.c2v-place { opacity: .75; font-size: .85rem; }
 .c2v-score { font-variant-numeric: tabular-nums; opacity: .75; font-size: .85rem; }
 .c2v-text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; margin-top: .4rem; }
 .c2v-text summary { cursor: pointer; opacity: .7; font-size: .8rem; }
@@ -67,17 +69,17 @@ def progress(text: str, done: float | None) -> str:
 
 
 def results(
-    columns: Sequence[tuple[str, str, str, Sequence[Hit], Sequence[tuple[int, int]]]], notices: Sequence[str] = ()
+    columns: Sequence[tuple[str, str, str, Sequence[Hit], Sequence[Sentence | None]]], notices: Sequence[str] = ()
 ) -> str:
-    """One or two columns of hits; each is (method, its scoring, its timing, hits, spans to highlight)."""
+    """One or two columns of hits; each is (method, its scoring, its timing, hits, sentences to highlight)."""
     parts = []
-    for number, (method, how, timing, hits, spans) in enumerate(columns):
+    for number, (method, how, timing, hits, sentences) in enumerate(columns):
         other_ranks = (
             {hit.id: rank for rank, hit in enumerate(columns[1 - number][3], 1)} if len(columns) == 2 else None
         )
         hits_html = "".join(
-            _hit(rank, hit, span, _rank_change(rank, hit.id, other_ranks))
-            for rank, (hit, span) in enumerate(zip(hits, spans, strict=True), 1)
+            _hit(rank, hit, sentence, _rank_change(rank, hit.id, other_ranks))
+            for rank, (hit, sentence) in enumerate(zip(hits, sentences, strict=True), 1)
         )
         hits_html = hits_html or message("Nothing found: no passage shares a word with the query.")
         parts.append(
@@ -102,17 +104,24 @@ def _rank_change(rank: int, id: str, other_ranks: Mapping[str, int] | None) -> s
     return f'<span class="c2v-moved c2v-{kind}" title="{title}">{arrow} {abs(difference)}</span>'
 
 
-def _hit(rank: int, hit: Hit, span: tuple[int, int], badge: str) -> str:
+def _hit(rank: int, hit: Hit, sentence: Sentence | None, badge: str) -> str:
     source, name = escape(str(hit.metadata["source"])), escape(source_name(hit.metadata))
     return (
         f'<article class="c2v-hit"><div class="c2v-head"><span class="c2v-rank">{rank}</span>'
-        f'<span class="c2v-source" title="{source}">{name}</span>{badge}'
-        f'<span class="c2v-score">{hit.score:.3f}</span></div>{passage(hit.text, span)}</article>'
+        f'<span class="c2v-source" title="{source}">{name}</span>{_place(hit.metadata)}{badge}'
+        f'<span class="c2v-score">{hit.score:.3f}</span></div>{passage(hit.text, sentence)}</article>'
     )
 
 
-def passage(text: str, span: tuple[int, int] = (0, 0)) -> str:
-    """A text with the sentence at `span` marked. A long text is cut around it; a click shows the whole text."""
+def _place(metadata: Mapping[str, Any]) -> str:
+    """The passage's page, row and heading, if it has any."""
+    place = location(metadata)
+    return f'<span class="c2v-place">{escape(place)}</span>' if place else ""
+
+
+def passage(text: str, sentence: Sentence | None = None) -> str:
+    """A text with `sentence` marked. A long text is cut around it; a click shows the whole text."""
+    span = (sentence.start, sentence.end) if sentence else (0, 0)
     if len(text) <= PASSAGE_SHOWN:
         return f'<div class="c2v-text">{_marked(text, span, 0, len(text))}</div>'
     first = max(0, min(span[0] - PASSAGE_SHOWN // 3, len(text) - PASSAGE_SHOWN))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
 
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.index import Chunk, Hit, StoreAddress, VectorIndex
@@ -23,8 +19,8 @@ METHODS = {
     BM25: "words in common; rare words count more",
     HYBRID: "Causal2Vec and BM25; BM25 counts where it finds most of the question's words",
 }
+DEFAULT_METHODS = {"dense": CAUSAL2VEC, "lexical": BM25, "hybrid": HYBRID}  # by the default mode of a search
 ENCODER_SUFFIX = ".encoder"
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
 
 
 def check_collection_name(name: str) -> None:
@@ -107,44 +103,13 @@ class Searcher:
     def search(self, method: str, query: str, top_k: int) -> list[Hit]:
         """The best passages by `method`, which must be prepared. Each method has its own scale of `score`."""
         if method == CAUSAL2VEC:
-            return self.index.search(query, top_k)
+            return self.index.search(query, top_k, mode="dense")
         if method == ENCODER:
             assert self.encoder_index is not None
-            return self.encoder_index.search(query, top_k)
+            return self.encoder_index.search(query, top_k, mode="dense")
         return self.index.search(query, top_k, mode="lexical" if method == BM25 else "hybrid")
-
-    def best_sentences(self, query: str, texts: Sequence[str]) -> list[tuple[int, int]]:
-        """For each text the span (start, end) of the sentence that is most similar to the query.
-
-        A Causal2Vec model uses its encoder alone for this, because it is fast.
-        """
-        spans = [sentences(text) for text in texts]
-        pieces = [text[start:end] for text, text_spans in zip(texts, spans, strict=True) for start, end in text_spans]
-        if not pieces:
-            return [(0, 0) for _ in texts]
-        embedder: Any = EncoderEmbedder(self.model) if isinstance(self.model, Causal2Vec) else self.model
-        options = {"on_truncate": "ignore"} if isinstance(self.model, Causal2Vec) else {}
-        similarities = embedder.encode_document(pieces, **options) @ embedder.encode_query([query], **options)[0]
-        best, first = [], 0
-        for text_spans in spans:
-            scores = similarities[first : first + len(text_spans)]
-            best.append(text_spans[int(np.argmax(scores))] if text_spans else (0, 0))
-            first += len(text_spans)
-        return best
 
 
 def _needs(method: str) -> str:
     """The method whose preparation `method` needs: hybrid search needs BM25's, any other method its own."""
     return BM25 if method == HYBRID else method
-
-
-def sentences(text: str) -> list[tuple[int, int]]:
-    """Spans (start, end) of the sentences and paragraphs of a text, without white space around them."""
-    spans, start = [], 0
-    for end, following in [*((m.start(), m.end()) for m in _SENTENCE_END.finditer(text)), (len(text), len(text))]:
-        piece = text[start:end]
-        if piece.strip():
-            first = start + len(piece) - len(piece.lstrip())
-            spans.append((first, start + len(piece.rstrip())))
-        start = following
-    return spans

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from c2v_rag import __version__
+from c2v_rag.cli.hits import hits_json, hits_table
 from c2v_rag.cli.options import (
     Collection,
     Device,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from c2v_rag.index import IndexReport
+    from c2v_rag.sentences import Sentence
 
 
 def index(
@@ -146,19 +148,44 @@ def search(
     ] = None,
     collection: Collection = "documents",
     mode: Annotated[
-        str,
-        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both."),
-    ] = "dense",
+        str | None,
+        typer.Option(help="dense: by embeddings; lexical: by words (BM25); hybrid: by both, unless given."),
+    ] = None,
     where: Annotated[
         str | None, typer.Option(help="""Chroma's metadata filter as JSON: '{"kind": "function"}'.""")
     ] = None,
     by_source: Annotated[bool, typer.Option("--by-source", help="Only the best passage of each source.")] = False,
+    mmr: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Passages that differ from each other: 1 is relevance only, 0 diversity only; try 0.7."
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="Also print this number of chunks before and after each passage.")
+    ] = 0,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A sentence-transformers cross-encoder (folder or Hub id) that sorts the best passages again; needs "
+            "c2v-rag[rerank].",
+        ),
+    ] = None,
+    rerank_depth: Annotated[int, typer.Option(min=1, help="With --rerank: how many passages it reads.")] = 50,
+    sentences: Annotated[
+        bool,
+        typer.Option(
+            help="Mark the best sentence of each passage; this embeds the sentences, or counts words in mode lexical."
+        ),
+    ] = True,
     device: Device = None,
     dtype: DType = None,
     json_output: Json = False,
 ) -> None:
     """Print the passages that answer a query best."""
     from c2v_rag.index import VectorIndex, check_mode, stored_stamp
+    from c2v_rag.sentences import best_sentences
 
     stamp = stored_stamp(store, collection)  # before the model is loaded: a wrong store is reported at once
     name = model or str(stamp["name"])
@@ -166,22 +193,22 @@ def search(
         raise ValueError(
             "The model that made this index has no name: it was never saved. Save it and give its folder with --model."
         )
-    vectors = VectorIndex(store, open_embedder(name, device, dtype, is_stored=not model), collection)
+    chosen = check_mode(mode)
+    embedder = open_embedder(name, device, dtype, is_stored=not model)
+    vectors = VectorIndex(store, embedder, collection)
     started = time.perf_counter()
     hits = vectors.search(
-        query, k, mode=check_mode(mode), where=_metadata_filter(where), group_by="source" if by_source else None
-    )
+        query, k, mode=chosen, where=_metadata_filter(where), group_by="source" if by_source else None,
+        mmr=mmr, neighbours=neighbours, rerank=rerank, rerank_depth=rerank_depth,
+    )  # fmt: skip
     milliseconds = 1000 * (time.perf_counter() - started)
+    best: list[Sentence | None] = [None] * len(hits)
+    if sentences:
+        best = best_sentences(query, [hit.text for hit in hits], None if chosen == "lexical" else embedder)
     if json_output:
-        print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
+        print(hits_json(hits, best))
         return
-    table = Table("score", "source", "passage", title=Text(query), title_justify="left", pad_edge=False)
-    for hit in hits:
-        passage = " ".join(hit.text.split())
-        table.add_row(
-            f"{hit.score:.3f}", Text(str(hit.metadata["source"])), Text(passage[:300] + "…" * (len(passage) > 300))
-        )
-    out.print(table)
+    out.print(hits_table(query, hits, best))
     out.print(f"{len(hits)} of {len(vectors)} chunks, {milliseconds:.0f} ms")
 
 

@@ -33,6 +33,13 @@ def serve(
     ] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Let everyone who reaches the address use it.")] = False,
     allowed_host: AllowedHosts = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of an index that this model made, or the URL of a Chroma server: /v1/search searches it."
+        ),
+    ] = None,
+    collection: Collection = "documents",
     name: Annotated[str, typer.Option(help="The model's name for clients; its own name unless given.")] = "",
     max_body: Annotated[int, typer.Option(min=1, help="Maximum MiB per request.")] = 16,
     max_inputs: Annotated[int, typer.Option(min=1, help="Maximum texts per request.")] = 2048,
@@ -46,7 +53,10 @@ def serve(
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Serve embeddings over HTTP, with OpenAI's API. Model NAME embeds documents, NAME:query embeds queries."""
+    """Serve embeddings over HTTP, with OpenAI's API, and with --store a search in an index.
+
+    Model NAME embeds documents, NAME:query embeds queries.
+    """
     with requires_extra("server"):
         from c2v_rag.server import run
         from c2v_rag.server.api import Limits
@@ -63,7 +73,7 @@ def serve(
     )
     run.serve(
         load_model(model, device, dtype), host=host, port=port, name=name, api_keys=keys, limits=limits,
-        allowed_hosts=allowed_host or [],
+        allowed_hosts=allowed_host or [], store=store, collection=collection,
     )  # fmt: skip
 
 

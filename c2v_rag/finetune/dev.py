@@ -6,6 +6,7 @@ Q queries, M documents.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, TypeVar
@@ -15,6 +16,8 @@ import numpy as np
 from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
 from c2v_rag.finetune.data import Pair, PairSet
 from c2v_rag.finetune.recipe import Dev
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 HELD_OUT_SHARE = 0.05
@@ -151,11 +154,19 @@ def prepare_dev(
     """(the training sets without what is held out, the development sets) of a recipe's `dev` section.
 
     `read_pairs`: the sets that `dev.pairs` names. Caps on queries and documents hold for all held-out sets together,
-    and for each folder and each set of pairs.
+    and for each folder and each set of pairs. Raises ValueError for a set that is trained on too and for two sets of
+    one name; logs a warning when training pairs contain answers of the given development data.
     """
+    if trained := {one.name for one in sets} & {*dev.pairs}:
+        raise ValueError(f"dev.pairs names sets that are trained on: {sorted(trained)}. Use dev.hold_out for these.")
     caps: _Caps = {"max_queries": dev.max_queries, "max_documents": dev.max_documents}
     found = [read_dev_folder(folder, seed=seed, **caps) for folder in dev.folders]
     found += [dev_set_of_pairs(read_pairs[name], seed=seed, **caps) for name in dev.pairs]
+    positives = {pair.positive for one in sets for pair in one.pairs}
+    for one in found:
+        answers = {one.documents[row] for relevant in one.relevant for row in relevant}
+        if seen := len(answers & positives):
+            logger.warning("dev: %d of %d answers of %s are trained on.", seen, len(answers), one.name)
     share = dev.hold_out
     if share is None:
         share = 0.0 if found else HELD_OUT_SHARE
@@ -169,6 +180,9 @@ def prepare_dev(
             others = [pair.positive for pair in kept[i].pairs]
             documents = max(2, round(dev.max_documents * part))
             found.append(dev_set_of_pairs(held, others, max_queries=queries, max_documents=documents, seed=seed + i))
+    names = [one.name for one in found]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"dev: the development data has more than one set of the name {', '.join(repeated)}.")
     return kept, found
 
 

@@ -6,7 +6,7 @@ Q queries, N passages of the corpus, D columns of an embedding.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from c2v_rag.finetune.data import Pair, PairSet, read_pair_set
 from c2v_rag.fusion import reciprocal_rank_fusion
-from c2v_rag.index import Chunk, LexicalIndex, new_chunks
+from c2v_rag.index import Chunk, ChunkSettings, LexicalIndex, Present, new_chunks
 from c2v_rag.index.searching import LEXICAL_WEIGHT
 from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import read_sources
@@ -91,11 +91,10 @@ def mine(
 
 
 def corpus_of(sources: Sequence[Path], model: Causal2Vec) -> Iterator[Chunk]:
-    """The chunks of files and folders, as `c2v-rag index` makes them; errors as in `read_sources`."""
-    repeated: Counter[str] = Counter()
+    """The chunks of files and folders, as `c2v-rag index --no-header` cuts them. Errors as in `read_sources`."""
+    present, settings = Present(), ChunkSettings(header=False)
     for document in read_sources(sources):
-        present: dict[str, set[str]] = defaultdict(set)
-        for chunks in new_chunks([document], model, present, repeated, Counter()):
+        for chunks in new_chunks([document], model, settings, None, present, Counter()):
             yield from chunks
 
 

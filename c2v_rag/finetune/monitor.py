@@ -44,6 +44,11 @@ class Monitor(TrainerCallback):
         """Seconds of training so far, without scoring."""
         return time.perf_counter() - self._paused() - self._start
 
+    @property
+    def time_share(self) -> float:
+        """The share of `minutes` that is over; 0 without a limit."""
+        return min(1.0, self.seconds / self._limit)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         before = max((row.get("seconds", 0.0) for row in state.log_history), default=0.0)
         self._start = time.perf_counter() - self._paused() - before

@@ -83,7 +83,7 @@ class Stage(_Strict):
     warm-up. `batch_size`: pairs per step, all of one set. `mini_batch_size`: texts whose activations are in memory at
     the same time; the whole batch if None. `max_length`: longest text in tokens, for both tokenizers.
     `num_negatives`: hard negatives per pair. `minutes`: the stage ends after so many minutes of training (scoring does
-    not count), even if it has not reached its `steps`.
+    not count), even if it has not reached its `steps`; the learning rates then follow the time.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]

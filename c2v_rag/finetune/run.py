@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -36,6 +34,7 @@ from c2v_rag.finetune.loss import Causal2VecLoss
 from c2v_rag.finetune.module import StageVectors, TrainingModule, stage_vectors
 from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.recipe import Recipe, Stage
+from c2v_rag.finetune.reports import plot_losses, trackers
 from c2v_rag.finetune.scoring import DevCallback, DevReport
 from c2v_rag.finetune.trainer import (
     ProgressCallback,
@@ -70,8 +69,8 @@ def train(
     values of every step (log.json, loss.png, tensorboard), the development scores (dev.json, see `DevReport.load`) and
     the cached vectors. `max_steps` shortens each stage, for a dry run.
 
-    Raises ValueError for data or a recipe that cannot be used, FileExistsError when there is a run already and
-    `resume` is false, FloatingPointError when the loss is not finite.
+    Raises ValueError for data or a recipe that cannot be used, ImportError for a tracker that is not installed,
+    FileExistsError when there is a run already and `resume` is false, FloatingPointError when the loss is not finite.
     """
     if max_steps is not None:
         stages = [stage.model_copy(update={"steps": min(stage.steps, max_steps)}) for stage in recipe.stages]
@@ -83,6 +82,7 @@ def train(
     ]
     if any(stage.loss.list_distill for stage in recipe.stages) and not any(p.scores for s in sets for p in s.pairs):
         raise ValueError("list_distill needs a teacher's scores, but no set holds positive_score and negative_scores.")
+    report_to = trackers(recipe.report_to)
     sets, dev_sets = _hold_out(recipe, data, sets)
     work = output.with_name(f"{output.name}.training")
     processes = PartialState(cpu=device == "cpu")
@@ -114,10 +114,12 @@ def train(
         with processes.main_process_first():  # the other processes read its vectors from the files
             prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
             vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
+        # The trainer reads tensorboard's folder from the environment only.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard" / stage.name)
         log[stage.name] = run_stage(
             model, stage, datasets, instructions, vectors, work / f"{number}-{stage.name}",
             seed=seed, save_steps=recipe.save_steps, resume=resume, dev=scored.get(stage.name),
-            report_to=_trackers(recipe, work / "tensorboard" / stage.name),
+            report_to=report_to,
         )  # fmt: skip
         if processes.is_main_process:
             unfinished = finished.with_suffix(".part")
@@ -303,16 +305,6 @@ def _instructions(sets: Sequence[PairSet], model: Causal2Vec) -> dict[str, str]:
     return found
 
 
-def _trackers(recipe: Recipe, tensorboard_folder: Path) -> list[str]:
-    """The trackers of a recipe, for the trainer; tensorboard writes into the given folder."""
-    names: list[str] = [*recipe.report_to] if recipe.report_to is not None else []
-    if recipe.report_to is None and importlib.util.find_spec("tensorboard"):
-        names = ["tensorboard"]
-    if "tensorboard" in names:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard_folder)
-    return names
-
-
 def _claim_folder(
     work: Path, recipe: Recipe, sets: Sequence[PairSet], dev_sets: Sequence[DevSet], resume: bool
 ) -> None:
@@ -334,23 +326,3 @@ def _claim_folder(
         logger.warning("There is no run in %s yet: starting one.", work)
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1), encoding="utf-8")
-
-
-def plot_losses(log: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Write an image of the loss at every step, one panel per stage, with its running mean."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(log), figsize=(5 * len(log), 3.5), squeeze=False, layout="constrained")
-    for axis, (name, rows) in zip(axes[0], log.items(), strict=True):
-        losses = np.array([row["loss"] for row in rows])
-        window = max(1, len(losses) // 20)
-        axis.plot(losses, linewidth=0.6, alpha=0.5, color="tab:blue", label="each step")
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axis.plot(np.arange(window - 1, len(losses)), smooth, color="tab:blue", label=f"mean of {window}")
-        axis.set(title=f"stage {name}", xlabel="step", ylabel="loss")
-        axis.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -5,9 +5,11 @@ A part is a named group of parameters that a recipe can train: projector, llm_ad
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,11 +81,22 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 class StageTrainer(SentenceTransformerTrainer):
     """Counts tokens, saves the trained parameters only, and raises FloatingPointError when the loss is not finite.
 
-    Set `monitor` before training: its values are logged with each step's loss.
+    Set `monitor` before training: its values are logged with each step's loss, and the learning rates of a stage with a
+    time limit follow the time where it is further than the steps.
     """
 
     tokens = 0
     monitor: Monitor | None = None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if (monitor := self.monitor) is not None:
+
+            def by_time(factor: Callable[[int], float], step: int) -> float:
+                return factor(max(step, int(monitor.time_share * num_training_steps)))
+
+            scheduler.lr_lambdas = [functools.partial(by_time, factor) for factor in scheduler.lr_lambdas]
+        return scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.monitor is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, Present, new_chunks
 from c2v_rag.index.lexical import LexicalIndex
-from c2v_rag.index.searching import Hit, SearchMode, check_mode
+from c2v_rag.index.query import DEFAULT_MODE, Hit, Reranker, SearchMode, SearchOptions, check_mode, location
 from c2v_rag.index.settings import ChunkSettings, stored_settings
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
@@ -16,6 +16,7 @@ from c2v_rag.index.writing import CHUNKS_WRITTEN_AT_ONCE, IndexReport
 __all__ = [
     "CHUNKS_WRITTEN_AT_ONCE",
     "DEFAULT_COLLECTION",
+    "DEFAULT_MODE",
     "STAMP_KEY",
     "ChromaServer",
     "Chunk",
@@ -24,13 +25,16 @@ __all__ = [
     "IndexReport",
     "LexicalIndex",
     "Present",
+    "Reranker",
     "SearchMode",
+    "SearchOptions",
     "StoreAddress",
     "VectorIndex",
     "check_mode",
     "check_stamp",
     "count_chunks",
     "find_collection",
+    "location",
     "new_chunks",
     "open_store",
     "remove_vanished",

@@ -1,72 +1,75 @@
-"""Search in a collection by vectors, by words, or by both; scores, filters, groups.
+"""Search in a collection by vectors, by words, or by both; scores, filters, groups, diversity.
 
 N chunks of the collection, D embedding columns.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from c2v_rag.index.chunking import INTERNAL_KEYS
+from c2v_rag.index.diversity import mmr_order, scaled
 from c2v_rag.index.lexical import LexicalIndex
+from c2v_rag.index.neighbours import with_neighbours
+from c2v_rag.index.query import MMR_DEPTH, RERANK_DEPTH, Hit, SearchOptions, check_options
+from c2v_rag.index.reranking import rerank
 
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
-SearchMode = Literal["dense", "lexical", "hybrid"]
 CANDIDATES = 100  # best chunks by vectors and by words that a hybrid search scores
 # Of the squared share of BM25's maximum. On held-out halves of the queries of three sets, this sum was better than
 # every fixed weight of two standardised scores (docs/retrieval.md).
 LEXICAL_WEIGHT = 40.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """A chunk that was found. `metadata`: its "source" and the document's metadata.
+def search_collection(
+    collection: Collection,
+    query: str,
+    vector: np.ndarray | None,
+    lexical: LexicalIndex | None,
+    sample: np.ndarray | None,
+    top_k: int,
+    options: SearchOptions,
+) -> list[Hit]:
+    """The hits of one query: dense without `lexical`, lexical without `sample`, else hybrid.
 
-    `score` is what the hits are sorted by: the cosine similarity of a dense search, BM25's score of a lexical one, the
-    weighted z-scores of both of a hybrid one. `scores` has those that were computed, as "cosine" and "bm25".
+    `vector` (D,) is needed by a dense and a hybrid search. `sample` as in `hybrid_hits`.
     """
+    check_options(top_k, options)
+    where, mmr, first = options.get("where"), options.get("mmr"), options.get("offset", 0)
 
-    id: str
-    score: float
-    text: str
-    metadata: dict[str, Any]
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    def best(number: int) -> list[Hit]:
+        if lexical is None:
+            return dense_hits(collection, vector, number, where)
+        if sample is None:
+            return lexical_hits(collection, lexical, query, number, where)
+        return hybrid_hits(collection, lexical, query, vector, sample, number, where)
+
+    wanted, total, reranker = first + top_k, collection.count(), options.get("rerank")
+    ranked = best
+    if reranker is not None and total:
+        reranked = rerank(reranker, query, best(max(wanted, options.get("rerank_depth", RERANK_DEPTH))))
+        ranked, total = (lambda number: reranked), len(reranked)
+    number = wanted if mmr is None else max(wanted, options.get("mmr_depth", MMR_DEPTH))
+    hits = select(ranked, total, number, options)
+    if mmr is not None and hits:
+        hits = _diverse(collection, hits, mmr, wanted, is_cosine=lexical is None and reranker is None)
+    hits = hits[first:wanted]
+    neighbours = options.get("neighbours", 0)
+    return with_neighbours(collection, hits, neighbours) if neighbours else hits
 
 
-class SearchOptions(TypedDict, total=False):
-    """Options of every search; `VectorIndex.search` describes them."""
+def select(best: Callable[[int], list[Hit]], total: int, wanted: int, options: SearchOptions) -> list[Hit]:
+    """Of the hits that `best(number)` gives, best first, the first `wanted` that `min_score` and `group_by` leave.
 
-    where: Mapping[str, Any] | None
-    min_score: float | None
-    group_by: str | None
-    offset: int
-
-
-def check_mode(mode: str) -> SearchMode:
-    """The mode. ValueError for one that does not exist."""
-    if mode not in get_args(SearchMode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(SearchMode))}; got {mode!r}.")
-    return cast(SearchMode, mode)
-
-
-def select(best: Callable[[int], list[Hit]], total: int, top_k: int, options: SearchOptions) -> list[Hit]:
-    """Of the hits that `best(number)` gives, best first, those that the options leave.
-
-    More and more hits are asked for until there are `top_k` groups. `total`: number of chunks. Raises ValueError for a
-    `top_k` below 1 or an `offset` below 0.
+    More and more hits are asked for until there are `wanted` groups. `total`: number of chunks.
     """
-    offset, min_score, group_by = options.get("offset", 0), options.get("min_score"), options.get("group_by")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1; got {top_k}.")
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0; got {offset}.")
-    number = offset + top_k
+    min_score, group_by = options.get("min_score"), options.get("group_by")
+    number = wanted
     while total:
         hits = best(number)
         is_complete = len(hits) < number or number >= total
@@ -75,10 +78,21 @@ def select(best: Callable[[int], list[Hit]], total: int, top_k: int, options: Se
             hits = [hit for hit in hits if hit.score >= min_score]
         if group_by is not None:
             hits = _best_of_each(hits, group_by)
-        if is_complete or group_by is None or len(hits) >= offset + top_k:
-            return hits[offset : offset + top_k]
+        if is_complete or group_by is None or len(hits) >= wanted:
+            return hits[:wanted]
         number *= 4
     return []
+
+
+def _diverse(collection: Collection, hits: Sequence[Hit], mmr: float, number: int, *, is_cosine: bool) -> list[Hit]:
+    """`number` of the hits, chosen by maximal marginal relevance; those deleted meanwhile are left out."""
+    by_id = _get(collection, [hit.id for hit in hits])
+    hits = [hit for hit in hits if hit.id in by_id]
+    if not hits:
+        return []
+    scores = np.array([hit.score for hit in hits])
+    embeddings = np.stack([by_id[hit.id][2] for hit in hits])
+    return [hits[at] for at in mmr_order(scores if is_cosine else scaled(scores), embeddings, mmr, number)]
 
 
 def dense_hits(

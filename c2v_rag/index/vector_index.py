@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,17 +17,9 @@ import numpy as np
 
 from c2v_rag.index.chunking import Chunk
 from c2v_rag.index.lexical import LexicalIndex
+from c2v_rag.index.query import Hit, SearchMode, SearchOptions, check_mode, check_options
 from c2v_rag.index.search_cache import SearchCache
-from c2v_rag.index.searching import (
-    Hit,
-    SearchMode,
-    SearchOptions,
-    check_mode,
-    dense_hits,
-    hybrid_hits,
-    lexical_hits,
-    select,
-)
+from c2v_rag.index.searching import search_collection
 from c2v_rag.index.settings import CHUNKING_KEY, ChunkSettings, check_settings, stored_settings
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, read_stamp
 from c2v_rag.index.stores import (
@@ -109,16 +100,14 @@ class VectorIndex:
             return stored_settings(collection.metadata)
 
     def search(
-        self, query: str, top_k: int = 5, *, mode: SearchMode = "dense", **options: Unpack[SearchOptions]
+        self, query: str, top_k: int = 5, *, mode: SearchMode | None = None, **options: Unpack[SearchOptions]
     ) -> list[Hit]:
         """The `top_k` best chunks, best first; fewer when the index has fewer.
 
         `mode`: "dense" sorts by the cosine similarity of embeddings; "lexical" by BM25, which needs words in common;
-        "hybrid" by both, the standardised cosine + 40 x the squared share of BM25's maximum. The lexical index is built
-        at its first use, stored beside a folder's collections (in the cache folder for a server), and rebuilt when
-        chunks have changed. `where`: Chroma's metadata filter, such as {"source": "a.txt"}. `min_score`: leave out
-        hits with a lower score. `group_by`: only the best chunk for each value of a metadata key, such as "source".
-        `offset`: skip the first hits.
+        "hybrid", the default, by both: the standardised cosine + 40 x the squared share of BM25's maximum. The lexical
+        index is built at its first use, stored beside a folder's collections (in the cache folder for a server), and
+        rebuilt when chunks have changed. `options`: see `SearchOptions`.
 
         Raises FileNotFoundError when the store or the collection does not exist.
         """
@@ -127,23 +116,32 @@ class VectorIndex:
         return self.search_many([query], top_k, mode=mode, **options)[0]
 
     def search_many(
-        self, queries: Sequence[str], top_k: int = 5, *, mode: SearchMode = "dense", **options: Unpack[SearchOptions]
+        self,
+        queries: Sequence[str],
+        top_k: int = 5,
+        *,
+        mode: SearchMode | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[list[Hit]]:
         """`search` for each query, in their order, embedded together."""
         if isinstance(queries, str):
             raise TypeError("queries must be a list of strings, got one bare string. Use search, or wrap it: [query].")
-        check_mode(mode)
+        mode = check_mode(mode)
+        check_options(top_k, options)
         vectors = [None] * len(queries) if mode == "lexical" else list(self._model.encode_query(queries))
         return self._search(queries, vectors, mode, top_k, options)
 
     def search_by_vector(self, vector: np.ndarray, top_k: int = 5, **options: Unpack[SearchOptions]) -> list[Hit]:
-        """As a dense `search`, for a query's embedding (embedding_dim,)."""
+        """As a dense `search`, for a query's embedding (embedding_dim,). ValueError with `rerank`."""
+        check_options(top_k, options)
+        if options.get("rerank") is not None:
+            raise ValueError("rerank needs the query's text, and search_by_vector has none. Use search.")
         if np.shape(vector) != (self._model.embedding_dim,):
             raise ValueError(f"vector must have the shape ({self._model.embedding_dim},), got {np.shape(vector)}.")
         return self._search([""], [np.asarray(vector)], "dense", top_k, options)[0]
 
     async def asearch(
-        self, query: str, top_k: int = 5, *, mode: SearchMode = "dense", **options: Unpack[SearchOptions]
+        self, query: str, top_k: int = 5, *, mode: SearchMode | None = None, **options: Unpack[SearchOptions]
     ) -> list[Hit]:
         """`search`, in a thread."""
         return await asyncio.to_thread(self.search, query, top_k, mode=mode, **options)
@@ -156,7 +154,6 @@ class VectorIndex:
         top_k: int,
         options: SearchOptions,
     ) -> list[list[Hit]]:
-        where = options.get("where")
         version = "" if mode == "dense" else self.version
         lexical = None if mode == "dense" else self._lexical_index(version)
         sample = self._cache.sample(version, self.sample) if mode == "hybrid" else None
@@ -164,17 +161,8 @@ class VectorIndex:
             collection = self._find()
             if collection is None:
                 raise missing_index(self._address, self._name)
-
-            def best(query: str, vector: np.ndarray | None, number: int) -> list[Hit]:
-                if lexical is None:
-                    return dense_hits(collection, vector, number, where)
-                if sample is None:
-                    return lexical_hits(collection, lexical, query, number, where)
-                return hybrid_hits(collection, lexical, query, vector, sample, number, where)
-
-            total = collection.count()
             return [
-                select(functools.partial(best, query, vector), total, top_k, options)
+                search_collection(collection, query, vector, lexical, sample, top_k, options)
                 for query, vector in zip(queries, vectors, strict=True)
             ]
 

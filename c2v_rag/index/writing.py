@@ -10,7 +10,9 @@ import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 DOCUMENTS_READ_AHEAD = 512
 CHUNKS_WRITTEN_AT_ONCE = 256
+_SECONDS_BETWEEN_REPORTS = 0.2  # of progress while the caller waits: it may raise to cancel
 QUEUED_BATCHES = 2  # that are embedded or stored while the next one is read; 0: one step after the other
 
 
@@ -74,7 +77,15 @@ class CollectionWriter:
         present = Present()
         waiting: list[Chunk] = []
         num_read = 0
-        with tqdm(total=total, unit="document", disable=not show_progress) as bar, _Pipeline(self, counts) as pipeline:
+
+        def report_progress() -> None:
+            if on_progress is not None:
+                on_progress(num_read, counts["added"])
+
+        with (
+            tqdm(total=total, unit="document", disable=not show_progress) as bar,
+            _Pipeline(self, counts, report_progress) as pipeline,
+        ):
             for batch in _batched(documents, DOCUMENTS_READ_AHEAD):
                 for chunks in new_chunks(batch, self._model, self._settings, self._collection, present, counts):
                     for chunk in chunks:
@@ -84,12 +95,10 @@ class CollectionWriter:
                             waiting = []
                     bar.update()
                     num_read += 1
-                    if on_progress is not None:
-                        on_progress(num_read, counts["added"])
+                    report_progress()
             pipeline.put(waiting)
             pipeline.drain()
-            if on_progress is not None:
-                on_progress(num_read, counts["added"])
+            report_progress()
         outdated = [id for ids in present.ids.values() for id in ids] if prune else []
         self.delete(outdated)
         return IndexReport(
@@ -137,12 +146,14 @@ class _Pipeline:
     are not stored. Leaving the `with` block waits for the batches that run.
     """
 
-    def __init__(self, writer: CollectionWriter, counts: Counter[str]) -> None:
+    def __init__(self, writer: CollectionWriter, counts: Counter[str], report_progress: Callable[[], None]) -> None:
+        self._report_progress = report_progress
         self._writer = writer
         self._counts = counts
         self._embedding = ThreadPoolExecutor(1, thread_name_prefix="embed")
         self._storing = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._queued: deque[Future[int]] = deque()
+        self._failed: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +170,7 @@ class _Pipeline:
         """Queue a batch; waits while the queue is full."""
         if not chunks:
             return
-        embeddings = self._embedding.submit(self._writer.embed, chunks)
+        embeddings = self._embedding.submit(self._embed, chunks)
         self._queued.append(self._storing.submit(self._store, chunks, embeddings))
         self._wait(QUEUED_BATCHES)
 
@@ -167,12 +178,31 @@ class _Pipeline:
         """Wait until all batches are stored."""
         self._wait(0)
 
+    def _embed(self, chunks: list[Chunk]) -> np.ndarray:
+        with self._in_order("embedding"):
+            return self._writer.embed(chunks)
+
     def _store(self, chunks: list[Chunk], embeddings: Future[np.ndarray]) -> int:
-        self._writer.store(chunks, embeddings.result())
-        return len(chunks)
+        vectors = embeddings.result()
+        with self._in_order("storing"):
+            self._writer.store(chunks, vectors)
+            return len(chunks)
+
+    @contextmanager
+    def _in_order(self, step: str) -> Iterator[None]:
+        """Raise CancelledError if this step has failed for an earlier batch, so that batches are stored in order."""
+        if step in self._failed:
+            raise CancelledError
+        try:
+            yield
+        except BaseException:
+            self._failed.add(step)
+            raise
 
     def _wait(self, most: int) -> None:
         while self._queued and (len(self._queued) > most or self._queued[0].done()):
+            while not wait_for([self._queued[0]], _SECONDS_BETWEEN_REPORTS).done:
+                self._report_progress()
             self._counts["added"] += self._queued.popleft().result()
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 
 from c2v_rag import __version__
 from c2v_rag.hosts import HostCheck
+from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress
 from c2v_rag.model import Causal2Vec
 from c2v_rag.remote import WEIGHTS_HEADER
 from c2v_rag.server import schema
 from c2v_rag.server.errors import add_error_handlers
 from c2v_rag.server.middleware import BodyLimit, KeyCheck, RequestMetrics
+from c2v_rag.server.searching import SearchService
 from c2v_rag.server.service import EmbeddingService, Limits, public_name
 
 __all__ = ["Limits", "create_app"]
@@ -30,6 +34,8 @@ def create_app(
     api_keys: Sequence[str] = (),
     limits: Limits | None = None,
     allowed_hosts: Sequence[str] = (),
+    store: StoreAddress | None = None,
+    collection: str = DEFAULT_COLLECTION,
 ) -> FastAPI:
     """The ASGI application that serves one loaded model.
 
@@ -38,10 +44,13 @@ def create_app(
     there are none, every request is answered. `allowed_hosts`: names of this server besides localhost and IP addresses;
     requests for other hosts are refused, "*" allows all.
 
-    Raises ValueError for a name that ends in ":query".
+    `store`, `collection`: what /v1/search searches; without a store it answers 404 and says what to do.
+
+    Raises ValueError for a name that ends in ":query", and for a collection that another model made.
     """
     name = schema.check_model_name(name or public_name(model))
     service = EmbeddingService(model, name, limits or Limits())
+    searching = SearchService(service, store, collection)
     weights = str(model.stamp["weights"])
 
     app = FastAPI(title="c2v-rag", version=__version__, docs_url=None, redoc_url=None)
@@ -85,7 +94,15 @@ def create_app(
 
     @app.post("/v1/embeddings", dependencies=with_weights)
     async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:
-        answer = asyncio.create_task(service.embed(body))
+        return await _answer(service.embed(body), request)
+
+    @app.post("/v1/search", dependencies=with_weights)
+    async def search(body: schema.SearchRequest, request: Request) -> Response:
+        return await _answer(searching.search(body), request)
+
+    async def _answer(work: Coroutine[Any, Any, BaseModel], request: Request) -> Response:
+        """The result of `work` as JSON; if the client is gone before, `work` is cancelled."""
+        answer = asyncio.create_task(work)
         disconnect = asyncio.create_task(_wait_for_disconnect(request))
         try:
             await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)

@@ -28,6 +28,7 @@ class Metrics:
         )
         self.inputs = Counter("c2v_inputs", "Texts embedded, by kind.", ["kind"], registry=self.registry)
         self.tokens = Counter("c2v_tokens", "Tokens of the texts embedded.", registry=self.registry)
+        self.searches = Counter("c2v_searches", "Searches, by mode.", ["mode"], registry=self.registry)
         self.waiting = Gauge("c2v_waiting_inputs", "Texts accepted and not answered yet.", registry=self.registry)
         self.batch_texts = Histogram(
             "c2v_batch_texts", "Texts embedded in one call of the model.", buckets=_TEXTS, registry=self.registry

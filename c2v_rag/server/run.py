@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
+from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress
 from c2v_rag.model import Causal2Vec
 from c2v_rag.server.api import create_app
 from c2v_rag.server.service import Limits
@@ -34,13 +35,19 @@ def serve(
     api_keys: Sequence[str] = (),
     limits: Limits,
     allowed_hosts: Sequence[str] = (),
+    store: StoreAddress | None = None,
+    collection: str = DEFAULT_COLLECTION,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C. Requests that it has accepted by then are still answered.
 
-    `allowed_hosts`: names of this server besides `host`, localhost and IP addresses. Raises SystemExit when the port is
+    `allowed_hosts`: names of this server besides `host`, localhost and IP addresses. `store`, `collection`: what
+    /v1/search searches. Raises SystemExit when the port is
     taken.
     """
-    app = create_app(model, name=name, api_keys=api_keys, limits=limits, allowed_hosts=[host, *allowed_hosts])
+    app = create_app(
+        model, name=name, api_keys=api_keys, limits=limits, allowed_hosts=[host, *allowed_hosts], store=store,
+        collection=collection,
+    )  # fmt: skip
     logging.getLogger("c2v_rag").setLevel(logging.INFO)
     model.encode_query(["warm up"])  # the first call is slow, so no client should make it
     uvicorn.run(app, host=host, port=port, server_header=False, log_level="info", access_log=False)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+TOP_K = 5
 QUERY_SUFFIX = ":query"
 InputType = Literal["query", "search_query", "document", "search_document", "passage"]
 
@@ -68,6 +69,28 @@ class TokenizeRequest(_Request):
     input: Texts
 
 
+class SearchRequest(BaseModel):
+    """Body of `POST /v1/search`. Optional fields may be null. Unknown fields are refused.
+
+    `top_k`: number of hits, 5 unless given. `collection`: the server's own unless given. `sentences`: false leaves out
+    the best sentence of each passage. The other fields are options of `VectorIndex.search`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    query: Annotated[str, Field(min_length=1)]
+    top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+    mode: Literal["dense", "lexical", "hybrid"] | None = None
+    where: dict[str, Any] | None = None
+    min_score: float | None = None
+    group_by: str | None = None
+    offset: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    mmr: Annotated[float, Field(ge=0, le=1)] | None = None
+    neighbours: Annotated[int, Field(ge=0, le=20)] | None = None
+    collection: str | None = None
+    sentences: bool | None = None
+
+
 class _Response(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -115,3 +138,32 @@ class Model(_Response):
 class Models(_Response):
     data: list[Model]
     object: Literal["list"] = "list"
+
+
+class Sentence(_Response):
+    """The best sentence of a passage: `text` is passage[start:end], in characters."""
+
+    text: str
+    start: int
+    end: int
+
+
+class SearchHit(_Response):
+    """A passage that was found; the fields of `c2v_rag.Hit`, and its best sentence."""
+
+    id: str
+    score: float
+    scores: dict[str, float]
+    text: str
+    metadata: dict[str, Any]
+    before: str
+    after: str
+    sentence: Sentence | None
+
+
+class SearchResponse(_Response):
+    """`mode`, `collection`: what was searched, also where the request did not say it."""
+
+    hits: list[SearchHit]
+    mode: str
+    collection: str

@@ -6,9 +6,9 @@ import asyncio
 import base64
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class EmbeddingService:
         self.metrics = Metrics()
         self.waiting = 0
         self._max_tokens = limits.tokens or model.config.max_length
-        self._embedder = Metered(model, self.metrics)
+        self.embedder = Metered(model, self.metrics)
         self._tokenizing = ThreadPoolExecutor(1, "count-tokens")  # one thread: the tokenizers have a lock
         stamp = model.stamp | {"name": name} | {part: _without_path(origin) for part, origin in model.sources.items()}
         self.description = schema.Model(
@@ -80,8 +80,31 @@ class EmbeddingService:
         """The number of tokens of each text. HTTPException 400 or 429 as in `Limits`."""
         if len(texts) > self.limits.inputs:
             raise HTTPException(400, f"{len(texts)} texts in one request; at most {self.limits.inputs} are allowed.")
-        with self._reserve(len(texts)):
+        with self.reserve(len(texts)):
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.model.count_tokens, texts)
+
+    async def check_lengths(self, texts: list[str], advice: str) -> list[int]:
+        """The number of tokens of each text. HTTPException 400, with `advice`, if one has too many; see `Limits`."""
+        counts = await self.count_tokens(texts)
+        longest = max(counts)
+        if longest > self._max_tokens:
+            raise HTTPException(
+                400,
+                f"The text at index {counts.index(longest)} has {longest} tokens; at most {self._max_tokens} are "
+                f"read. {advice}",
+            )
+        return counts
+
+    @asynccontextmanager
+    async def time_limit(self) -> AsyncIterator[None]:
+        """HTTPException 504 if the block takes longer than `Limits.seconds`."""
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                yield
+        except TimeoutError:
+            raise HTTPException(
+                504, f"No answer within {self.limits.seconds:g} s: the server is busy. Send fewer texts, or try later."
+            ) from None
 
     async def embed(self, body: schema.EmbeddingsRequest) -> schema.EmbeddingsResponse:
         """The response with the embeddings. If the call is cancelled, its texts leave the queue.
@@ -91,25 +114,15 @@ class EmbeddingService:
         kind = self.kind_of(body.model, body.input_type)
         if body.dimensions is not None and body.dimensions > self.model.embedding_dim:
             raise HTTPException(400, f"dimensions must be at most {self.model.embedding_dim}, got {body.dimensions}.")
-        counts = await self.count_tokens(body.input)
-        longest = max(counts)
-        if longest > self._max_tokens and not body.truncate:
-            raise HTTPException(
-                400,
-                f"The text at index {counts.index(longest)} has {longest} tokens; at most {self._max_tokens} are "
-                'read. Cut it into chunks, or send "truncate": true.',
-            )
+        if body.truncate:
+            counts = await self.count_tokens(body.input)
+        else:
+            counts = await self.check_lengths(body.input, 'Cut it into chunks, or send "truncate": true.')
         options = {"truncate_dim": body.dimensions, "instruction": body.instruction, "on_truncate": "ignore"}
         options = {key: value for key, value in options.items() if value is not None}
-        with self._reserve(len(counts)):
-            try:
-                async with asyncio.timeout(self.limits.seconds):
-                    rows = await self._embed_texts(kind, body.input, options)
-            except TimeoutError:
-                raise HTTPException(
-                    504,
-                    f"No answer within {self.limits.seconds:g} s: the server is busy. Send fewer texts, or try later.",
-                ) from None
+        with self.reserve(len(counts)):
+            async with self.time_limit():
+                rows = await self._embed_texts(kind, body.input, options)
         self.metrics.inputs.labels(kind).inc(len(rows))
         self.metrics.tokens.inc(sum(counts))
         return schema.EmbeddingsResponse(
@@ -126,11 +139,11 @@ class EmbeddingService:
         rows: list[np.ndarray] = []
         for start in range(0, len(texts), MAX_BATCH_TEXTS):
             batch = texts[start : start + MAX_BATCH_TEXTS]
-            rows += await _results([gather(self._embedder, kind, text, **options) for text in batch])
+            rows += await _results([gather(self.embedder, kind, text, **options) for text in batch])
         return rows
 
     @contextmanager
-    def _reserve(self, num_texts: int) -> Iterator[None]:
+    def reserve(self, num_texts: int) -> Iterator[None]:
         """Count `num_texts` as waiting while the block runs. HTTPException 429 when the queue has no room for them."""
         if self.waiting + num_texts > self.limits.waiting:
             raise HTTPException(

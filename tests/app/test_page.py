@@ -26,6 +26,7 @@ from c2v_rag.app.task import Stopped, Task
 from c2v_rag.index import Chunk, Hit, stored_stamps
 from c2v_rag.model import Causal2Vec
 from c2v_rag.remote import ApiKeyError
+from c2v_rag.sentences import Sentence
 from tests.tiny import tiny_model
 
 
@@ -328,11 +329,11 @@ def test_rank_changes_are_marked_and_texts_are_escaped() -> None:
     def hit(id: str) -> Hit:
         return Hit(id, 0.5, f"<b>{id}</b> text. More.", {"source": f"<i>{id}"})
 
-    spans = [(0, 14)] * 3
+    marked = [Sentence("", 0, 14)] * 3
     html = render.results(
         [
-            ("M", "how", "1 ms", [hit("a"), hit("b"), hit("c")], spans),
-            ("N", "how", "1 ms", [hit("b"), hit("a"), hit("d")], spans),
+            ("M", "how", "1 ms", [hit("a"), hit("b"), hit("c")], marked),
+            ("N", "how", "1 ms", [hit("b"), hit("a"), hit("d")], marked),
         ]
     )
     assert html.count("only here") == 2
@@ -346,14 +347,14 @@ def test_rank_changes_are_marked_and_texts_are_escaped() -> None:
 
 def test_a_long_passage_is_cut_around_the_marked_sentence() -> None:
     text = "word " * 300 + "The answer." + " more" * 300
-    shown, whole = render.passage(text, (1500, 1511)).split("<details")
+    shown, whole = render.passage(text, Sentence("The answer.", 1500, 1511)).split("<details")
     assert "<mark>The answer.</mark>" in shown
     assert "<mark>The answer.</mark>" in whole
     assert shown.count("word") < 60
     assert shown.count("…") == 2
     assert whole.count("word") == 300
     for span in ((0, 0), (0, 5), (len(text) - 5, len(text))):
-        shown = render.passage(text, span).split("<details")[0]
+        shown = render.passage(text, Sentence("", *span)).split("<details")[0]
         assert 500 < len(shown) < 700
         assert ("<mark>" in shown) == (span != (0, 0))
 

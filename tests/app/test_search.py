@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from c2v_rag import Document
-from c2v_rag.app.search import BM25, CAUSAL2VEC, ENCODER, HYBRID, METHODS, Searcher, sentences
+from c2v_rag.app.search import BM25, CAUSAL2VEC, ENCODER, HYBRID, METHODS, Searcher
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.fusion import reciprocal_rank_fusion
 from c2v_rag.model import Causal2Vec
@@ -73,20 +73,6 @@ def test_bm25_finds_nothing_for_words_that_are_in_no_passage(searcher: Searcher)
     searcher.prepare(BM25)
     for query in ("xylophone", "the", "?!", "\ud800"):
         assert searcher.search(BM25, query, 3) == []
-
-
-def test_texts_are_split_into_sentences_and_the_best_one_is_returned(searcher: Searcher) -> None:
-    text = "  One is here. Two, e.g. this?\n\n  Three has no end  "
-    assert [text[start:end] for start, end in sentences(text)] == [
-        "One is here.", "Two, e.g. this?", "Three has no end",
-    ]  # fmt: skip
-    assert sentences(" \n ") == []
-    texts = ["Bread needs yeast. The moon is far.", "", "Copper conducts. The moon is far. Glass breaks."]
-    spans = searcher.best_sentences("The moon is far.", texts)
-    assert [text[start:end] for text, (start, end) in zip(texts, spans, strict=True)] == [
-        "The moon is far.", "", "The moon is far.",
-    ]  # fmt: skip
-    assert searcher.best_sentences("anything", []) == []
 
 
 def test_reciprocal_rank_fusion_equals_its_formula() -> None:

@@ -38,6 +38,7 @@ from transformers import pipeline
 
 from c2v_rag import EmbedderSpec, LazyEmbedder, RemoteModel, VectorIndex, embedders, gather, read_sources
 from c2v_rag.bases import locate_base
+from c2v_rag.index import Chunk
 from c2v_rag.model import Causal2Vec
 from langchain_c2v import C2VRetriever, Causal2VecEmbeddings
 from tests.plain import Letters, numbered, recording_server
@@ -354,3 +355,26 @@ def test_a_retriever_gives_the_hits_of_the_index(mode: Any, tmp_path: Path) -> N
         assert [(one.id, one.page_content) for one in documents] == [(hit.id, hit.text) for hit in expected]
         assert [one.metadata for one in documents] == [{**hit.metadata, "score": hit.score} for hit in expected]
     assert len(retriever.invoke(query, k=3)) == 3
+
+
+def test_a_retriever_gives_diverse_documents_and_the_text_around_them(tmp_path: Path) -> None:
+    index = VectorIndex(tmp_path, Letters())
+    texts = ("One two.", "Three four.", "Five six.")
+    index.write([Chunk(text, text, {"source": "a", "start": 20 * at}) for at, text in enumerate(texts)])
+    (found,) = C2VRetriever(index=index, k=1, neighbours=1, where={"start": 20}).invoke("Three")
+    assert (found.page_content.split(), found.metadata["passage"]) == (" ".join(texts).split(), "Three four.")
+    retriever = C2VRetriever(index=index, k=2, mmr=0.1)
+    assert [one.id for one in retriever.invoke("Three")] == [hit.id for hit in index.search("Three", 2, mmr=0.1)]
+
+
+def test_a_retriever_reranks(tmp_path: Path) -> None:
+    def backwards(query: str, texts: Any) -> list[int]:
+        return list(range(len(texts)))
+
+    index = VectorIndex(tmp_path, Letters())
+    index.add(numbered(20))
+    expected = index.search("topic 3", 2, rerank=backwards, rerank_depth=8)
+    assert [hit.id for hit in expected] == [hit.id for hit in index.search("topic 3", 8)[:5:-1]]
+    assert [one.id for one in C2VRetriever(index=index, k=2, rerank=backwards, rerank_depth=8).invoke("topic 3")] == [
+        hit.id for hit in expected
+    ]

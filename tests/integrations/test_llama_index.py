@@ -26,6 +26,7 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 
 from c2v_rag import Document as SourceDocument
 from c2v_rag import VectorIndex, embedders
+from c2v_rag.index import Chunk
 from c2v_rag.model import Causal2Vec
 from tests.plain import Letters, numbered, recording_server
 from tests.tiny import assert_ranked, tiny_model
@@ -144,7 +145,7 @@ def test_retrieval_equals_that_of_a_vector_index(
         retriever = index.as_retriever(similarity_top_k=10)
         for query in queries:
             ids = [int(found.node.node_id) for found in retriever.retrieve(query)]
-            found = vector_index.search(query, top_k=len(passages))
+            found = vector_index.search(query, top_k=len(passages), mode="dense")
             scores = {int(hit.metadata["source"]): hit.score for hit in found}
             assert len(ids) == 10
             assert_ranked(ids, np.array([scores[i] for i in range(len(passages))]))
@@ -235,3 +236,27 @@ def test_a_retriever_gives_the_hits_of_the_index(mode: Any, tmp_path: Path) -> N
     for nodes in (retriever.retrieve(query), asyncio.run(retriever.aretrieve(query))):
         assert [(one.node_id, one.text, one.score) for one in nodes] == [(h.id, h.text, h.score) for h in expected]
         assert [one.metadata for one in nodes] == [hit.metadata for hit in expected]
+
+
+def test_a_retriever_gives_diverse_nodes_and_the_text_around_them(tmp_path: Path) -> None:
+    index = VectorIndex(tmp_path, Letters())
+    texts = ("One two.", "Three four.", "Five six.")
+    index.write([Chunk(text, text, {"source": "a", "start": 20 * at}) for at, text in enumerate(texts)])
+    (found,) = C2VRetriever(index, similarity_top_k=1, neighbours=1, where={"start": 20}).retrieve("Three")
+    assert (found.text.split(), found.metadata["passage"]) == (" ".join(texts).split(), "Three four.")
+    retriever = C2VRetriever(index, similarity_top_k=2, mmr=0.1)
+    assert [one.node_id for one in retriever.retrieve("Three")] == [h.id for h in index.search("Three", 2, mmr=0.1)]
+
+
+def test_a_retriever_reranks(tmp_path: Path) -> None:
+    def backwards(query: str, texts: Any) -> list[int]:
+        return list(range(len(texts)))
+
+    index = VectorIndex(tmp_path, Letters())
+    index.add(numbered(20))
+    expected = index.search("topic 3", 2, rerank=backwards, rerank_depth=8)
+    assert [hit.id for hit in expected] == [hit.id for hit in index.search("topic 3", 8)[:5:-1]]
+    assert [
+        one.node_id
+        for one in C2VRetriever(index, similarity_top_k=2, rerank=backwards, rerank_depth=8).retrieve("topic 3")
+    ] == [hit.id for hit in expected]

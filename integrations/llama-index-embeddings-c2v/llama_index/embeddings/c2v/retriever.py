@@ -9,7 +9,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
-from c2v_rag import Hit, SearchMode, VectorIndex
+from c2v_rag import Hit, Reranker, SearchMode, VectorIndex
 
 
 class C2VRetriever(BaseRetriever):
@@ -24,8 +24,9 @@ class C2VRetriever(BaseRetriever):
         >>> C2VRetriever(index, mode="hybrid").retrieve("how does dough rise?")[0].metadata["source"]
         'bread.txt'
 
-    `index`: a `VectorIndex`, which may exist already. `similarity_top_k`: number of nodes. `mode`, `where`, `min_score`
-    and `group_by`: as in `VectorIndex.search`.
+    `index`: a `VectorIndex`, which may exist already. `similarity_top_k`: number of nodes. The other arguments are
+    options of `VectorIndex.search`. With `neighbours`, a node's text is the passage with the text around it, and the
+    metadata "passage" is the passage alone.
     """
 
     def __init__(
@@ -33,15 +34,28 @@ class C2VRetriever(BaseRetriever):
         index: VectorIndex,
         *,
         similarity_top_k: int = 5,
-        mode: SearchMode = "dense",
+        mode: SearchMode | None = None,
         where: Mapping[str, Any] | None = None,
         min_score: float | None = None,
         group_by: str | None = None,
+        mmr: float | None = None,
+        neighbours: int = 0,
+        rerank: Reranker | None = None,
+        rerank_depth: int = 50,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         self._index = index
         self._top_k = similarity_top_k
-        self._options: dict[str, Any] = {"mode": mode, "where": where, "min_score": min_score, "group_by": group_by}
+        self._options: dict[str, Any] = {
+            "mode": mode,
+            "where": where,
+            "min_score": min_score,
+            "group_by": group_by,
+            "mmr": mmr,
+            "neighbours": neighbours,
+            "rerank": rerank,
+            "rerank_depth": rerank_depth,
+        }
         super().__init__(callback_manager=callback_manager)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -53,4 +67,5 @@ class C2VRetriever(BaseRetriever):
 
 
 def _node(hit: Hit) -> NodeWithScore:
-    return NodeWithScore(node=TextNode(id_=hit.id, text=hit.text, metadata=hit.metadata), score=hit.score)
+    metadata = {**hit.metadata, "passage": hit.text} if hit.context != hit.text else hit.metadata
+    return NodeWithScore(node=TextNode(id_=hit.id, text=hit.context, metadata=metadata), score=hit.score)
