@@ -26,13 +26,15 @@ from c2v_rag.adapt.filter import COPY, LANGUAGE, NOT_FOUND, REPEATED, SHORT, UNS
 from c2v_rag.adapt.headings import HeadingWriter, take_heading
 from c2v_rag.adapt.passages import Passage, draw_passages, split_documents
 from c2v_rag.adapt.prompts import Prompt, read_prompts
-from c2v_rag.adapt.questions import Question, clean, read_questions, save_questions
+from c2v_rag.adapt.questions import Question, Written, clean, read_questions, save_questions, write_questions
 from c2v_rag.adapt.reindex import build_collection
 from c2v_rag.adapt.report import compare_scores, judge
 from c2v_rag.adapt.scoring import Comparison, compare, metric_values
-from c2v_rag.adapt.training import write_pairs
+from c2v_rag.adapt.training import recipe_for, steps_within, write_pairs
+from c2v_rag.adapt.work import Work
 from c2v_rag.adapt.writers import DecoderWriter, EndpointWriter
 from c2v_rag.app.about import facts
+from c2v_rag.finetune.recipe import Recipe
 from c2v_rag.index import Chunk, ChunkSettings, stored_stamps
 from tests.pairs import pairs
 from tests.plain import Letters
@@ -523,6 +525,61 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 )
 def test_an_answer_is_reduced_to_its_question(answer: str, question: str) -> None:
     assert clean(answer) == question
+
+
+class Counting:
+    """A writer that counts its passages."""
+
+    name, kinds = "counting", ("question", "keywords", "problem")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def write(self, passages: Sequence[Passage], kinds: Sequence[str]) -> list[Written | None]:
+        self.asked += [(one.id, kind) for one, kind in zip(passages, kinds, strict=True)]
+        return [Written(f"{kind} {one.id}", one.text) for one, kind in zip(passages, kinds, strict=True)]
+
+
+def test_every_passage_gets_a_question_before_one_gets_two_and_the_kinds_take_turns(tmp_path: Path) -> None:
+    writer = Counting()
+    passages = [Passage(str(n), f"Passage {n}.", "document", {}) for n in range(10)]
+    rows = write_questions(passages, 25, writer.kinds, lambda: writer, Work(tmp_path))
+    assert [(row.passage_id, row.kind) for row in rows] == writer.asked
+    assert len({*writer.asked}) == 25
+    assert {id for id, _ in writer.asked[:10]} == {id for id, _ in writer.asked[10:20]} == {one.id for one in passages}
+    assert Counter(kind for _, kind in writer.asked[:10]) == {"question": 4, "keywords": 3, "problem": 3}
+    assert [id for id, _ in writer.asked[:10]] != [one.id for one in passages]
+    assert len(write_questions(passages, 100, writer.kinds, lambda: writer, Work(tmp_path / "all"))) == 30
+
+
+def test_writing_ends_with_its_time_and_a_resumed_run_has_the_same_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "BLOCK", 4)
+    writer, clock = Counting(), iter(range(100))
+    monkeypatch.setattr(questions.time, "perf_counter", lambda: float(next(clock)))
+    passages = [Passage(str(n), f"Passage {n}.", "document", {}) for n in range(20)]
+    rows = write_questions(passages, 20, writer.kinds, lambda: writer, Work(tmp_path), seconds=2.5)
+    assert len(rows) == len(writer.asked) == 8
+    assert write_questions(passages, 20, writer.kinds, lambda: pytest.fail("opened"), Work(tmp_path)) == rows
+
+
+def test_as_many_steps_are_planned_as_fit_and_at_most_eight_epochs() -> None:
+    stage = recipe_for("default", steps=1, minutes=None, num_questions=1000, num_dev=0).stages[0]
+    texts = stage.batch_size * (2 + stage.num_negatives)
+    assert steps_within(300, texts / 10, 1000) == 10  # ten seconds to embed a step's texts, thirty to train on them
+    assert steps_within(1e9, 1.0, 100) == 8 * 100 // stage.batch_size
+    assert steps_within(0.1, 1.0, 100) == 1
+
+
+def test_the_recipe_fits_few_questions_and_scores_dev_questions_where_there_are_enough() -> None:
+    few = recipe_for("mine", steps=40, minutes=3, num_questions=11, num_dev=4)
+    assert (few.stages[0].batch_size, few.stages[0].minutes, few.dev) == (11, 3, "none")
+    many = recipe_for("mine", steps=40, minutes=None, num_questions=1000, num_dev=50)
+    assert (many.stages[0].steps, many.stages[0].batch_size, many.base.checkpoint) == (40, 16, "mine")
+    assert many.dev != "none"
+    assert (many.dev.pairs, many.dev.every) == (["dev"], 10)
+    assert Recipe.model_validate(many.model_dump()) == many
 
 
 def passage(body: str, header: str = "", **metadata: Any) -> Passage:

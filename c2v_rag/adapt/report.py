@@ -252,6 +252,7 @@ def _plot_losses(losses: Sequence[float]) -> str:
     axis = figure.subplots()
     axis.plot(range(1, len(losses) + 1), losses, color="tab:blue", linewidth=1)
     axis.set(xlabel="training step", ylabel="loss")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     return _svg(figure)
 
 
