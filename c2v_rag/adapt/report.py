@@ -247,12 +247,13 @@ def _plot_losses(losses: Sequence[float]) -> str:
     if not losses:
         return ""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axis = figure.subplots()
     axis.plot(range(1, len(losses) + 1), losses, color="tab:blue", linewidth=1)
     axis.set(xlabel="training step", ylabel="loss")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _svg(figure)
 
 
