@@ -7,10 +7,10 @@ import time
 from collections.abc import Collection
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from c2v_rag import Causal2Vec, Document, VectorIndex
+from c2v_rag.cli.hits import hits_table
+from c2v_rag.sentences import best_sentences
 from c2v_rag.sources import python_docs
 
 MODULES = set(
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", default="demo-store", help="folder of the index")
     parser.add_argument("--model", default="default")
+    parser.add_argument("--modules", nargs="+", default=MODULES, help="modules of the standard library to index")
     arguments = parser.parse_args()
     out = Console()
 
@@ -44,18 +45,15 @@ def main() -> None:
     out.print(f"Loaded {model.name} on {model.device} in {time.perf_counter() - started:.1f} s")
 
     index = VectorIndex(arguments.store, model)
-    report = index.add(documents_of(MODULES), show_progress=True)
+    report = index.add(documents_of(arguments.modules), show_progress=True)
     out.print(f"{report.added} passages added, {report.unchanged} unchanged, in {report.seconds:.1f} s\n")
 
     for question in QUESTIONS:
         started = time.perf_counter()
-        hits = index.search(question, top_k=3)
+        hits = index.search(question, top_k=3, group_by="source")
         milliseconds = 1000 * (time.perf_counter() - started)
-        table = Table("score", "source", "passage", title=f"{question}  ({milliseconds:.0f} ms)", title_justify="left")
-        for hit in hits:
-            passage = " ".join(hit.text.partition("\n\n")[2].split())
-            table.add_row(f"{hit.score:.3f}", hit.metadata["source"], Text(passage, overflow="ellipsis", no_wrap=True))
-        out.print(table)
+        sentences = best_sentences(question, [hit.text for hit in hits], model)
+        out.print(hits_table(f"{question}  ({milliseconds:.0f} ms)", hits, sentences))
 
 
 if __name__ == "__main__":

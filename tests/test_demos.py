@@ -31,6 +31,19 @@ def test_the_rag_demos_answer_and_name_their_sources(
     assert "MiB are in memory once" in done.err
 
 
+def test_the_quickstart_shows_one_row_for_each_source(
+    tiny_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(tmp_path / "store")
+    run_demo("quickstart", ["--store", store, "--model", tiny_checkpoint, "--modules", "shutil"], monkeypatch)
+    tables = capsys.readouterr().out.split("┏")[1:]
+    assert len(tables) == 5
+    for table in tables:
+        rows = re.findall(r"│ *-?\d+\.\d+ │ (shutil\S*) *│ (\S+)", table)
+        assert len(rows) == len({source for source, _ in rows}) == 3
+        assert all(passage for _, passage in rows)
+
+
 def run_demo(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a demo in this process, so that torch is not imported again."""
     monkeypatch.syspath_prepend(DEMOS)

@@ -6,12 +6,35 @@ import csv
 import inspect
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from c2v_rag.sources import Document, python_docs, read_sources
 
+# The smallest files that Word and an EPUB reader would open.
+WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+PACKAGE = "http://schemas.openxmlformats.org/package/2006"
+DOCUMENT = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"
+DOCX = {
+    "[Content_Types].xml": f'<Types xmlns="{PACKAGE}/content-types"/>',
+    "_rels/.rels": f'<Relationships xmlns="{PACKAGE}/relationships">'
+    f'<Relationship Id="a" Type="{DOCUMENT}" Target="word/document.xml"/></Relationships>',
+    "word/styles.xml": f'<w:styles xmlns:w="{WORD}"><w:style w:type="paragraph" w:styleId="Heading1">'
+    '<w:name w:val="heading 1"/></w:style></w:styles>',
+    "word/_rels/document.xml.rels": f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="b" '
+    f'Type="{DOCUMENT.removesuffix("officeDocument")}styles" '
+    'Target="styles.xml"/></Relationships>',
+    "word/document.xml": f'<w:document xmlns:w="{WORD}"><w:body><w:p><w:pPr><w:pStyle w:val="Heading1"/></w:pPr>'
+    "<w:r><w:t>Bread</w:t></w:r></w:p><w:p><w:r><w:t>Needs yeast.</w:t></w:r></w:p></w:body></w:document>",
+}
+EPUB = {
+    "META-INF/container.xml": '<container><rootfiles><rootfile full-path="book.opf"/></rootfiles></container>',
+    "book.opf": '<package><metadata/><manifest><item id="one" href="one.xhtml"/></manifest>'
+    '<spine><itemref idref="one"/></spine></package>',
+    "one.xhtml": "<html><body><h1>Bread</h1><p>Needs yeast.</p></body></html>",
+}
 SAMPLE_PDF = Path(__file__).parent / "data" / "two_pages.pdf"
 
 
@@ -33,20 +56,68 @@ def test_a_folder_gives_every_readable_file_in_order_and_no_hidden_one(tmp_path:
     assert len(list(read_sources([tmp_path], limit=2))) == 2
 
 
-def test_html_gives_its_main_text_and_pdf_its_pages(tmp_path: Path) -> None:
-    paragraph = "Bread needs yeast, water, flour and some patience before it goes into the oven. "
-    page = f"<html><body><nav>Menu</nav><article><h1>Bread</h1><p>{paragraph * 5}</p></article></body></html>"
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    (html,) = read_sources([tmp_path / "page.html"])
-    assert "Bread needs yeast" in html.text
-    assert "<p>" not in html.text
-    assert "# Bread" in html.text
-    assert html.format == "markdown"
+HTML = """<html><head><title>All about  bread</title><style>p {}</style></head><body>
+<nav>Menu</nav><header>Logo</header>
+<main><header><h1>Bread</h1></header><p>Needs <a href="yeast.html">yeast</a> and snake_case. Ä</p>
+<h2>Flour</h2><pre>mix(flour)\n  bake()</pre><table><tr><th>kind</th></tr><tr><td>rye</td></tr></table>
+<img src="data:image/png;base64,AAAA"></main><footer>Imprint</footer></body></html>"""
+
+
+def test_html_keeps_headings_code_and_tables_and_leaves_out_navigation(tmp_path: Path) -> None:
+    for name, encoding in (("page.html", "utf-8"), ("old.htm", "iso-8859-1")):
+        meta = f'<head><meta charset="{encoding}">'
+        (tmp_path / name).write_text(HTML.replace("<head>", meta), encoding=encoding)
+        (html,) = read_sources([tmp_path / name])
+        assert html.title == "All about bread"
+        assert html.format == "markdown"
+        assert html.text.startswith("# Bread\n\nNeeds yeast and snake_case. Ä\n\n## Flour")
+        assert "mix(flour)\n  bake()" in html.text
+        assert "| rye |" in html.text
+        assert not any(part in html.text for part in ("Menu", "Logo", "Imprint", "yeast.html", "base64", "<p>"))
+    (tmp_path / "plain.html").write_text("<p>Only a paragraph.</p>", encoding="utf-8")
+    (html,) = read_sources([tmp_path / "plain.html"])
+    assert (html.text, html.title) == ("Only a paragraph.", "")
+
+
+def test_pdf_gives_a_document_for_each_page() -> None:
     first, second = read_sources([SAMPLE_PDF])
     assert "first page speaks of bread" in first.text
     assert "second page speaks of heaps" in second.text
     assert (first.metadata["page"], second.metadata["page"]) == (1, 2)
     assert first.source == second.source
+
+
+def test_office_files_become_markdown_with_headings(tmp_path: Path) -> None:
+    pytest.importorskip("markitdown")
+    import openpyxl
+    import pptx
+
+    slides = pptx.Presentation()
+    slide = slides.slides.add_slide(slides.slide_layouts[1])
+    slide.shapes.title.text, slide.placeholders[1].text = "Bread", "Needs yeast."
+    slides.save(tmp_path / "a.pptx")
+    book = openpyxl.Workbook()
+    book.active.title = "Prices"
+    book.active.append(["item", "price"])
+    book.active.append(["rye", 3])
+    book.save(tmp_path / "b.xlsx")
+    with zipfile.ZipFile(tmp_path / "c.docx", "w") as file:
+        for name, content in DOCX.items():
+            file.writestr(name, content)
+    with zipfile.ZipFile(tmp_path / "d.epub", "w") as file:
+        for name, content in EPUB.items():
+            file.writestr(name, content)
+    found = {Path(document.source).suffix: document for document in read_sources([tmp_path])}
+    assert {document.format for document in found.values()} == {"markdown"}
+    assert "# Bread" in found[".pptx"].text
+    assert "Needs yeast." in found[".pptx"].text
+    assert "## Prices" in found[".xlsx"].text
+    assert "| rye | 3 |" in found[".xlsx"].text
+    assert "# Bread\n\nNeeds yeast." in found[".docx"].text
+    assert "# Bread\n\nNeeds yeast." in found[".epub"].text
+    (tmp_path / "broken.docx").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"broken\.docx cannot be read"):
+        list(read_sources([tmp_path / "broken.docx"]))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +13,10 @@ from typing import Any, NamedTuple
 from c2v_rag.sources.document import Format, Scalar
 
 CSV_FIELD_CHARACTERS = 2**26
+# HTML elements that are not read; and those that are read only inside <main> or <article>.
+_NOT_READ = ["script", "style", "template", "noscript", "nav", "aside", "svg"]
+_AROUND_TEXT = ["header", "footer"]
+_OFFICE = {".docx": "DocxConverter", ".pptx": "PptxConverter", ".xlsx": "XlsxConverter", ".epub": "EpubConverter"}
 
 
 class Part(NamedTuple):
@@ -49,16 +54,28 @@ def _read_text(path: Path) -> str:
 
 
 def _read_html(path: Path) -> Iterator[Part]:
+    """The page as Markdown, without navigation, link targets and images: what is in <main>, <article> or <body>."""
     try:
-        import trafilatura
+        import markdownify
+        from bs4 import BeautifulSoup
     except ModuleNotFoundError as error:
-        if error.name != "trafilatura":
+        if error.name not in ("bs4", "markdownify"):
             raise
-        raise ImportError('Reading HTML needs trafilatura: pip install "c2v-rag[files]"') from error
-    content = path.read_bytes()
-    text = trafilatura.extract(content, include_comments=False, output_format="markdown") or ""
-    found = trafilatura.extract_metadata(content)
-    yield Part(text, (found.title or "").strip() if found else "", "markdown")
+        raise ImportError('Reading HTML needs markdownify: pip install "c2v-rag[files]"') from error
+    page = BeautifulSoup(path.read_bytes(), "html.parser")
+    title = page.title.get_text(" ", strip=True) if page.title else ""
+    for element in page(_NOT_READ):
+        element.decompose()
+    articles = page("article")
+    content = page.find("main") or (articles[0] if len(articles) == 1 else page.body or page)
+    for element in content(_AROUND_TEXT):
+        if element.find_parent(["article", "main"]) is None:
+            element.decompose()
+    # Without escapes, so that the passage has the characters of the page.
+    text = markdownify.MarkdownConverter(
+        heading_style="ATX", strip=["a", "img"], escape_asterisks=False, escape_underscores=False, escape_misc=False
+    ).convert_soup(content)
+    yield Part(re.sub(r"\n{3,}", "\n\n", text).strip(), " ".join(title.split()), "markdown")
 
 
 def _read_pdf(path: Path) -> Iterator[Part]:
@@ -81,14 +98,23 @@ def _read_pdf(path: Path) -> Iterator[Part]:
 
 
 def _read_office(path: Path) -> Iterator[Part]:
-    """Word, PowerPoint, Excel and EPUB files, converted to Markdown."""
+    """Word, PowerPoint, Excel and EPUB files, converted to Markdown.
+
+    The converter of the suffix is called, because MarkItDown itself would read a damaged file as plain text.
+    """
+    missing = f'Reading {path.suffix} needs markitdown: pip install "c2v-rag[office]"'
     try:
-        import markitdown
+        from markitdown import MissingDependencyException, StreamInfo, converters
     except ModuleNotFoundError as error:
         if error.name != "markitdown":
             raise
-        raise ImportError(f'Reading {path.suffix} needs markitdown: pip install "c2v-rag[office]"') from error
-    converted = markitdown.MarkItDown(enable_plugins=False).convert_local(path)
+        raise ImportError(missing) from error
+    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        try:
+            converted = getattr(converters, _OFFICE[suffix])().convert(file, StreamInfo(extension=suffix))
+        except MissingDependencyException as error:
+            raise ImportError(missing) from error
     yield Part(converted.markdown, (converted.title or "").strip(), "markdown")
 
 
@@ -137,10 +163,7 @@ READERS: dict[str, Callable[[Path], Iterator[Part]]] = {
     ".html": _read_html,
     ".htm": _read_html,
     ".pdf": _read_pdf,
-    ".docx": _read_office,
-    ".pptx": _read_office,
-    ".xlsx": _read_office,
-    ".epub": _read_office,
+    **dict.fromkeys(_OFFICE, _read_office),
 }
 TABLES: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".jsonl": _read_jsonl,
