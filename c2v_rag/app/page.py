@@ -111,11 +111,20 @@ class SearchApp:
                     method = gr.Dropdown(label="Method", choices=methods, value=DEFAULT_METHODS[check_mode(None)])
                     other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
+                    by_source = gr.Checkbox(True, label="One passage per source", min_width=120)
                 results = gr.HTML(elem_id="results")
-                search_inputs = [query, collection, method, other, top_k]
+                search_inputs = [query, collection, method, other, top_k, by_source]
                 # One listener for all inputs; only the latest request is answered, so that no older result replaces it.
                 gr.on(
-                    [query.submit, search_button.click, collection.input, method.input, other.input, top_k.release],
+                    [
+                        query.submit,
+                        search_button.click,
+                        collection.input,
+                        method.input,
+                        other.input,
+                        top_k.release,
+                        by_source.input,
+                    ],
                     self.search,
                     search_inputs,
                     results,
@@ -201,7 +210,9 @@ class SearchApp:
             )
         return gr.update(choices=names, value=value), gr.update(visible=about_python)
 
-    def search(self, query: str, collection: str | None, method: str, other: str, top_k: int) -> Iterator[str]:
+    def search(
+        self, query: str, collection: str | None, method: str, other: str, top_k: int, by_source: bool = False
+    ) -> Iterator[str]:
         """Yield progress messages while a method is prepared, then the results. An error is shown as a message."""
         query = query.strip()
         if not query:
@@ -222,15 +233,15 @@ class SearchApp:
                     for progress in building.watch():
                         yield render.progress(progress.message, progress.done)
                     building.result()
-            yield self._results(searcher, query, names, int(top_k))
+            yield self._results(searcher, query, names, int(top_k), by_source)
         except Exception as error:
             yield render.message(reason(error), "error")
 
-    def _results(self, searcher: Searcher, query: str, names: list[str], top_k: int) -> str:
+    def _results(self, searcher: Searcher, query: str, names: list[str], top_k: int, by_source: bool) -> str:
         columns = []
         for name in names:
             started = time.perf_counter()
-            hits = searcher.search(name, query, top_k)
+            hits = searcher.search(name, query, top_k, by_source=by_source)
             took = render.milliseconds(time.perf_counter() - started)
             timing = f"{len(hits)} of {len(searcher.index):,} passages in {took}"
             columns.append((name, METHODS[name], timing, hits))
