@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,68 @@ def finetuning() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+_SYSTEMS = {"encoder": "MiniLM", "model": "default"}
+_MODES = {"dense": "", "lexical": "BM25", "hybrid": " + BM25"}
+
+
+def retrieval() -> str:
+    result = read("retrieval")
+    sets = result["sets"]
+    header = ["nDCG@10, x 100", *(f"{name} ({found['queries']} queries)" for name, found in sets.items()), "mean"]
+    lines = []
+    for label, mode, headed in retrieval_rows():
+        rows = [found["rows"][f"{label}, {mode}{headed}"] for found in sets.values()]
+        scores = [100 * row["ndcg_at_10"] for row in rows]
+        is_baseline = mode == "dense" and not headed
+        cells = [
+            f"{score:.1f}" + ("" if is_baseline else f" ({interval(*row['against_dense'])})")
+            for score, row in zip(scores, rows, strict=True)
+        ]
+        name = "BM25" if mode == "lexical" else _SYSTEMS[label] + _MODES.get(mode, f", {mode}")
+        lines.append([name + (", chunk headers" if headed else ""), *cells, f"{sum(scores) / len(scores):.1f}"])
+    return markdown(header, lines) + made_by(result)
+
+
+def retrieval_rows() -> list[tuple[str, str, str]]:
+    """(system, mode, suffix) of the rows that are shown."""
+    fusions = ["rank fusion", "0.7 z + 0.3 z"]
+    shown = [("encoder", "lexical", "")]
+    for label in _SYSTEMS:
+        shown += [(label, mode, headed) for mode in ("dense", "hybrid") for headed in ("", ", headers")]
+    return shown + [("model", fusion, "") for fusion in fusions]
+
+
+def held_out() -> str:
+    found = read("retrieval")["held-out halves"]
+    row = [
+        f"{found['splits']}",
+        f"{100 * found['mean_difference']:+.2f}",
+        f"{100 * found['share_of_splits_won']:.0f} %",
+    ]
+    return markdown(["random halves", "hybrid - best fixed weight, nDCG@10 x 100", "hybrid is ahead in"], [row])
+
+
+def choose() -> str:
+    """Which system to take: the README's table."""
+    result = read("retrieval")
+    sets, first = result["sets"], next(iter(result["sets"].values()))
+    columns = {"encoder": 384, "model": int(result["model"]["embedding_dim"])}
+    lines = []
+    for label, mode in (("encoder", "lexical"), *product(_SYSTEMS, ("dense", "hybrid"))):
+        rows = [found["rows"][f"{label}, {mode}{', headers' if mode != 'lexical' else ''}"] for found in sets.values()]
+        name = "BM25" if mode == "lexical" else _SYSTEMS[label] + _MODES[mode]
+        lines.append(
+            [
+                f"**{name}**" if (label, mode) == ("model", "hybrid") else name,
+                "-" if mode == "lexical" else f"{columns[label]:,}",
+                f"{first['rows'][f'{label}, {mode}']['ms_per_query']:.0f}",
+                *(f"{100 * row['ndcg_at_10']:.1f}" for row in rows),
+            ]
+        )
+    header = ["nDCG@10, x 100", "columns", "ms a query", *sets]
+    return markdown(header, lines) + made_by(result)
+
+
 def interval(low: float, high: float) -> str:
     """Both ends of an interval of a difference, x 100."""
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
@@ -173,6 +236,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "efficiency": efficiency,
     "serving": serving,
     "ray": ray,
+    "retrieval": retrieval,
+    "held-out": held_out,
+    "choose": choose,
     "finetuning": finetuning,
 }
 

@@ -89,7 +89,7 @@ class StageTrainer(SentenceTransformerTrainer):
     monitor: Monitor | None = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         if (monitor := self.monitor) is not None:
 
             def by_time(factor: Callable[[int], float], step: int) -> float:
