@@ -156,7 +156,7 @@ def search(
     ] = None,
     by_source: Annotated[
         bool,
-        typer.Option("--by-source/--all-chunks", help="Only the best passage of each source, unless --all-chunks."),
+        typer.Option("--by-source/--all-chunks", help="Only the best passage of each source, or all."),
     ] = True,
     mmr: Annotated[
         float | None,
