@@ -158,8 +158,7 @@ class Causal2Vec(nn.Module):
     def embed(self, batch: TokenBatch, *, reuse_prefix: bool = True) -> Tensor:
         """The same embeddings as `forward`, without gradients, for inference.
 
-        The prefix's keys and values are cached between batches. With `reuse_prefix=False`, the prefix is computed with
-        every text.
+        The prefix's keys and values are cached between batches, unless `reuse_prefix=False`.
         """
         prefix = self.prefix_cache.get(self.llm, batch.prefix_ids) if reuse_prefix else None
         pooled = None if self.config.contextual_token == "none" else self.pooled_by_length(batch)

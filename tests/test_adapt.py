@@ -26,13 +26,15 @@ from c2v_rag.adapt.filter import COPY, LANGUAGE, NOT_FOUND, REPEATED, SHORT, UNS
 from c2v_rag.adapt.headings import HeadingWriter, take_heading
 from c2v_rag.adapt.passages import Passage, draw_passages, split_documents
 from c2v_rag.adapt.prompts import Prompt, read_prompts
-from c2v_rag.adapt.questions import Question, clean, read_questions, save_questions
+from c2v_rag.adapt.questions import Question, Written, clean, read_questions, save_questions, write_questions
 from c2v_rag.adapt.reindex import build_collection
-from c2v_rag.adapt.report import judge
+from c2v_rag.adapt.report import compare_scores, judge
 from c2v_rag.adapt.scoring import Comparison, compare, metric_values
-from c2v_rag.adapt.training import write_pairs
+from c2v_rag.adapt.training import recipe_for, steps_within, write_pairs
+from c2v_rag.adapt.work import Work
 from c2v_rag.adapt.writers import DecoderWriter, EndpointWriter
 from c2v_rag.app.about import facts
+from c2v_rag.finetune.recipe import Recipe
 from c2v_rag.index import Chunk, ChunkSettings, stored_stamps
 from tests.pairs import pairs
 from tests.plain import Letters
@@ -305,22 +307,40 @@ def test_the_command_prints_the_report(documents: Path, checkpoint: str, tmp_pat
 # A gain
 
 
-def comparison(difference: float, low: float, high: float) -> Comparison:
-    return Comparison(0.5, 0.5 + difference, low, high)
+GAIN, NONE, LOSS = (0.01, 0.2), (-0.1, 0.1), (-0.2, -0.01)
 
 
-def test_a_gain_is_only_what_the_interval_proves_and_forgetting_is_said() -> None:
-    def ending(main: Comparison, general: float) -> str:
-        scores = {"vectors": {"nDCG@10": main}}
-        return judge(scores, {"general": comparison(general, -1, 1)})[0]
+@pytest.mark.parametrize(
+    ("hybrid", "vectors", "general", "ending", "advice"),
+    [
+        (GAIN, GAIN, 0.0, "gain", "Use it, and embed"),
+        (GAIN, NONE, 0.0, "gain", "Use it, and embed"),
+        (NONE, GAIN, 0.0, "gain by vectors only", "only if you search by vectors alone"),
+        (GAIN, GAIN, -0.02, "gain, but forgets", "finds less in trivia"),
+        (NONE, NONE, 0.0, "no gain", "No gain is proved"),
+        (NONE, LOSS, 0.0, "no gain", "is worse"),
+        (LOSS, GAIN, 0.0, "no gain", "is worse"),
+    ],
+)
+def test_a_gain_is_only_what_the_interval_proves_and_forgetting_is_said(
+    hybrid: tuple[float, float], vectors: tuple[float, float], general: float, ending: str, advice: str
+) -> None:
+    held_out = {
+        mode: {"nDCG@10": Comparison(0.5, 0.5 + (low + high) / 2, low, high)}
+        for mode, (low, high) in (("hybrid", hybrid), ("vectors", vectors))
+    }
+    found = judge(held_out, {"trivia": Comparison(0.5, 0.5 + general, -1, 1)})
+    assert found[0] == ending
+    assert advice in found[1]
+    assert ("Keep the old model" in found[1]) == (ending == "no gain")
 
-    assert ending(comparison(0.1, 0.01, 0.2), 0.0) == "gain"
-    assert ending(comparison(0.1, 0.01, 0.2), -0.02) == "gain, but forgets"
-    assert ending(comparison(0.1, -0.01, 0.2), 0.0) == "no gain"
-    worse = judge({"vectors": {"nDCG@10": comparison(-0.1, -0.2, -0.01)}}, {})
-    assert worse[0] == "no gain"
-    assert "worse" in worse[1]
-    assert "Keep the old model" in worse[1]
+
+def test_with_few_documents_the_interval_is_over_questions() -> None:
+    rows = [Question(f"question {n}", "passage", f"document-{n % 2}") for n in range(8)]
+    ranks = {"ranks": {"vectors": [1] * 8, "hybrid": [4, 2] * 4}, "general": {}}
+    better = {"ranks": {"vectors": [1] * 8, "hybrid": [1, 2] * 4}, "general": {}}
+    found = compare_scores(rows, ranks, better)["held_out"]["hybrid"]["MRR"]
+    assert found.low < found.difference < found.high
 
 
 def test_the_interval_is_over_documents_not_over_questions() -> None:
@@ -505,6 +525,61 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 )
 def test_an_answer_is_reduced_to_its_question(answer: str, question: str) -> None:
     assert clean(answer) == question
+
+
+class Counting:
+    """A writer that counts its passages."""
+
+    name, kinds = "counting", ("question", "keywords", "problem")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def write(self, passages: Sequence[Passage], kinds: Sequence[str]) -> list[Written | None]:
+        self.asked += [(one.id, kind) for one, kind in zip(passages, kinds, strict=True)]
+        return [Written(f"{kind} {one.id}", one.text) for one, kind in zip(passages, kinds, strict=True)]
+
+
+def test_every_passage_gets_a_question_before_one_gets_two_and_the_kinds_take_turns(tmp_path: Path) -> None:
+    writer = Counting()
+    passages = [Passage(str(n), f"Passage {n}.", "document", {}) for n in range(10)]
+    rows = write_questions(passages, 25, writer.kinds, lambda: writer, Work(tmp_path))
+    assert [(row.passage_id, row.kind) for row in rows] == writer.asked
+    assert len({*writer.asked}) == 25
+    assert {id for id, _ in writer.asked[:10]} == {id for id, _ in writer.asked[10:20]} == {one.id for one in passages}
+    assert Counter(kind for _, kind in writer.asked[:10]) == {"question": 4, "keywords": 3, "problem": 3}
+    assert [id for id, _ in writer.asked[:10]] != [one.id for one in passages]
+    assert len(write_questions(passages, 100, writer.kinds, lambda: writer, Work(tmp_path / "all"))) == 30
+
+
+def test_writing_ends_with_its_time_and_a_resumed_run_has_the_same_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "BLOCK", 4)
+    writer, clock = Counting(), iter(range(100))
+    monkeypatch.setattr(questions.time, "perf_counter", lambda: float(next(clock)))
+    passages = [Passage(str(n), f"Passage {n}.", "document", {}) for n in range(20)]
+    rows = write_questions(passages, 20, writer.kinds, lambda: writer, Work(tmp_path), seconds=2.5)
+    assert len(rows) == len(writer.asked) == 8
+    assert write_questions(passages, 20, writer.kinds, lambda: pytest.fail("opened"), Work(tmp_path)) == rows
+
+
+def test_as_many_steps_are_planned_as_fit_and_at_most_eight_epochs() -> None:
+    stage = recipe_for("default", steps=1, minutes=None, num_questions=1000, num_dev=0).stages[0]
+    texts = stage.batch_size * (2 + stage.num_negatives)
+    assert steps_within(300, texts / 10, 1000) == 10  # ten seconds to embed a step's texts, thirty to train on them
+    assert steps_within(1e9, 1.0, 100) == 8 * 100 // stage.batch_size
+    assert steps_within(0.1, 1.0, 100) == 1
+
+
+def test_the_recipe_fits_few_questions_and_scores_dev_questions_where_there_are_enough() -> None:
+    few = recipe_for("mine", steps=40, minutes=3, num_questions=11, num_dev=4)
+    assert (few.stages[0].batch_size, few.stages[0].minutes, few.dev) == (11, 3, "none")
+    many = recipe_for("mine", steps=40, minutes=None, num_questions=1000, num_dev=50)
+    assert (many.stages[0].steps, many.stages[0].batch_size, many.base.checkpoint) == (40, 16, "mine")
+    assert many.dev != "none"
+    assert (many.dev.pairs, many.dev.every) == (["dev"], 10)
+    assert Recipe.model_validate(many.model_dump()) == many
 
 
 def passage(body: str, header: str = "", **metadata: Any) -> Passage:

@@ -32,10 +32,6 @@ class Corpus:
     def texts(self) -> list[str]:
         return [passage.text for passage in self.passages]
 
-    def positions_of(self, split: Split) -> list[int]:
-        """The positions of the questions with this split."""
-        return [number for number, question in enumerate(self.questions) if question.split == split]
-
 
 def assemble(passages: Sequence[Passage], questions: Sequence[Question], seed: int) -> Corpus:
     """The corpus of drawn passages and of the questions' own passages.

@@ -17,8 +17,11 @@ from c2v_rag.adapt.questions import Question, one_line
 from c2v_rag.adapt.scoring import METRICS, Comparison, compare, metric_values
 from c2v_rag.adapt.work import write_text
 
-Ending = Literal["gain", "gain, but forgets", "no gain", "nothing to learn", "questions written"]
+Ending = Literal[
+    "gain", "gain by vectors only", "gain, but forgets", "no gain", "nothing to learn", "questions written"
+]
 FORGOTTEN = 0.01  # a general set may fall by this much
+_MIN_DOCUMENTS = 6  # a bootstrap over fewer documents says nothing: it is over questions then
 _EXAMPLES = 3  # shown of the questions that were dropped for one reason
 SHOWN = 20  # questions whose ranks before and after are shown
 
@@ -38,12 +41,11 @@ class ChangedQuestion:
 class AdaptReport:
     """What a run did and what it gained.
 
-    `ending`: "gain" if the interval of the difference in nDCG@10 on held-out questions, by vectors, is above 0;
-    "gain, but forgets" if also a general set fell by more than 1 point; "no gain"; "nothing to learn" if too few
-    questions were kept, and nothing was trained; "questions written" if no more was asked for. `advice`: what to do
-    now. `model`: the folder of the adapted model, None without training. `held_out`: by mode of search and metric.
-    `general`: nDCG@10 by set. `dropped`: numbers of questions by reason; `examples`: some of them. `losses`: of each
-    training step. `seconds`: by step. `collection`: the new collection, None unless one was made.
+    `ending`: see `judge`; "nothing to learn" if too few questions were kept, and nothing was trained; "questions
+    written" if no more was asked for. `advice`: what to do now. `model`: the folder of the adapted model, None without
+    training. `held_out`: by mode of search and metric. `general`: nDCG@10 by set. `dropped`: numbers of questions by
+    reason; `examples`: some of them. `losses`: of each training step. `seconds`: by step. `collection`: the new
+    collection, None unless one was made.
     """
 
     ending: Ending
@@ -92,23 +94,32 @@ class AdaptReport:
 
 
 def judge(held_out: Mapping[str, Mapping[str, Comparison]], general: Mapping[str, Comparison]) -> tuple[Ending, str]:
-    """The ending of a run with training, and the advice."""
-    main = held_out["vectors"]["nDCG@10"]
-    if main.low <= 0:
-        loss = main.high < 0
-        return "no gain", (
-            f"{'The adapted model is worse' if loss else 'No gain is proved'}: nDCG@10 on held-out questions changed "
-            f"by {_interval(main)}. Keep the old model."
+    """The ending of a run with training, and the advice, by the intervals of nDCG@10 on held-out questions.
+
+    "gain": that of hybrid search is above 0. "gain by vectors only": that of vectors is above 0, and hybrid search did
+    not become worse. "gain, but forgets": a gain, and a general set fell by more than 1 point. "no gain" otherwise.
+    """
+    hybrid, vectors = (held_out[mode]["nDCG@10"] for mode in ("hybrid", "vectors"))
+    found = (
+        f"nDCG@10 on held-out questions changed by {_interval(hybrid)} in hybrid search, "
+        f"and by {_interval(vectors)} by vectors."
+    )
+    if hybrid.low <= 0 and (vectors.low <= 0 or hybrid.high < 0):
+        is_worse = hybrid.high < 0 or vectors.high < 0
+        return (
+            "no gain",
+            f"{'The adapted model is worse' if is_worse else 'No gain is proved'}: {found} Keep the old model.",
         )
     forgotten = [name for name, one in general.items() if one.difference < -FORGOTTEN]
     if forgotten:
         return "gain, but forgets", (
-            f"The adapted model finds more in these documents (nDCG@10 {_interval(main)}), but less in "
-            f"{', '.join(forgotten)}. Use it for these documents only."
+            f"The adapted model finds more in these documents: {found} It finds less in {', '.join(forgotten)}. Use it "
+            "for these documents only."
         )
+    if hybrid.low <= 0:
+        return "gain by vectors only", f"{found} Use the adapted model only if you search by vectors alone."
     return "gain", (
-        f"The adapted model finds more in these documents: nDCG@10 on held-out questions changed by {_interval(main)}. "
-        "Use it, and embed the documents again with it."
+        f"The adapted model finds more in these documents: {found} Use it, and embed the documents again with it."
     )
 
 
@@ -183,10 +194,12 @@ def _by_split(splits: Iterable[str]) -> dict[str, int]:
 
 def compare_scores(questions: Sequence[Question], before: Any, after: Any) -> dict[str, Any]:
     """The fields "held_out", "general" and "changed" of a report, from the ranks and scores of both models."""
-    documents = [question.document for question in questions]
+    groups = [question.document for question in questions]
+    if len({*groups}) < _MIN_DOCUMENTS:
+        groups = [str(number) for number in range(len(questions))]
     held_out = {
         mode: {
-            metric: compare(metric_values(metric, old), metric_values(metric, after["ranks"][mode]), documents)
+            metric: compare(metric_values(metric, old), metric_values(metric, after["ranks"][mode]), groups)
             for metric in METRICS
         }
         for mode, old in before["ranks"].items()
@@ -234,11 +247,13 @@ def _plot_losses(losses: Sequence[float]) -> str:
     if not losses:
         return ""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axis = figure.subplots()
     axis.plot(range(1, len(losses) + 1), losses, color="tab:blue", linewidth=1)
     axis.set(xlabel="training step", ylabel="loss")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _svg(figure)
 
 

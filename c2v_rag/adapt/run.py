@@ -21,7 +21,15 @@ from c2v_rag.adapt.questions import read_questions, save_questions, write_questi
 from c2v_rag.adapt.reindex import build_collection, open_stored
 from c2v_rag.adapt.report import AdaptReport, compare_scores, describe, judge
 from c2v_rag.adapt.scoring import ranks, read_general_sets, score_general
-from c2v_rag.adapt.training import PAIRS, losses, recipe_for, run_training, steps_within, write_pairs
+from c2v_rag.adapt.training import (
+    PAIRS,
+    losses,
+    recipe_for,
+    run_training,
+    steps_within,
+    texts_besides_training,
+    write_pairs,
+)
 from c2v_rag.adapt.work import Work, write_text
 from c2v_rag.adapt.writers import HEADINGS, open_writer, writer_kinds
 from c2v_rag.index import DEFAULT_COLLECTION, ChunkSettings, StoreAddress
@@ -31,7 +39,7 @@ from c2v_rag.sources import read_sources
 logger = logging.getLogger(__name__)
 
 MIN_TRAINING = 10  # kept questions
-MIN_HELD_OUT = 3
+MIN_HELD_OUT = 6
 _WRITING_SHARE = 0.5  # of the time, at most
 _TRAINING_SHARE = 0.25  # of the time, at least
 
@@ -171,7 +179,7 @@ class _Run:
         trained, unfinished = self._output / "model", self._work.folder / "model"
         if not trained.is_dir():
             counts = {split: len(numbers) for split, numbers in kept.items()}
-            steps, minutes = self._work.json("steps", lambda: self._plan(corpus, counts["training"]))
+            steps, minutes = self._work.json("steps", lambda: self._plan(corpus, counts["training"], counts["dev"]))
             recipe = recipe_for(
                 self._options.model, steps=steps, minutes=minutes,
                 num_questions=counts["training"], num_dev=counts["dev"],
@@ -188,7 +196,7 @@ class _Run:
         )
 
     def _prepare(self, corpus: Corpus) -> tuple[Filtered, dict[Split, list[int]], Any]:
-        """The kept questions by split, the scores before training (None with too few questions).
+        """The filtered questions, those kept by split, and the scores before training (None with too few questions).
 
         The sets of pairs are written into the work folder. The model is not in memory afterwards.
         """
@@ -218,16 +226,16 @@ class _Run:
                 "another folder as --output."
             )
 
-    def _plan(self, corpus: Corpus, num_questions: int) -> tuple[int, float | None]:
+    def _plan(self, corpus: Corpus, num_questions: int, num_dev: int) -> tuple[int, float | None]:
         """The number of training steps, and after how many minutes training ends at the latest."""
         options, seconds = self._options, self._work.seconds
         if options.steps is not None:
             return options.steps, None
-        left = 60 * options.minutes - sum(seconds.values()) - seconds["embed"]  # it embeds again after training
+        speed = (len(corpus.passages) + len(corpus.questions)) / seconds["embed"]
+        left = 60 * options.minutes - sum(seconds.values()) - texts_besides_training(num_questions, num_dev) / speed
+        left -= seconds["embed"] + seconds["score"]  # after training, for the new model
         available = max(left, 60 * options.minutes * _TRAINING_SHARE)
-        texts = len(corpus.passages) + len(corpus.questions)
-        steps = steps_within(available, texts / seconds["embed"], num_questions)
-        return steps, available / 60
+        return steps_within(available, speed, num_questions), available / 60
 
     def _score(
         self, model: Causal2Vec, corpus: Corpus, numbers: Sequence[int], ranker: Ranker, vectors: np.ndarray

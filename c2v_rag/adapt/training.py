@@ -22,7 +22,8 @@ NUM_NEGATIVES = 4
 MAX_EPOCHS = 8
 MIN_DEV = 5  # kept dev questions; with fewer, nothing is scored while training
 _RECIPE = PACKAGED / "adapt.yaml"
-_SCORES = 4  # times that the dev questions are scored while training
+_SCORES = 4  # times that the dev questions are scored while training, besides once before it
+_MAX_DEV_QUESTIONS, _MAX_DEV_PASSAGES = 100, 200
 # A passage whose hybrid score, in standard deviations of the cosines, is at most this far below that of the right one
 # may be an answer too.
 _POSSIBLE_ANSWER = 0.25
@@ -69,6 +70,12 @@ def steps_within(seconds: float, texts_per_second: float, num_questions: int) ->
     return max(1, int(min(fitting, MAX_EPOCHS * num_questions / stage.batch_size)))
 
 
+def texts_besides_training(num_questions: int, num_dev: int) -> int:
+    """How many texts the training embeds without a gradient: the teacher's, and the dev questions with passages."""
+    dev = min(num_dev, _MAX_DEV_QUESTIONS) + min(num_dev, _MAX_DEV_PASSAGES) if num_dev >= MIN_DEV else 0
+    return 2 * num_questions + (1 + _SCORES) * dev
+
+
 def recipe_for(checkpoint: str, *, steps: int, minutes: float | None, num_questions: int, num_dev: int) -> Recipe:
     """The packaged recipe "adapt" for the model `checkpoint`. Training ends after `steps` or `minutes`.
 
@@ -86,7 +93,13 @@ def recipe_for(checkpoint: str, *, steps: int, minutes: float | None, num_questi
             ),
         }
     )
-    dev = Dev(pairs=[DEV], every=max(1, round(steps / _SCORES)), patience=None, max_queries=100, max_documents=200)
+    dev = Dev(
+        pairs=[DEV],
+        every=max(1, round(steps / _SCORES)),
+        patience=None,
+        max_queries=_MAX_DEV_QUESTIONS,
+        max_documents=_MAX_DEV_PASSAGES,
+    )
     return packaged.model_copy(
         update={
             "base": BaseModels(checkpoint=checkpoint),

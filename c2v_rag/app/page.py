@@ -1,4 +1,4 @@
-"""The page, made with Gradio: search, add documents, map, about. It loads nothing from other servers."""
+"""The page, made with Gradio: search, ask, add documents, map, about. It loads nothing from other servers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
 import numpy as np
 from starlette.middleware import Middleware
 
-from c2v_rag.app import render
+from c2v_rag.app import render, render_answer
 from c2v_rag.app.about import facts
 from c2v_rag.app.access import Logins, check_access, is_only_local
-from c2v_rag.app.adding import Added, add
+from c2v_rag.app.add_tab import AddTab
+from c2v_rag.app.ask_tab import AskTab
 from c2v_rag.app.collections import Collections
+from c2v_rag.app.errors import reason
 from c2v_rag.app.search import BM25, DEFAULT_METHODS, ENCODER, METHODS, Searcher
-from c2v_rag.app.task import Stopped, Task
+from c2v_rag.app.task import Task
+from c2v_rag.app.writers import DEFAULT, writer_opener
 from c2v_rag.hosts import HostCheck
 from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress, check_mode
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sentences import best_sentences
-from c2v_rag.sources import PYTHON_DOCS
 
 PYTHON_QUESTIONS = (
     "How do I run several coroutines at the same time and wait for all of them?",
@@ -36,7 +37,6 @@ PYTHON_QUESTIONS = (
 )
 MAP_POINTS = 1500
 NO_COMPARISON = "(nothing)"
-_FILE_TYPES = [".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".py"]
 # A click on a circle of the map sends its chunk's id to Python. The listener is on the element around the map, so that
 # it still works after the map was drawn again.
 _MAP_CLICK = (
@@ -49,9 +49,12 @@ class SearchApp:
     """The search page of one store. It shows the store's collections that `model` made, and adds documents with it.
 
     `collection`: the collection that is shown first; it is created when documents are added. `is_local`: only this
-    machine reaches the page. Only then can a visitor index its folders and create new collections.
+    machine reaches the page. Only then can a visitor index its folders and create new collections. `writer`: the
+    language model of the tab "Ask": "default" for the model's own decoder, a language model's folder or Hub id, or the
+    URL of an OpenAI-compatible server, whose model is `writer_model`. It is loaded at the first question.
 
-    Raises ValueError for a collection name that ends in ".encoder": the encoder's own vectors use such names.
+    Raises ValueError for a collection name that ends in ".encoder": the encoder's own vectors use such names; the
+    errors of `EndpointWriter` for a server that cannot write.
     """
 
     def __init__(
@@ -61,12 +64,18 @@ class SearchApp:
         *,
         collection: str = DEFAULT_COLLECTION,
         is_local: bool = True,
+        writer: str = DEFAULT,
+        writer_model: str | None = None,
     ) -> None:
         self.store: Final = store
         self.model: Final = model
         self._is_local = is_local
         self._collections = Collections(store, model, collection)
-        self._runs: dict[str, Task[Added]] = {}  # by session id: the run that the Cancel button of this session stops
+        self._adding = AddTab(self._collections, lambda: self._is_local)
+        self._asking = AskTab(self._collections, writer_opener(writer, writer_model, model))
+        self.add: Final = self._adding.add
+        self.cancel: Final = self._adding.cancel
+        self.ask: Final = self._asking.ask
 
     # The page
 
@@ -86,8 +95,9 @@ class SearchApp:
     def blocks(self) -> gr.Blocks:
         """The page as Gradio blocks, to launch or to mount in another app, which must then ask for a login itself."""
         with gr.Blocks(title="Causal2Vec search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-            gr.Markdown("# Search your documents")
-            collection = gr.Dropdown(label="Collection", choices=[], scale=1, render=False)
+            with gr.Row(equal_height=True):
+                gr.Markdown("# Search your documents")
+                collection = gr.Dropdown(label="Collection", choices=[], scale=0, min_width=260)
             with gr.Tab("Search"):
                 with gr.Row():
                     query = gr.Textbox(
@@ -97,16 +107,24 @@ class SearchApp:
                 with gr.Row(visible=False) as examples:
                     example_buttons = [gr.Button(text, size="sm") for text in PYTHON_QUESTIONS]
                 with gr.Row():
-                    collection.render()  # type: ignore[no-untyped-call]
                     methods = self.methods()
                     method = gr.Dropdown(label="Method", choices=methods, value=DEFAULT_METHODS[check_mode(None)])
                     other = gr.Dropdown(label="Compare with", choices=[NO_COMPARISON, *methods], value=NO_COMPARISON)
                     top_k = gr.Slider(1, 20, value=5, step=1, label="Passages")
+                    by_source = gr.Checkbox(True, label="One passage per source", min_width=120)
                 results = gr.HTML(elem_id="results")
-                search_inputs = [query, collection, method, other, top_k]
+                search_inputs = [query, collection, method, other, top_k, by_source]
                 # One listener for all inputs; only the latest request is answered, so that no older result replaces it.
                 gr.on(
-                    [query.submit, search_button.click, collection.input, method.input, other.input, top_k.release],
+                    [
+                        query.submit,
+                        search_button.click,
+                        collection.input,
+                        method.input,
+                        other.input,
+                        top_k.release,
+                        by_source.input,
+                    ],
                     self.search,
                     search_inputs,
                     results,
@@ -119,29 +137,10 @@ class SearchApp:
                     button.click(lambda text: text, button, query).then(
                         self.search, search_inputs, results, show_progress="hidden", concurrency_id="search"
                     )
+            with gr.Tab("Ask"):
+                self._asking.build(collection)
             with gr.Tab("Add documents"):
-                files = gr.File(
-                    label="Files: txt, md, rst, html, pdf, py", file_count="multiple", file_types=_FILE_TYPES
-                )
-                folder = gr.Textbox(
-                    label="Folder on this computer", placeholder="/home/me/notes", visible=self.is_local
-                )
-                python = gr.Checkbox(label="Also add the documentation of Python's standard library")
-                replace = gr.Checkbox(label="Replace earlier uploads of the same file names")
-                into = gr.Textbox(label="Add to this collection", value=self._collections.first)
-                with gr.Row():
-                    start = gr.Button("Add", variant="primary")
-                    stop = gr.Button("Cancel", variant="stop")
-                progress = gr.HTML(elem_id="progress")
-                event = start.click(
-                    self.add,
-                    [files, folder, python, into, replace],
-                    progress,
-                    concurrency_limit=None,
-                    show_progress="hidden",
-                )
-                stop.click(self.cancel, None, None, queue=False)
-                event.then(self.choices, into, [collection, examples])
+                self._adding.build(collection, examples, self.choices)
             with gr.Tab("Map") as map_tab:
                 gr.Markdown(
                     "Near points are passages of similar meaning. Colours are sources. Click a point to read it."
@@ -190,7 +189,7 @@ class SearchApp:
             quiet=True,
             footer_links=[],
             max_file_size="200mb",
-            css=render.CSS,
+            css=render.CSS + render_answer.CSS,
             theme=gr.themes.Default(),
         )
         if wait:
@@ -211,7 +210,9 @@ class SearchApp:
             )
         return gr.update(choices=names, value=value), gr.update(visible=about_python)
 
-    def search(self, query: str, collection: str | None, method: str, other: str, top_k: int) -> Iterator[str]:
+    def search(
+        self, query: str, collection: str | None, method: str, other: str, top_k: int, by_source: bool = False
+    ) -> Iterator[str]:
         """Yield progress messages while a method is prepared, then the results. An error is shown as a message."""
         query = query.strip()
         if not query:
@@ -232,15 +233,15 @@ class SearchApp:
                     for progress in building.watch():
                         yield render.progress(progress.message, progress.done)
                     building.result()
-            yield self._results(searcher, query, names, int(top_k))
+            yield self._results(searcher, query, names, int(top_k), by_source)
         except Exception as error:
-            yield render.message(_reason(error), "error")
+            yield render.message(reason(error), "error")
 
-    def _results(self, searcher: Searcher, query: str, names: list[str], top_k: int) -> str:
+    def _results(self, searcher: Searcher, query: str, names: list[str], top_k: int, by_source: bool) -> str:
         columns = []
         for name in names:
             started = time.perf_counter()
-            hits = searcher.search(name, query, top_k)
+            hits = searcher.search(name, query, top_k, by_source=by_source)
             took = render.milliseconds(time.perf_counter() - started)
             timing = f"{len(hits)} of {len(searcher.index):,} passages in {took}"
             columns.append((name, METHODS[name], timing, hits))
@@ -263,44 +264,6 @@ class SearchApp:
             f"decoder its first {model.config.max_length}. BM25 uses all of it."
         ]
 
-    def add(
-        self, files: list[str] | None, folder: str, python: bool, into: str, replace: bool, request: gr.Request
-    ) -> Iterator[str]:
-        """Index uploaded files, a folder or Python's documentation. Yield progress messages, then a report."""
-        sources = [folder.strip()] if self.is_local and folder.strip() else []
-        sources += [PYTHON_DOCS] if python else []
-        uploads = [Path(file) for file in files or []]
-        if not uploads and not sources:
-            yield render.message("Choose files, a folder or Python's documentation first.")
-            return
-        session = str(request.session_hash)
-        if session in self._runs:
-            yield render.message("This page is adding documents already. Cancel that first, or wait until it is done.")
-            return
-        try:
-            searcher = self._collections.to_add(into.strip(), may_be_new=self.is_local)
-            run = Task[Added](lambda task: add(task, searcher.index, uploads, sources, replace_uploads=replace))
-        except Exception as error:
-            yield render.message(_reason(error), "error")
-            return
-        self._runs[session] = run
-        try:
-            for progress in run.watch():
-                yield render.progress(progress.message, progress.done)
-            yield render.message(_report(run.result(), len(searcher.index)), "done")
-        except Stopped:
-            kept = f"{len(searcher.index):,} passages are in the collection"
-            yield render.message(f"Cancelled; {kept}. Add the same documents again to continue.", "done")
-        except Exception as error:
-            yield render.message(_reason(error), "error")
-        finally:
-            del self._runs[session]
-
-    def cancel(self, request: gr.Request) -> None:
-        """Stop the run of this session. Passages that are written already stay."""
-        if run := self._runs.get(str(request.session_hash)):
-            run.stop()
-
     def map(self, collection: str | None) -> str:
         """A map of the collection: two principal components of its embeddings, or of a sample of them."""
         if collection is None:
@@ -310,7 +273,7 @@ class SearchApp:
         try:
             chunks = self._collections.to_search(collection).index.sample(MAP_POINTS)
         except Exception as error:
-            return render.message(_reason(error), "error")
+            return render.message(reason(error), "error")
         if len(chunks) < 3:
             return render.message("A map needs at least three passages.")
         embeddings = np.stack([chunk.embedding for chunk in chunks if chunk.embedding is not None])
@@ -321,7 +284,7 @@ class SearchApp:
         try:
             chunk = self._collections.to_search(collection).index.get(str(event._data["id"]))
         except Exception as error:
-            return render.message(_reason(error), "error")
+            return render.message(reason(error), "error")
         if chunk is None:
             return render.message("This passage is no longer in the collection. Open the map again.")
         return render.chunk(chunk)
@@ -332,31 +295,8 @@ class SearchApp:
             index = None if collection is None else self._collections.to_search(collection).index
             return render.table(facts(self.model, self.store, index))
         except Exception as error:
-            return render.message(_reason(error), "error")
+            return render.message(reason(error), "error")
 
 
 def _prepare(searcher: Searcher, method: str, task: Task[None]) -> None:
     searcher.prepare(method, task.report)
-
-
-def _report(added: Added, passages: int) -> str:
-    report = added.report
-    lines = [
-        f"Done in {report.seconds:.1f} s: {report.added:,} passages added, {report.unchanged:,} were there, "
-        f"{report.replaced + report.removed:,} outdated ones deleted; {passages:,} in the collection."
-    ]
-    lines += [f"Left out: {line}" for line in added.left_out]
-    lines += [
-        f"Earlier uploads named {name} stay in the collection. To delete them, add it again and tick “Replace”."
-        for name in added.kept
-    ]
-    lines += [f"No text found in {name} (a scan without a text layer?)." for name in added.empty]
-    return "\n".join(lines)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Stopped):
-        return "Stopped."
-    if isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"  # the text of a library's own exception may not be enough

@@ -100,14 +100,18 @@ class Searcher:
             write_every=64,
         )
 
-    def search(self, method: str, query: str, top_k: int) -> list[Hit]:
-        """The best passages by `method`, which must be prepared. Each method has its own scale of `score`."""
+    def search(self, method: str, query: str, top_k: int, *, by_source: bool = False) -> list[Hit]:
+        """The best passages by `method`, which must be prepared. Each method has its own scale of `score`.
+
+        `by_source`: only the best passage of each source.
+        """
+        group_by = "source" if by_source else None
         if method == CAUSAL2VEC:
-            return self.index.search(query, top_k, mode="dense")
+            return self.index.search(query, top_k, mode="dense", group_by=group_by)
         if method == ENCODER:
             assert self.encoder_index is not None
-            return self.encoder_index.search(query, top_k, mode="dense")
-        return self.index.search(query, top_k, mode="lexical" if method == BM25 else "hybrid")
+            return self.encoder_index.search(query, top_k, mode="dense", group_by=group_by)
+        return self.index.search(query, top_k, mode="lexical" if method == BM25 else "hybrid", group_by=group_by)
 
 
 def _needs(method: str) -> str:

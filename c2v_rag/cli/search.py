@@ -77,7 +77,7 @@ def index(
     from c2v_rag.index import ChunkSettings, VectorIndex, remove_vanished
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
 
-    given = {"splitter": splitter, "max_tokens": chunk_tokens, "overlap": overlap, "header": header}
+    given: dict[str, Any] = {"splitter": splitter, "max_tokens": chunk_tokens, "overlap": overlap, "header": header}
     given = {name: value for name, value in given.items() if value is not None}
     if splitter == "characters":
         given.setdefault("header", False)
@@ -154,7 +154,10 @@ def search(
     where: Annotated[
         str | None, typer.Option(help="""Chroma's metadata filter as JSON: '{"kind": "function"}'.""")
     ] = None,
-    by_source: Annotated[bool, typer.Option("--by-source", help="Only the best passage of each source.")] = False,
+    by_source: Annotated[
+        bool,
+        typer.Option("--by-source/--all-chunks", help="Only the best passage of each source, or all."),
+    ] = True,
     mmr: Annotated[
         float | None,
         typer.Option(

@@ -94,10 +94,19 @@ def search_app(
         Path | None, typer.Option(help="File with one USER:PASSWORD per line; the page then asks for a login.")
     ] = None,
     allowed_host: AllowedHosts = None,
+    writer: Annotated[
+        str,
+        typer.Option(
+            help='The language model of the tab "Ask": "default", the decoder inside the model; the folder or Hub id '
+            "of a language model; or the URL of an OpenAI-compatible server, to which question and passages are sent "
+            "(key: C2V_RAG_WRITER_API_KEY). It is loaded at the first question."
+        ),
+    ] = "default",
+    writer_model: Annotated[str | None, typer.Option(help="Name of the model on the writer's server.")] = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Serve a search page for the browser: compare search methods, add documents, see a map of the collection."""
+    """Serve a page for the browser: search, ask, compare search methods, add documents, see a map of the collection."""
     with requires_extra("demo"):
         from c2v_rag.app.access import check_access, read_logins
         from c2v_rag.app.page import SearchApp
@@ -108,5 +117,8 @@ def search_app(
     check_access(host, allowed_host or [], logins)  # before the model is loaded
     stamp = stored_stamps(store).get(collection, {})
     name = model or str(stamp.get("name") or "default")
-    page = SearchApp(store, open_embedder(name, device, dtype, is_stored=not model), collection=collection)
+    page = SearchApp(
+        store, open_embedder(name, device, dtype, is_stored=not model), collection=collection, writer=writer,
+        writer_model=writer_model,
+    )  # fmt: skip
     page.launch(host=host, port=port or None, auth=logins, allowed_hosts=allowed_host or [])

@@ -163,10 +163,10 @@ def prepare_dev(
     found = [read_dev_folder(folder, seed=seed, **caps) for folder in dev.folders]
     found += [dev_set_of_pairs(read_pairs[name], seed=seed, **caps) for name in dev.pairs]
     positives = {pair.positive for one in sets for pair in one.pairs}
-    for one in found:
-        answers = {one.documents[row] for relevant in one.relevant for row in relevant}
+    for dev_set in found:
+        answers = {dev_set.documents[row] for relevant in dev_set.relevant for row in relevant}
         if seen := len(answers & positives):
-            logger.warning("dev: %d of %d answers of %s are trained on.", seen, len(answers), one.name)
+            logger.warning("dev: %d of %d answers of %s are trained on.", seen, len(answers), dev_set.name)
     share = dev.hold_out
     if share is None:
         share = 0.0 if found else HELD_OUT_SHARE

@@ -47,17 +47,6 @@ class Hit:
         return self.before + self.text + self.after
 
 
-@runtime_checkable
-class PairScorer(Protocol):
-    """The member of sentence-transformers' `CrossEncoder` that is used: a score for each pair of query and text."""
-
-    def predict(self, pairs: Any, /, **options: Any) -> Any: ...
-
-
-Scorer: TypeAlias = Callable[[str, Sequence[str]], Any]
-Reranker: TypeAlias = str | PairScorer | Scorer
-
-
 class SearchOptions(TypedDict, total=False):
     """Options of every search.
 

@@ -17,7 +17,10 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from c2v_rag import Document, VectorIndex, shared_model
 from c2v_rag.app.page import SearchApp
+from c2v_rag.app.search import DEFAULT_METHODS
+from c2v_rag.index import check_mode
 from c2v_rag.sources import python_docs
+from tests.app.test_ask import openai_server
 from tests.conftest import NO_CHROMIUM
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
@@ -48,9 +51,10 @@ def address(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     wanted = ("shutil", "heapq", "functools")
     documents = [document for document in python_docs() if document.source.split(".")[0] in wanted]
     VectorIndex(store, model).add([*documents, Document(HOSTILE, "hostile.txt")])
-    page, address = SearchApp(store, model).launch(port=None, wait=False)
-    yield address
-    page.close()
+    with openai_server(["Use copytree [1], not ", "<b>copy</b> [9]. See also [2]."]) as (writer, _):
+        page, address = SearchApp(store, model, writer=writer).launch(port=None, wait=False)
+        yield address
+        page.close()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def test_enter_searches_and_two_methods_can_be_compared(page: Page, address: str
     expect(first).to_contain_text("shutil.copytree")
     expect(first.locator("mark").first).not_to_be_empty()
     choose(page, "Compare with", "BM25")
-    expect(page.locator("section h3")).to_have_text(["Causal2Vec", "BM25"])
+    expect(page.locator("section h3")).to_have_text([DEFAULT_METHODS[check_mode(None)], "BM25"])
     expect(page.locator(".c2v-only").first).to_be_visible()
     save_screenshot(page, "search")
     choose(page, "Method", "Encoder alone")  # built at first use
@@ -108,6 +112,20 @@ def test_enter_searches_and_two_methods_can_be_compared(page: Page, address: str
 def test_a_click_on_an_example_question_searches_it(page: Page) -> None:
     page.get_by_role("button", name="How can I keep only the most recent results").click()
     expect(page.locator("article.c2v-hit").first).to_contain_text("lru_cache")
+
+
+def test_a_citation_in_an_answer_jumps_to_its_passage(page: Page) -> None:
+    page.get_by_role("tab", name="Ask").click()
+    page.get_by_label("Question").fill("How do I copy a whole folder tree?")
+    page.get_by_label("Question").press("Enter")
+    expect(page.locator(".c2v-by")).to_contain_text("Written by small at")
+    expect(page.locator(".c2v-answer")).to_contain_text("<b>copy</b> [9]")
+    cites = page.locator("a.c2v-cite")
+    expect(cites).to_have_text(["1", "2"])
+    cites.nth(1).click()
+    expect(page.locator("#c2v-passage-2")).to_be_in_viewport()
+    expect(page.locator(".c2v-hit:target .c2v-rank")).to_have_text("2")
+    save_screenshot(page, "ask")
 
 
 def test_html_in_texts_is_shown_and_not_run(page: Page) -> None:
