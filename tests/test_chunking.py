@@ -136,6 +136,30 @@ def test_an_unchanged_document_is_neither_tokenised_nor_embedded_again(tmp_path:
     assert sorted(chunk.id for chunk in index.chunks()) == before
 
 
+def test_chunks_that_moved_get_their_new_offsets_without_being_embedded(tmp_path: Path) -> None:
+    model = Recording()
+    index = VectorIndex(tmp_path, model)
+    index.add([BREAD, Document("rye", "table.csv", {"row": 0})])
+    model.embedded.clear()
+    text = BREAD.text.replace("Needs yeast.", "Needs yeast and much time.")
+    changed = [
+        Document(text, BREAD.source, {"year": 2001}, format="markdown"),
+        Document("rye", "table.csv", {"row": 7}),
+    ]
+    report = index.add(changed)
+    assert len(model.embedded) == report.added == report.replaced == 1
+    assert report.unchanged > 3
+    for chunk in index.chunks():
+        if chunk.metadata["source"] == "bread.md":
+            assert text[chunk.metadata["start"] : chunk.metadata["end"]] == chunk.text
+            assert chunk.metadata["year"] == 2001
+        else:
+            assert chunk.metadata["row"] == 7
+    model.counted = 0
+    assert index.add(changed).added == 0
+    assert model.counted == 0, "the changed document is recognised as unchanged from now on"
+
+
 def test_a_document_that_was_written_in_part_is_completed(tmp_path: Path) -> None:
     index = VectorIndex(tmp_path, Recording())
     number = index.add([BREAD]).added

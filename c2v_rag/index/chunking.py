@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Metadata for the index itself: the hash of the document, and the number of its chunks.
 DOCUMENT_KEY, CHUNKS_KEY = "c2v_document", "c2v_chunks"
 INTERNAL_KEYS = frozenset({DOCUMENT_KEY, CHUNKS_KEY})
+_UPDATED_AT_ONCE = 256
 _SPECIAL_TOKENS = 3  # at most, in a text of any of the tested tokenizers
 SECTION_SEPARATOR = " > "
 _HEADER_CHARACTERS = 200
@@ -48,15 +49,27 @@ class Present:
     """What a collection has of the sources of one run.
 
     `ids`: by source, the stored ids that the run has not seen yet; what remains at the end is outdated. `repeated`:
-    numbers of chunks with equal source, text and header.
+    numbers of chunks with equal source, text and header. `moved`: stored chunks of changed documents, whose offsets,
+    pages or rows may differ from the stored ones.
     """
 
     ids: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     repeated: Counter[str] = dataclasses.field(default_factory=Counter)
+    moved: list[Chunk] = dataclasses.field(default_factory=list)
 
     def read(self, collection: Collection | None, sources: AbstractSet[str]) -> None:
         """Read the ids of the sources that are not known yet."""
         self.ids.update(_present_ids(collection, sources - self.ids.keys()))
+
+    def write_moved(self, collection: Collection | None) -> bool:
+        """Store the metadata of the `moved` chunks, whose embeddings stay; returns whether there were any."""
+        moved, self.moved = self.moved, []
+        if not moved or collection is None:
+            return False
+        for start in range(0, len(moved), _UPDATED_AT_ONCE):
+            part = moved[start : start + _UPDATED_AT_ONCE]
+            collection.update(ids=[chunk.id for chunk in part], metadatas=[chunk.metadata for chunk in part])
+        return True
 
 
 def _present_ids(collection: Collection | None, sources: AbstractSet[str]) -> dict[str, set[str]]:
@@ -85,9 +98,9 @@ def new_chunks(
 ) -> Iterator[list[Chunk]]:
     """For each document, its chunks that are not in the collection yet.
 
-    `present`: the ids of unchanged chunks are removed from it. Pass the same object to all calls of a run. `counts`:
-    "unchanged" and "truncated" are increased. `model`: its `token_ends`, `count_tokens` and `max_tokens` are used if it
-    has them; otherwise tokens are estimated from characters.
+    `present`: the ids of unchanged chunks are removed from it. Pass the same object to all calls of a run, and call its
+    `write_moved` after each. `counts`: "unchanged" and "truncated" are increased. `model`: its `token_ends`,
+    `count_tokens` and `max_tokens` are used if it has them; otherwise tokens are estimated from characters.
     """
     present.read(collection, {document.source for document in documents})
     keeps_hashes = settings.splitter != "characters"
@@ -112,6 +125,8 @@ def new_chunks(
             if id in present.ids[document.source]:
                 present.ids[document.source].remove(id)
                 counts["unchanged"] += 1
+                if keeps_hashes:
+                    present.moved.append(Chunk(id, text, metadata))
             else:
                 chunks.append(Chunk(id, text, metadata))
         yield chunks

@@ -191,8 +191,8 @@ class VectorIndex:
         of the model's tokens. Chunks that are already stored are not embedded again. Chunks that these sources no
         longer contain are deleted at the end, after the new ones are written; if reading raises, nothing is deleted.
         Other sources are not changed. If a call is killed and repeated with the same documents, the index has the same
-        ids as after one complete call. A document's metadata is written with new chunks only; a later change of it
-        alone is not written.
+        ids as after one complete call. Where a document has changed, the metadata of its unchanged chunks is written
+        without embedding them (their offsets may differ); in collections of version 0.1, only with new chunks.
 
         `prune=False`: delete nothing, for documents that are only a part of their source. `total`, `show_progress`: for
         the progress bar. `on_progress(documents, chunks)` is called with the numbers of documents read and chunks

@@ -96,6 +96,8 @@ class CollectionWriter:
                     bar.update()
                     num_read += 1
                     report_progress()
+                if present.write_moved(self._collection):
+                    self._store.wrote(self._collection)
             pipeline.put(waiting)
             pipeline.drain()
             report_progress()

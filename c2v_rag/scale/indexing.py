@@ -175,6 +175,8 @@ class _Splitter:
                 for chunk in chunks:
                     metadata = json.dumps(chunk.metadata)
                     yield {"id": chunk.id, "text": chunk.text, "metadata": metadata, "report": ""}
+            if collection is not None and present.write_moved(collection):
+                self._opened.wrote(collection)
         outdated = [id for ids in present.ids.values() for id in ids]
         yield _report_row({**counts, "outdated": outdated, "left_out": left_out})
 
