@@ -306,9 +306,7 @@ class Causal2Vec(nn.Module):
         """A new, untrained model from an encoder and a decoder: folders, hub ids or installed packages.
 
         The projector is a random rotation (`seed`). Before training, the Contextual half ranks texts as the encoder
-        does, and the other states contain almost no information. `initial_token_scale`: the norm of the Contextual
-        token at the start, relative to a token embedding (see projector.py). Other arguments and errors as in
-        `from_pretrained`.
+        does. `initial_token_scale`: see `projector.initialise`. The rest, and errors, as in `from_pretrained`.
         """
         bases: dict[parts.Part, Base] = {
             "encoder": locate_base(encoder, encoder_revision),
