@@ -104,7 +104,9 @@ ABOVE = {
         "mining": {"data"},
         "module": {"recipe", "vectors"},
         "trainer": {"module", "recipe"},
-        "run": {"data", "loss", "module", "recipe", "trainer"},
+        "opening": {"recipe"},
+        "memory": {"recipe"},
+        "run": {"data", "loss", "module", "opening", "recipe", "trainer"},
     },
     "cli": {
         "options": set(),
