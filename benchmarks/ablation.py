@@ -35,8 +35,9 @@ from c2v_rag.evaluate.run import evaluate
 from c2v_rag.evaluate.tasks import Task, read_task
 from c2v_rag.finetune.data import PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.module import stage_vectors
+from c2v_rag.finetune.opening import new_model
 from c2v_rag.finetune.recipe import Recipe
-from c2v_rag.finetune.run import new_model, run_stage, texts_of
+from c2v_rag.finetune.run import run_stage, texts_of
 from c2v_rag.parts import adapted_layers
 
 SETS = {

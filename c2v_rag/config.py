@@ -15,6 +15,9 @@ EncoderPooling = Literal["mean", "cls"]
 CONFIG_FILE = "c2v_config.json"
 _TEXT = "{text}"
 _INSTRUCTION = "{instruction}"
+# Settings that older checkpoints do not have. They are saved only if they are set, so that models without them keep
+# their identity.
+_ADDED_SETTINGS = ("encoder_query_prompt", "encoder_document_prompt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Causal2VecConfig:
     `query_template`: the prompt and the text, for a text with an instruction. It must end in "{text}", because the
     prompt is tokenised separately and its keys and values are reused. With the instruction "" there is no prompt.
     `instruction`: the default of `encode_query`.
+    `encoder_query_prompt`, `encoder_document_prompt`: what the encoder reads before a text with an instruction, and
+    before any other text, such as E5's "query: " and "passage: ". The decoder does not read them.
 
     Raises ValueError for any other value.
     """
@@ -47,6 +52,8 @@ class Causal2VecConfig:
     encoder_max_length: int = 512
     query_template: str = "Instruct: {instruction}\nQuery:\n{text}"
     instruction: str = "Given a question, retrieve passages that answer it"
+    encoder_query_prompt: str = ""
+    encoder_document_prompt: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -62,7 +69,7 @@ class Causal2VecConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number; got {value!r}.")
-        for name in ("query_template", "instruction"):
+        for name in ("query_template", "instruction", *_ADDED_SETTINGS):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a string; got {getattr(self, name)!r}.")
         if self.contextual_token == "none" and self.pooling in ("context", "context_eos"):
@@ -84,8 +91,13 @@ class Causal2VecConfig:
             return ""
         return self.query_template.removesuffix(_TEXT).replace(_INSTRUCTION, instruction)
 
+    def encoder_prompt(self, prompt: str) -> str:
+        """What the encoder reads before a text for which the decoder reads `prompt` ("" for no instruction)."""
+        return self.encoder_query_prompt if prompt else self.encoder_document_prompt
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value or name not in _ADDED_SETTINGS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Causal2VecConfig:
@@ -96,7 +108,7 @@ class Causal2VecConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - names):
             raise ValueError(f"{source} has settings this version does not know: {unknown}. Upgrade c2v-rag.")
-        if missing := sorted(names - values.keys()):
+        if missing := sorted(names - values.keys() - {*_ADDED_SETTINGS}):
             raise ValueError(f"{source} lacks the settings {missing}. Save the model again with this version.")
         try:
             return cls(**values)

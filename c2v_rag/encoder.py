@@ -16,7 +16,10 @@ from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
 
 class EncoderEmbedder:
-    """Embeds with the encoder of a Causal2Vec model alone, queries and documents in the same way.
+    """Embeds with the encoder of a Causal2Vec model alone.
+
+    The encoder reads no instruction. It reads the config's `encoder_query_prompt` before queries and
+    `encoder_document_prompt` before all other texts, if the model has them.
 
     `tokenizer` replaces the model's, to truncate texts at other lengths.
     """
@@ -58,7 +61,7 @@ class EncoderEmbedder:
         return self._model.max_tokens
 
     def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts:
-        return self._tokenizer(texts)
+        return self._tokenizer(texts, self._model.config.prompt(instruction))
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """Embeddings (B, E), rows of length 1."""
@@ -68,6 +71,11 @@ class EncoderEmbedder:
         """Embeddings (n, E), float32, in input order; options as in `Causal2Vec.encode`."""
         return inference.encode(self, texts, **options)
 
-    # The encoder reads no instruction: queries and documents are embedded in the same way.
-    encode_query = encode
     encode_document = encode
+
+    def encode_query(
+        self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]
+    ) -> np.ndarray:
+        """`encode` for queries. With the instruction "" they are embedded as documents, as in the whole model."""
+        chosen = self._model.config.instruction if instruction is None else instruction
+        return inference.encode(self, texts, instruction=chosen, **options)

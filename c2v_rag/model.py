@@ -29,7 +29,7 @@ from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.hashes import verify_sums
 from c2v_rag.pooling import pool, pool_encoder
 from c2v_rag.prefix import PrefixCache, prefix_states
-from c2v_rag.projector import Projector, initialise
+from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
 from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
 ENCODER_SLICES = 2
@@ -279,9 +279,8 @@ class Causal2Vec(nn.Module):
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]
     ) -> np.ndarray:
         """Embeddings of queries: `encode` with an instruction, the config's unless one is given ("" for none)."""
-        return self.encode(
-            texts, instruction=self.config.instruction if instruction is None else instruction, **options
-        )
+        instruction = self.config.instruction if instruction is None else instruction
+        return self.encode(texts, instruction=instruction, **options)
 
     def encode_document(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]
@@ -302,21 +301,24 @@ class Causal2Vec(nn.Module):
         llm_revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        encoder_dtype: torch.dtype | None = None,
         seed: int = 0,
+        initial_token_scale: float = INITIAL_TOKEN_SCALE,
         **llm_kwargs: Any,
     ) -> Causal2Vec:
         """A new, untrained model from an encoder and a decoder: folders, hub ids or installed packages.
 
         The projector is a random rotation (`seed`). Before training, the Contextual half ranks texts as the encoder
-        does, and the other states contain almost no information. `llm_kwargs` and errors as in `from_pretrained`.
+        does. `initial_token_scale`: see `projector.initialise`. The rest, and errors, as in `from_pretrained`.
         """
         bases: dict[parts.Part, Base] = {
             "encoder": locate_base(encoder, encoder_revision),
             "llm": locate_base(llm, llm_revision),
         }
-        model = cls._assemble(config or Causal2VecConfig(), bases, device, dtype, llm_kwargs, seed)
+        options = {"device": device, "dtype": dtype, "encoder_dtype": encoder_dtype, "llm_kwargs": llm_kwargs}
+        model = cls._assemble(config or Causal2VecConfig(), bases, seed, **options)
         model.weights_record.note_bases(model)
-        initialise(model.projector, model.llm)
+        initialise(model.projector, model.llm, initial_token_scale)
         return model
 
     @classmethod
@@ -327,13 +329,15 @@ class Causal2Vec(nn.Module):
         revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        encoder_dtype: torch.dtype | None = None,
         **llm_kwargs: Any,
     ) -> Causal2Vec:
         """Read a checkpoint: "default", a folder written by `save_pretrained`, or a Hugging Face Hub id.
 
         `device`: unless given, the first available of CUDA, MPS and CPU. `dtype`: a torch.dtype, its name, or "auto"
-        for the files' dtype; unless given, bfloat16 if the hardware supports it, else float32. `llm_kwargs` are passed
-        to the decoder's `AutoModel.from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...
+        for the files' dtype; unless given, bfloat16 if the hardware supports it, else float32. `encoder_dtype`: the
+        encoder's, if it differs (float32 to train it). `llm_kwargs` are passed to the decoder's
+        `AutoModel.from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...
 
         Raises FileNotFoundError, with the commands that install them, if the weights are not on this machine;
         ValueError if a file is missing or altered, or has unknown settings or tensors of another shape.
@@ -342,7 +346,8 @@ class Causal2Vec(nn.Module):
         config = Causal2VecConfig.load(folder)
         sums = verify_sums(folder)
         bases = {part: checkpoint.checkpoint_part(folder, part) for part in parts.PARTS}
-        model = cls._assemble(config, bases, device, dtype, llm_kwargs, seed=0)
+        options = {"device": device, "dtype": dtype, "encoder_dtype": encoder_dtype, "llm_kwargs": llm_kwargs}
+        model = cls._assemble(config, bases, seed=0, **options)
         weights.read_trained(model, folder)
         model.name = os.fspath(name_or_path)
         model.load_arguments = {
@@ -360,13 +365,11 @@ class Causal2Vec(nn.Module):
         cls,
         config: Causal2VecConfig,
         bases: Mapping[parts.Part, Base],
-        device: torch.device | str | None,
-        dtype: torch.dtype | str | None,
-        llm_kwargs: Mapping[str, Any],
         seed: int,
+        **options: Any,
     ) -> Causal2Vec:
-        """Open the parts and add a new projector; returns the model in eval mode."""
-        opened = weights.open_parts(bases, config.num_llm_layers, device, dtype, llm_kwargs)
+        """Open the parts (options of `weights.open_parts`) and add a projector; returns the model in eval mode."""
+        opened = weights.open_parts(bases, config.num_llm_layers, **options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config, opened.encoder, opened.llm, *opened.tokenizers)

@@ -153,7 +153,7 @@ def load_adapter(module: PreTrainedModel, folder: Path) -> None:
         raise ValueError(
             f"{folder}/adapter_config.json cannot be read ({error}). Save the checkpoint again."
         ) from error
-    _inject(module, lora)
+    inject_adapter(module, lora)
     expected = {name: tuple(tensor.shape) for name, tensor in adapter_tensors(module).items()}
     _set_adapter(module, checkpoint.read_tensors(folder / "adapter_model.safetensors", expected))
     for parameter in module.parameters():
@@ -163,7 +163,8 @@ def load_adapter(module: PreTrainedModel, folder: Path) -> None:
             layer.merge()
 
 
-def _inject(module: PreTrainedModel, lora: Any) -> None:
+def inject_adapter(module: PreTrainedModel, lora: Any) -> None:
+    """Add a new LoRA adapter, in float32 whatever the module's dtype."""
     inject_adapter_in_model(lora, module)
     # peft creates these parameters in the base's dtype. bfloat16 would round the adapter that is loaded next.
     for name, parameter in module.named_parameters():
@@ -225,7 +226,7 @@ def is_base(module: PreTrainedModel, record: PartRecord) -> bool:
     base_module = open_module(base, record.num_layers, dtype=module.dtype)
     merged = any(layer.merged for layer in adapted_layers(module))
     if merged:
-        _inject(base_module, module.peft_config["default"])
+        inject_adapter(base_module, module.peft_config["default"])
         _set_adapter(base_module, {name: tensor.cpu() for name, tensor in adapter_tensors(module).items()})
         for layer in adapted_layers(base_module):
             layer.merge()

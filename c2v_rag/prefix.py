@@ -25,8 +25,11 @@ def prefix_states(llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | No
     """Keys and values of the prefix (P,), for `past_key_values`. Batches of any size read them and do not change them.
 
     None for a decoder whose cache has other states than keys and values per token (Mamba, LFM2, Qwen3-Next, Falcon-H1).
-    The prefix must then be computed with every text.
+    The prefix must then be computed with every text. None too while the decoder trains with gradient checkpointing,
+    because its layers then accept no cache.
     """
+    if llm.training and is_checkpointing(llm):
+        return None
     layer_types = getattr(llm.config.get_text_config(), "layer_types", None) or ()
     if not _KEY_VALUE_LAYERS.issuperset(layer_types):
         return None
@@ -39,6 +42,11 @@ def prefix_states(llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | No
     for layer in states.layers:
         vars(layer)["update"] = MethodType(_read_only_update, layer)
     return states
+
+
+def is_checkpointing(module: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on: in training, layers then compute their activations twice."""
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in module.modules())
 
 
 def _read_only_update(layer: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ from c2v_rag.parts import token_embeddings
 # training: Spearman of the Contextual token's state on STSBenchmark dev is 23.8 at 1 x, 49.0 at 16 x, 83.3 at 64 x,
 # 86.4 at 256 x, 86.6 at 1024 x. It is 86.7 for the encoder, and for the state divided by the final norm's weight.
 INITIAL_TOKEN_SCALE = 1024
+# From this scale on, the llm's layers leave the token nearly as it is, so that its last state is known in advance.
+_PASSES_THROUGH = 64
 _PROBES = 256
 
 
@@ -60,14 +62,16 @@ class Projector(nn.Module):
         self.output.weight.div_(norm_weight.unsqueeze(1).to(self.output.weight))
 
 
-def initialise(projector: Projector, llm: PreTrainedModel) -> None:
-    """Scale a new projector for this decoder: the Contextual token's last state is then the rotated encoder vector.
+def initialise(projector: Projector, llm: PreTrainedModel, scale: float = INITIAL_TOKEN_SCALE) -> None:
+    """Scale a new projector for this decoder: its outputs get `scale` times the norm of a token embedding.
 
-    The outputs get 1,024 times the norm of a token embedding, and are divided by the weight of the final norm.
+    From a scale of 64 on, the outputs are also divided by the weight of the final norm. With the default scale, the
+    Contextual token's last state is then the rotated encoder vector.
     """
-    token_norm = INITIAL_TOKEN_SCALE * mean_token_norm(llm)
-    projector.start_at_norm(token_norm)
-    projector.divide_columns(final_norm_weight(llm, token_norm))
+    token_norm = mean_token_norm(llm)
+    projector.start_at_norm(scale * token_norm)
+    if scale >= _PASSES_THROUGH:
+        projector.divide_columns(final_norm_weight(llm, scale * token_norm))
 
 
 def mean_token_norm(llm: PreTrainedModel) -> float:

@@ -120,7 +120,8 @@ class TextTokenizer:
     def __call__(self, texts: Sequence[str], prompt: str = "") -> TokenizedTexts:
         """Token ids of `texts`, truncated to the config's lengths. EOS and the encoder's special tokens are kept.
 
-        The decoder reads `prompt` (`config.prompt(instruction)`) before each text. It is tokenised separately.
+        The decoder reads `prompt` (`config.prompt(instruction)`) before each text. It is tokenised separately. The
+        encoder reads `config.encoder_prompt(prompt)` before each text.
         """
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
         prompt_ids = self._ids([prompt])[0] if prompt else []
@@ -129,11 +130,12 @@ class TextTokenizer:
         # Texts are tokenised in full and truncated afterwards, so that truncated texts can be counted.
         plain = self._ids(clean)
         max_ids = self.config.max_length - 1
-        encoder_ids = self._encoder_ids(clean, truncation=False)
+        encoder_texts = [self.config.encoder_prompt(prompt) + text for text in clean]
+        encoder_ids = self._encoder_ids(encoder_texts, truncation=False)
         too_long = [i for i, ids in enumerate(encoder_ids) if len(ids) > self.config.encoder_max_length]
         if too_long:
             # Only the tokenizer knows which special tokens must be kept.
-            shorter = self._encoder_ids([clean[i] for i in too_long], truncation=True)
+            shorter = self._encoder_ids([encoder_texts[i] for i in too_long], truncation=True)
             for i, ids in zip(too_long, shorter, strict=True):
                 encoder_ids[i] = ids
         return TokenizedTexts(
@@ -154,7 +156,8 @@ class TextTokenizer:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Length of each text in tokens: the larger of the two tokenizers' counts, special tokens included."""
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
-        pairs = zip(self._ids(clean), self._encoder_ids(clean, truncation=False), strict=True)
+        encoder_texts = [self.config.encoder_document_prompt + text for text in clean]
+        pairs = zip(self._ids(clean), self._encoder_ids(encoder_texts, truncation=False), strict=True)
         return [max(len(ids) + 1, len(encoder_ids)) for ids, encoder_ids in pairs]
 
     def token_ends(self, texts: Sequence[str]) -> list[list[list[int]]]:

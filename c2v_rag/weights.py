@@ -98,11 +98,12 @@ def open_parts(
     device: torch.device | str | None,
     dtype: torch.dtype | str | None,
     llm_kwargs: Mapping[str, Any],
+    encoder_dtype: torch.dtype | None = None,
 ) -> OpenedParts:
     """Open both parts; arguments as in `Causal2Vec.from_pretrained`."""
     device = inference.resolve_device(device)
     dtype = inference.resolve_dtype(dtype, device)
-    encoder = parts.open_module(bases["encoder"], dtype=dtype)
+    encoder = parts.open_module(bases["encoder"], dtype=encoder_dtype or dtype)
     llm = parts.open_module(bases["llm"], num_llm_layers, **{"dtype": dtype, **llm_kwargs})
     if not llm_kwargs.keys() & {"device_map", "quantization_config"}:
         llm.to(device)  # type: ignore[arg-type]

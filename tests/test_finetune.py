@@ -38,8 +38,9 @@ from c2v_rag.finetune.loss import (
 )
 from c2v_rag.finetune.mining import mine
 from c2v_rag.finetune.module import StageVectors, TrainingModule, stage_vectors
+from c2v_rag.finetune.opening import new_model
 from c2v_rag.finetune.recipe import Recipe, Stage
-from c2v_rag.finetune.run import new_model, train
+from c2v_rag.finetune.run import train
 from c2v_rag.finetune.scoring import DevReport
 from c2v_rag.finetune.trainer import part_of
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
@@ -254,7 +255,12 @@ def test_mined_negatives_are_the_best_passages_that_score_below_the_positive(cas
 
 
 def test_recipes_are_valid_and_unknown_keys_are_errors(tmp_path: Path) -> None:
-    assert {path.name for path in RECIPES.glob("*.yaml")} == {"default-smollm2-135m.yaml", "mistral-7b-e5.yaml"}
+    assert {path.name for path in RECIPES.glob("*.yaml")} == {
+        "default-smollm2-135m.yaml",
+        "laptop-smollm2-135m.yaml",
+        "mistral-7b-e5.yaml",
+        "mistral-7b-e5-8gpu.yaml",
+    }
     for path in RECIPES.glob("*.yaml"):
         assert Recipe.load(path).stages
     text = (RECIPES / "default-smollm2-135m.yaml").read_text()
@@ -470,9 +476,8 @@ def test_teachers_are_distilled_from_cached_vectors(checkpoint: Path, data: Path
     texts = [pair.positive for pair in read_pair_set(data, "docs").pairs]
     own = EncoderEmbedder(Causal2Vec.from_pretrained(checkpoint, dtype="float32"))
     for name, embedder in (("encoder", own), ("teacher", EncoderEmbedder(teacher))):
-        (file,) = (tmp_path / "out.training" / "vectors").glob(f"{name}-*-48/*.npz")
-        with np.load(file) as vectors:
-            found = vectors["vectors"]
+        (file,) = (tmp_path / "out.training" / "vectors").glob(f"{name}-*-48/*.vectors.npy")
+        found = np.load(file)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-2)
         expected = embedder.encode_document(texts, on_truncate="ignore")
         assert ((found @ expected.T).max(axis=1) > 0.99).sum() > 10, f"they are the {name}'s vectors of these texts"

@@ -131,7 +131,9 @@ ABOVE = {
         "start": {"vectors"},
         "module": {"recipe", "start", "vectors"},
         "trainer": {"module", "monitor", "recipe"},
-        "run": {"data", "dev", "loss", "module", "monitor", "recipe", "reports", "scoring", "trainer"},
+        "opening": {"recipe"},
+        "memory": {"recipe"},
+        "run": {"data", "dev", "loss", "module", "monitor", "opening", "recipe", "reports", "scoring", "trainer"},
     },
     "adapt": {
         "passages": set(),

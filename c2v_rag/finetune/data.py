@@ -188,9 +188,16 @@ def _list_of(value: Any) -> list[Any]:
 
 
 def draw_stage(
-    sets: list[PairSet], weights: Mapping[str, float], *, batch_size: int, steps: int, num_negatives: int, seed: int
+    sets: list[PairSet],
+    weights: Mapping[str, float],
+    *,
+    batch_size: int,
+    steps: int,
+    num_negatives: int,
+    seed: int,
+    exponent: float = 0.5,
 ) -> dict[str, Dataset]:
-    """Datasets that hold about `steps` batches, a set's share its weight times the square root of its rows.
+    """Datasets that hold about `steps` batches, a set's share its weight times a power of its rows (the square root).
 
     The trainer makes every batch from one dataset and draws datasets in proportion to their rows. A set is gone
     through in a shuffled order, and again when it is used up. Columns: query, positive, and `num_negatives` more
@@ -199,7 +206,7 @@ def draw_stage(
     negatives where a pair of the dataset has them; NaN for pairs without.
     """
     rng = np.random.default_rng(seed)
-    share = np.array([weights[one.name] * np.sqrt(len(one.pairs)) for one in sets])
+    share = np.array([weights[one.name] * len(one.pairs) ** exponent for one in sets])
     counts = rng.multinomial(steps, share / share.sum())
     drawn: dict[str, Dataset] = {}
     for one, num_batches in zip(sets, counts, strict=True):
@@ -219,6 +226,12 @@ def draw_stage(
             # Fewer than a batch are no batch of their own, unless the set has no more than that.
             if len(part) >= batch_size or (part and len(part) == len(rows)):
                 drawn[name] = _dataset(part, negatives)
+            elif part:
+                kind = f"with {negatives} negatives" if negatives else "without enough negatives"
+                logger.warning(
+                    "%s: %d pairs %s are left out of this stage: they are fewer than a batch of %d.",
+                    one.name, len(part), kind, batch_size,
+                )  # fmt: skip
     return drawn
 
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_world_size
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, mse_loss, normalize, softmax
 
@@ -223,6 +224,9 @@ def words_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
 class Causal2VecLoss(CachedLossMixin, nn.Module):
     """`combined_loss` for sentence-transformers' trainer: columns query, positive, and any number of negatives.
 
+    With several processes the loss is the one of the whole step: each process gathers the embeddings of all, with
+    gradient. DDP's mean over the processes is then the gradient of a single process with the whole batch.
+
     The teachers' vectors come as the feature "teacher" (B, K) of each column, the targets of `words_loss` as "target"
     (B, D), the scores of positive and negatives as the labels (B, 1 + negatives). `statistics` describes the last
     batch as `masks.batch_statistics` does. With `mini_batch_size`, activations of so many texts are in memory at a time
@@ -244,6 +248,11 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
         if labels is not None:
             targets[0]["scores"] = labels
         if self.uses_gradient_cache:
+            # Slices of texts with similar lengths have little padding.
+            for i, column in enumerate(features):
+                order = torch.argsort(column["attention_mask"].sum(dim=1), stable=True)
+                features[i] = {name: tensor[order] for name, tensor in column.items()}
+                targets[i]["places"] = torch.argsort(order)
             loss: Tensor = self.forward_cached(features, targets)
             return loss
         return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], targets)
@@ -254,6 +263,13 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
         The mixin calls it too, and hands `labels` through as they are.
         """
         embeddings = [torch.cat(column).float() for column in reps]
+        if labels and "places" in labels[0]:
+            embeddings = [rows[column["places"]] for rows, column in zip(embeddings, labels, strict=True)]
+        if get_world_size() > 1:
+            embeddings = [all_gather_with_grad(rows) for rows in embeddings]
+            labels = [
+                {name: all_gather(rows) for name, rows in column.items() if name != "places"} for column in labels
+            ]
         teachers = [column["teacher"] for column in labels if "teacher" in column]
         teacher_queries, teacher_documents = (teachers[0], torch.cat(teachers[1:])) if teachers else (None, None)
         # In half precision different candidates get equal similarities.

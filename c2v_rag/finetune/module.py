@@ -15,15 +15,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from c2v_rag.config import Pooling
+from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.start import StartVectors
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast
+from c2v_rag.identity import hash_tensors
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer
 from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
@@ -35,11 +37,12 @@ _EOS_SAMPLE = 256  # texts whose EOS states are averaged
 
 @dataclasses.dataclass(frozen=True)
 class StageVectors:
-    """Cached vectors of a stage's texts; a text has the same row in all of them.
+    """Cached vectors of a stage's texts.
 
-    `encoder`: the vectors of the model's encoder. `teachers`: one entry per teacher, empty without distillation.
-    `lexical`: the vectors of `LexicalEmbedder` where the loss has `words`, else None. `start`: the vectors of the model
-    before the stage where it is a teacher, else None.
+    `encoder`: of the model's encoder, by what it reads (its prompt and the text). It has no vectors but only the texts
+    if the encoder is trained and is no teacher. `teachers`: one entry per teacher other than "start", empty without
+    distillation. `lexical`: the vectors of `LexicalEmbedder` where the loss has `words`, else None. `start`: the
+    vectors of the model before the stage where it is a teacher, else None.
     """
 
     encoder: TextVectors
@@ -62,11 +65,11 @@ class TrainingModule(Causal2VecModule):
         super().__init__(model)
         self._stage = stage
         self._stage_tokenizer = stage_tokenizer(model, stage.max_length)
-        self.texts = vectors.encoder
+        self._prompted = vectors.encoder
         self.pooling: Pooling = "context" if stage.sequences == "context" else model.config.pooling
         self._teachers = vectors.teachers
         self._start = vectors.start
-        self._encoder_is_frozen = not {"encoder", "encoder_adapter"} & set(stage.train)
+        self._encoder_is_frozen = encoder_is_frozen(stage)
         self._lexical = vectors.lexical
         self._mean_eos = torch.empty(0)
         if self._lexical is not None:
@@ -77,12 +80,12 @@ class TrainingModule(Causal2VecModule):
     @torch.no_grad()
     def _compute_mean_eos(self) -> Tensor:
         """(D,) of length 1: the mean direction of the EOS states over a sample of texts, before the stage."""
-        texts = self.texts.texts
+        assert self._lexical is not None
+        texts = self._lexical.texts
         sample = texts[:: max(1, len(texts) // _EOS_SAMPLE)][:_EOS_SAMPLE]
         batch = self._stage_tokenizer(sample).collate(range(len(sample))).to(self.model.device)
-        pooled = self.texts(self.texts.rows(sample)).to(self.model.device)
         with autocast(self.model.device):
-            embeddings = self.model(batch, pooled=pooled)
+            embeddings = self.model(batch)
         eos = embeddings[:, 1::2] if self.pooling == "context_eos" else embeddings
         return normalize(normalize(eos.float().cpu(), dim=1).mean(dim=0), dim=0)
 
@@ -93,24 +96,34 @@ class TrainingModule(Causal2VecModule):
             empty = self._stage_tokenizer([""], prompt or "").text_ids
             tokenized = dataclasses.replace(tokenized, text_ids=empty * len(inputs))
         features = to_features(tokenized.collate(range(len(inputs))))
-        features["rows"] = self.texts.rows(inputs)
+        prompted = [self.model.config.encoder_prompt(prompt or "") + text for text in inputs]
+        features["rows"] = self._prompted.rows(prompted)
         if self._encoder_is_frozen:
-            features["pooled"] = self.texts(features["rows"]).unsqueeze(1)
-        taught = [teacher(features["rows"]) for teacher in self._teachers]
+            features["pooled"] = self._prompted(features["rows"]).unsqueeze(1)
+        taught = [t(t.rows(prompted if t is self._prompted else inputs)) for t in self._teachers]
         if self._start is not None:
             taught.append(self._start(prompt or "", inputs))
         if taught:
             features["teacher"] = concatenate_teachers(taught)
         if self._lexical is not None:
             share = self._stage.loss.words_share
-            lexical = self._lexical(features["rows"])
+            lexical = self._lexical(self._lexical.rows(inputs))
             features["target"] = math.sqrt(1 - share) * self._mean_eos + math.sqrt(share) * lexical
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         pooled = features["pooled"].squeeze(1) if "pooled" in features else None
-        features["sentence_embedding"] = self.model(to_token_batch(features), pooled=pooled, pooling=self.pooling)
+        batch = to_token_batch(features)
+        if pooled is None:  # a slice of a batch may be narrower than the batch
+            width = max(1, int(batch.encoder_mask.sum(dim=1).max()))
+            ids, mask = batch.encoder_ids[:, :width], batch.encoder_mask[:, :width]
+            batch = dataclasses.replace(batch, encoder_ids=ids, encoder_mask=mask)
+        features["sentence_embedding"] = self.model(batch, pooled=pooled, pooling=self.pooling)
         return features
+
+    def batch_texts(self, rows: Tensor) -> list[str]:
+        """The texts of these rows (n,), for a report, each behind its prompt for the encoder."""
+        return [self._prompted.texts[row] for row in rows.tolist()]
 
 
 def stage_vectors(
@@ -123,10 +136,15 @@ def stage_vectors(
 ) -> StageVectors:
     """The cached vectors of `texts` that the stage needs, each text cut at the stage's `max_length`.
 
-    `prompted`: the texts of each prompt, which the teacher "start" needs; without it, all texts have no prompt.
-    Vectors of the encoder and of other teachers are kept in files under `work`; only missing ones are computed.
+    `prompted`: the same texts by the prompt before them, "" for documents; without it, all texts have no prompt.
+    Vectors of the encoder and of other teachers are kept in files under `work`; only missing ones are computed, by each
+    process its share.
     """
-    encoder = EncoderEmbedder(model, stage_tokenizer(model, stage.max_length))
+    processes = PartialState()
+    shared: dict[str, int] = {"process": processes.process_index, "num_processes": processes.num_processes}
+    plain = dataclasses.replace(model.config, encoder_query_prompt="", encoder_document_prompt="")
+    tokenizer = stage_tokenizer(model, stage.max_length, plain)  # the texts it gets have their prompts already
+    encoder = EncoderEmbedder(model, tokenizer)
 
     def embed_with_encoder(texts: Sequence[str]) -> np.ndarray:
         with autocast(model.device):
@@ -139,42 +157,55 @@ def stage_vectors(
             vectors = teacher.encode(list(texts), normalize_embeddings=True, show_progress_bar=True)
         return np.asarray(vectors, dtype=np.float32)
 
-    digest = hashlib.sha256()  # an earlier stage may have trained the encoder
-    for tensor in model.encoder.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
     folder = work / "vectors"
-    vectors = {
-        ENCODER: TextVectors(folder / f"encoder-{digest.hexdigest()[:8]}-{stage.max_length}", embed_with_encoder)
-    }
+    digest = hash_tensors(model.encoder.state_dict())[:8]  # an earlier stage may have trained the encoder
+    of_encoder = TextVectors(folder / f"encoder-{digest}-{stage.max_length}", embed_with_encoder, **shared)
+    by_prompt = prompted if prompted is not None else {"": texts}
+    read = [model.config.encoder_prompt(prompt) + text for prompt, group in by_prompt.items() for text in group]
     teachers = recipe.teachers if stage.loss.needs_teacher else []
+    if encoder_is_frozen(stage) or ENCODER in teachers:
+        of_encoder.prepare(read)
+    else:
+        of_encoder.list_texts(read)
+    vectors = {ENCODER: of_encoder}
     start = None
     if START in teachers:
         trained = {name: tensor for name, tensor in model.named_parameters() if tensor.dtype == torch.float32}
-        start = StartVectors(model, stage_tokenizer(model, stage.max_length), trained, folder)
-        start.prepare(prompted if prompted is not None else {"": texts})
+        start = StartVectors(model, stage_tokenizer(model, stage.max_length), trained, folder, **shared)
+        start.prepare(by_prompt)
         teachers = [name for name in teachers if name != START]
     for name in {*teachers, *([LEXICAL] if stage.loss.words else [])} - {ENCODER}:
         if name == LEXICAL:
             table = cast(Tensor, model.llm.get_input_embeddings().weight)
-            vectors[name] = TextVectors(None, LexicalEmbedder(table, model.tokenizer.llm, texts, stage.max_length))
+            vectors[name] = TextVectors(
+                None, LexicalEmbedder(table, model.tokenizer.llm, texts, stage.max_length), **shared
+            )
         else:
             name_hash = hashlib.sha256(name.encode()).hexdigest()[:8]
             embed = functools.partial(embed_with_teacher, name)
-            vectors[name] = TextVectors(folder / f"teacher-{name_hash}-{stage.max_length}", embed)
-    for table_of_vectors in vectors.values():
-        table_of_vectors.prepare(texts)
+            vectors[name] = TextVectors(folder / f"teacher-{name_hash}-{stage.max_length}", embed, **shared)
+        vectors[name].prepare(texts)
     lexical = vectors[LEXICAL] if stage.loss.words else None
-    return StageVectors(vectors[ENCODER], [vectors[name] for name in teachers], lexical, start)
+    return StageVectors(of_encoder, [vectors[name] for name in teachers], lexical, start)
+
+
+def encoder_is_frozen(stage: Stage) -> bool:
+    """Whether the stage trains neither the encoder nor its adapter."""
+    return not {"encoder", "encoder_adapter"} & set(stage.train)
 
 
 def concatenate_teachers(vectors: Sequence[Tensor]) -> Tensor:
-    """(n, K) vectors whose cosine similarity is the mean of the teachers' similarities; each teacher's are (n, ...)."""
-    return torch.cat(list(vectors), dim=1) / math.sqrt(len(vectors))
+    """(n, K) vectors whose cosine similarity is the mean of the teachers' similarities; each teacher's are (n, .)."""
+    return torch.cat([*vectors], dim=1) / math.sqrt(len(vectors))
 
 
-def stage_tokenizer(model: Causal2Vec, max_length: int) -> TextTokenizer:
-    """The model's tokenizers with a stage's `max_length`; the encoder's length is never above the model's own."""
-    config = dataclasses.replace(
-        model.config, max_length=max_length, encoder_max_length=min(max_length, model.config.encoder_max_length)
+def stage_tokenizer(model: Causal2Vec, max_length: int, config: Causal2VecConfig | None = None) -> TextTokenizer:
+    """The model's tokenizers with a stage's `max_length`; the encoder's length is never above the model's own.
+
+    `config` replaces the model's.
+    """
+    config = config or model.config
+    encoder_max_length = min(max_length, config.encoder_max_length)
+    return model.tokenizer.with_config(
+        dataclasses.replace(config, max_length=max_length, encoder_max_length=encoder_max_length)
     )
-    return model.tokenizer.with_config(config)

@@ -6,9 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from transformers.training_args import OptimizerNames
 
 from c2v_rag.finetune.loss import LossWeights
+from c2v_rag.projector import INITIAL_TOKEN_SCALE
 
 PACKAGED = Path(__file__).parent / "recipes"  # recipes that come with the package
 TrainedPart = Literal["projector", "llm_adapter", "encoder_adapter", "encoder"]
@@ -23,7 +35,13 @@ class BaseModels(_Strict):
     name for `Causal2Vec.from_pretrained`).
 
     The `*_also` lists name further sources of the same weights (entries of base.json), which the finished checkpoint
-    accepts too. `config` holds further settings of `Causal2VecConfig`.
+    accepts too. `config` holds further settings of `Causal2VecConfig`. `initial_token_scale`: see
+    `Causal2Vec.from_parts`. These settings, `num_llm_layers` and `encoder_max_length` belong to a new model; a
+    checkpoint has its own.
+
+    `dtype` is the dtype of frozen weights; trained ones are float32. Unless given, it is bfloat16 on a GPU that
+    computes in it, and float32 elsewhere. `llm_kwargs` are passed to the decoder's `AutoModel.from_pretrained`:
+    `attn_implementation`, `device_map`, `quantization_config` (`{load_in_4bit: true}` for QLoRA), ...
     """
 
     checkpoint: str | None = None
@@ -34,12 +52,19 @@ class BaseModels(_Strict):
     config: dict[str, Any] = {}
     encoder_also: list[dict[str, Any]] = []
     llm_also: list[dict[str, Any]] = []
+    initial_token_scale: PositiveFloat = INITIAL_TOKEN_SCALE
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    llm_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> BaseModels:
         new = self.encoder is not None and self.llm is not None
         if (self.checkpoint is not None) == new or (self.checkpoint is not None and (self.encoder or self.llm)):
             raise ValueError("give either 'checkpoint', or both 'encoder' and 'llm'")
+        settings = ("config", "encoder_max_length", "initial_token_scale", "num_llm_layers")
+        ignored = [name for name in settings if getattr(self, name) != type(self).model_fields[name].default]
+        if self.checkpoint is not None and ignored:
+            raise ValueError(f"a checkpoint has its own settings: leave out {', '.join(ignored)}")
         return self
 
 
@@ -54,12 +79,14 @@ class Data(_Strict):
     """`sets` maps a set's name (NAME.parquet, NAME.jsonl or NAME.csv in the data folder) to its weight in the mixture,
     or to weight and instruction.
 
-    A set is drawn in proportion to its weight times the square root of its rows. More bad rows than the share
+    A set is drawn in proportion to its weight times the square root of its rows, or with `sizes: proportional` times
+    its rows. More bad rows than the share
     `max_bad_rows` are an error; fewer are left out and counted.
     """
 
     folder: Path | None = None
     sets: Annotated[dict[str, PositiveFloat | SetOptions], Field(min_length=1)]
+    sizes: Literal["root", "proportional"] = "root"
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.05
 
     def options(self, name: str) -> SetOptions:
@@ -68,20 +95,26 @@ class Data(_Strict):
 
 
 class Lora(_Strict):
-    """Settings of a new adapter on every linear layer. A checkpoint's own adapter keeps its settings."""
+    """Settings of a new adapter. `target_modules`: names of linear layers ("q_proj", ...), or "all-linear".
+
+    A checkpoint's own adapter keeps its settings.
+    """
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
 
 
 class Stage(_Strict):
     """One stage: the parts it trains, its sequences, and its number of steps.
 
     `sequences`: "context" ends every sequence at the Contextual token, so the decoder reads one token per text;
-    "full" gives the decoder whole texts. `learning_rate`: per trained part, the peak of a cosine schedule with 5 %
-    warm-up. `batch_size`: pairs per step, all of one set. `mini_batch_size`: texts whose activations are in memory at
-    the same time; the whole batch if None. `max_length`: longest text in tokens, for both tokenizers.
+    "full" gives the decoder whole texts. `learning_rate`: per trained part, the peak of the `schedule`, which is
+    reached after `warmup_steps` (5 % of the steps if None). `batch_size`: pairs per step over all processes, all of one
+    set. `mini_batch_size`: texts whose activations are in memory of a process at the same time; the whole batch if
+    None. `gradient_checkpointing`: compute the activations of the layers again in the backward pass, which saves most
+    of their memory and costs about a third more time. `max_length`: longest text in tokens, for both tokenizers.
     `num_negatives`: hard negatives per pair. `minutes`: the stage ends after so many minutes of training (scoring does
     not count), even if it has not reached its `steps`; the learning rates then follow the time.
     """
@@ -93,9 +126,12 @@ class Stage(_Strict):
     minutes: PositiveFloat | None = None
     batch_size: Annotated[int, Field(ge=2)]
     mini_batch_size: PositiveInt | None = None
+    gradient_checkpointing: bool = False
     max_length: PositiveInt
     num_negatives: Annotated[int, Field(ge=0)] = 1
     learning_rate: dict[TrainedPart, PositiveFloat]
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt | None = None
     loss: LossWeights = LossWeights()
 
     @model_validator(mode="after")
@@ -135,7 +171,8 @@ class Recipe(_Strict):
 
     `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "start" (the
     model before the stage, so that it forgets less), "lexical" (`LexicalEmbedder`), or the name of a
-    sentence-transformers model.
+    sentence-transformers model. `optimizer`: a name of transformers' `OptimizerNames`, such as "adamw_torch" or
+    "adamw_8bit" (needs bitsandbytes).
     """
 
     base: BaseModels
@@ -144,10 +181,23 @@ class Recipe(_Strict):
     lora: Lora = Lora()
     teachers: Annotated[list[str], Field(min_length=1)] = ["encoder"]
     dev: Dev | Literal["none"] = Dev()
+    optimizer: str = "adamw_torch_fused"
     seed: int = 0
     save_steps: PositiveInt = 50
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] | None = None
     output: Path | None = None
+
+    @field_validator("optimizer")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in {*OptimizerNames}:
+            raise ValueError(f"transformers knows no optimizer {name!r}; it knows {', '.join(OptimizerNames)}")
+        return name
+
+    @property
+    def trained_parts(self) -> set[TrainedPart]:
+        """The parts that any stage trains."""
+        return {part for stage in self.stages for part in stage.train}
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -20,19 +20,18 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference, weights
-from c2v_rag.config import Causal2VecConfig
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.dev import DevSet, prepare_dev
 from c2v_rag.finetune.loss import Causal2VecLoss
-from c2v_rag.finetune.module import StageVectors, TrainingModule, stage_vectors
+from c2v_rag.finetune.module import StageVectors, TrainingModule, encoder_is_frozen, stage_vectors
 from c2v_rag.finetune.monitor import Monitor
+from c2v_rag.finetune.opening import new_model
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.reports import plot_losses, trackers
 from c2v_rag.finetune.scoring import DevCallback, DevReport
@@ -44,9 +43,10 @@ from c2v_rag.finetune.trainer import (
     name_pattern,
     part_of,
     trained_tensors,
+    use_one_gpu,
 )
 from c2v_rag.model import Causal2Vec
-from c2v_rag.parts import adapted_layers
+from c2v_rag.prefix import is_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,10 @@ def train(
 ) -> Causal2Vec:
     """Run every stage, save the checkpoint to `output`, and return the model.
 
-    Under `torchrun` or `accelerate launch` each process takes `batch_size` pairs a step (DDP); the negatives of a
-    process are those of its own batch. The folder `OUTPUT.training` beside `output` keeps what `resume` needs, the
-    values of every step (log.json, loss.png, tensorboard), the development scores (dev.json, see `DevReport.load`) and
-    the cached vectors. `max_steps` shortens each stage, for a dry run.
+    Under `torchrun` or `accelerate launch` each process takes an equal share of the `batch_size` pairs of a step
+    (DDP); the negatives are those of the whole step. The folder `OUTPUT.training` beside `output` keeps what `resume`
+    needs, the values of every step (log.json, loss.png, tensorboard), the development scores (dev.json, see
+    `DevReport.load`) and the cached vectors. `max_steps` shortens each stage, for a dry run.
 
     Raises ValueError for data or a recipe that cannot be used, ImportError for a tracker that is not installed,
     FileExistsError when there is a run already and `resume` is false, FloatingPointError when the loss is not finite.
@@ -107,19 +107,19 @@ def train(
             sets,
             {name: option.weight for name, option in options.items()},
             batch_size=stage.batch_size,
-            steps=stage.steps * processes.num_processes,
+            steps=stage.steps,
             num_negatives=stage.num_negatives,
             seed=seed,
+            exponent=1.0 if recipe.data.sizes == "proportional" else 0.5,
         )
-        with processes.main_process_first():  # the other processes read its vectors from the files
-            prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
-            vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
+        prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
+        vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
         # The trainer reads tensorboard's folder from the environment only.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard" / stage.name)
         log[stage.name] = run_stage(
             model, stage, datasets, instructions, vectors, work / f"{number}-{stage.name}",
-            seed=seed, save_steps=recipe.save_steps, resume=resume, dev=scored.get(stage.name),
-            report_to=report_to,
+            seed=seed, save_steps=recipe.save_steps, resume=resume, optimizer=recipe.optimizer,
+            dev=scored.get(stage.name), report_to=report_to,
         )  # fmt: skip
         if processes.is_main_process:
             unfinished = finished.with_suffix(".part")
@@ -134,40 +134,6 @@ def train(
         if scored:
             DevReport.of_stages(dev_sets, scored).save(work / "dev.json")
         write_checkpoint(model, recipe, output)
-    return model
-
-
-def new_model(recipe: Recipe, *, device: str | None = None, model_class: type[Causal2Vec] = Causal2Vec) -> Causal2Vec:
-    """The recipe's model before training, in float32, with a new LoRA adapter for each part that needs one.
-
-    A checkpoint's own adapter is trained further. Raises what `from_parts` and `from_pretrained` raise.
-    """
-    base = recipe.base
-    if base.checkpoint is not None:
-        model = model_class.from_pretrained(base.checkpoint, device=device, dtype=torch.float32)
-    else:
-        config = Causal2VecConfig(
-            num_llm_layers=base.num_llm_layers, encoder_max_length=base.encoder_max_length, **base.config
-        )
-        model = model_class.from_parts(
-            str(base.encoder), str(base.llm), config=config, device=device, dtype=torch.float32, seed=recipe.seed
-        )
-    trained = {part for stage in recipe.stages for part in stage.train}
-    for part, module in (("llm", model.llm), ("encoder", model.encoder)):
-        if f"{part}_adapter" not in trained:
-            continue
-        if adapted_layers(module):
-            model.unmerge_adapter(part)  # type: ignore[arg-type]
-            continue
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            lora = LoraConfig(
-                r=recipe.lora.rank,
-                lora_alpha=recipe.lora.alpha,
-                lora_dropout=recipe.lora.dropout,
-                target_modules="all-linear",
-            )
-            inject_adapter_in_model(lora, module)
     return model
 
 
@@ -199,6 +165,7 @@ def run_stage(
     seed: int = 0,
     save_steps: int = 50,
     resume: bool = False,
+    optimizer: str = "adamw_torch_fused",
     dev: DevCallback | None = None,
     report_to: Sequence[str] = (),
 ) -> list[dict[str, float]]:
@@ -208,9 +175,17 @@ def run_stage(
 
     `instructions`: by the name of a data set. With `resume`, training goes on from the last complete checkpoint in
     `folder`. Raises FloatingPointError when the loss is not finite; the batch is then in a file in `folder`.
+    ValueError when `batch_size` cannot be divided by the number of processes.
     """
+    num_processes = PartialState().num_processes
+    if stage.batch_size % num_processes:
+        raise ValueError(
+            f"batch_size is {stage.batch_size} in stage {stage.name!r}, which {num_processes} processes cannot share "
+            "equally. It is the number of pairs of a whole step."
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in stage.train)
+    use_checkpointing(model, stage)
     module = TrainingModule(model, stage, vectors)
     on_cpu = model.device.type == "cpu"
     arguments = SentenceTransformerTrainingArguments(
@@ -219,13 +194,17 @@ def run_stage(
         per_device_train_batch_size=stage.batch_size,
         learning_rate=max(stage.learning_rate.values()),
         learning_rate_mapping={name_pattern(part): rate for part, rate in stage.learning_rate.items()},
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(stage.steps * WARM_UP)),
+        lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+        warmup_steps=max(1, round(stage.steps * WARM_UP)) if stage.warmup_steps is None else stage.warmup_steps,
+        optim=optimizer,
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=inference.default_dtype(model.device) == torch.bfloat16,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and PartialState().num_processes > 1 else None,
+        ddp_backend="gloo" if on_cpu and num_processes > 1 else None,
+        # A batch is drawn for the whole step, from one set, and each process takes its share of it.
+        accelerator_config={"split_batches": num_processes > 1},
+        dataloader_drop_last=num_processes > 1,
         ddp_find_unused_parameters=False,
         seed=seed,
         batch_sampler=BatchSamplers.NO_DUPLICATES,
@@ -243,6 +222,7 @@ def run_stage(
         report_to=list(report_to) or "none",
         dataloader_pin_memory=not on_cpu,
     )
+    use_one_gpu(arguments)
     loaded = SentenceTransformer(modules=[module], device=str(model.device))
     loss_weights = stage.loss if module.pooling == "context_eos" else stage.loss.model_copy(update={"halves": 0.0})
     loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size)
@@ -260,11 +240,25 @@ def run_stage(
         dev.log = trainer.log
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     model.eval()
+    if trainer.state.global_step < stage.steps and monitor.time_share < 1 and not (dev and dev.is_patience_over):
+        logger.warning(
+            "Stage %r ended after %d of %d steps: its sets have too few different texts for batches of %d.",
+            stage.name, trainer.state.global_step, stage.steps, stage.batch_size,
+        )  # fmt: skip
     if dev is not None and dev.kept_step != trainer.state.global_step:
         PartialState().wait_for_everyone()
         load_trained(model, best)
         logger.info("Stage %s ends with the weights of step %d, its best.", stage.name, dev.kept_step)
     return [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
+
+
+def use_checkpointing(model: Causal2Vec, stage: Stage) -> None:
+    """Switch gradient checkpointing on or off in the parts whose activations the stage needs."""
+    for part, is_used in ((model.llm, True), (model.encoder, not encoder_is_frozen(stage))):
+        if stage.gradient_checkpointing and is_used:
+            part.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        elif is_checkpointing(part):
+            part.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
 
 
 def write_checkpoint(model: Causal2Vec, recipe: Recipe, output: Path) -> None:

@@ -50,8 +50,8 @@ class DevCallback(TrainerCallback):
     """Scores the model before a stage, every `dev.every` steps and at its end; ends the stage as `dev.patience` says.
 
     Scores are kept in `path`, a JSON file, so that a resumed stage goes on with them. `history`: the scores by step.
-    `seconds`: the time that scoring took. Set before training: `save_best`, which is called with the best weights in
-    memory; `log`, which gets the mean scores.
+    `seconds`: the time that scoring took. `is_patience_over`: whether it ended the stage.
+    Set before training: `save_best`, which is called with the best weights in memory; `log`, which gets the means.
     """
 
     def __init__(self, model: Causal2Vec, sets: Sequence[DevSet], dev: Dev, path: Path) -> None:
@@ -62,6 +62,7 @@ class DevCallback(TrainerCallback):
         self.save_best: Callable[[], None] = lambda: None
         self.log: Callable[[dict[str, float]], None] = lambda values: None
         self.seconds = 0.0
+        self.is_patience_over = False
         self.history: dict[int, Scores] = {}
         if path.is_file():
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +89,7 @@ class DevCallback(TrainerCallback):
             later = sum(self.best_step < step <= state.global_step for step in self.history)
             if self._dev.patience is not None and later >= self._dev.patience:
                 logger.info("The development score has not risen %d times in a row: the stage ends.", later)
-                control.should_training_stop = True
+                self.is_patience_over = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step not in self.history:

@@ -24,18 +24,27 @@ class StartVectors:
     """A table of the vectors that `model` computes now, of each text with the prompt that is put before it.
 
     `tokenizer` cuts texts at the stage's length. The vectors are kept in `folder`; a table that was computed from other
-    trained weights is not used.
+    trained weights is not used. Each of `num_processes` processes computes its share.
     """
 
     def __init__(
-        self, model: Causal2Vec, tokenizer: TextTokenizer, trained: Mapping[str, Tensor], folder: Path
+        self,
+        model: Causal2Vec,
+        tokenizer: TextTokenizer,
+        trained: Mapping[str, Tensor],
+        folder: Path,
+        *,
+        process: int = 0,
+        num_processes: int = 1,
     ) -> None:
         digest = hashlib.sha256(str(tokenizer.config.max_length).encode())
         for name in sorted(trained):
             digest.update(name.encode() + trained[name].detach().float().cpu().numpy().tobytes())
         self._model = model
         self._tokenizer = tokenizer
-        self._table = TextVectors(folder / f"start-{digest.hexdigest()[:16]}", self._embed)
+        self._table = TextVectors(
+            folder / f"start-{digest.hexdigest()[:16]}", self._embed, process=process, num_processes=num_processes
+        )
 
     def prepare(self, texts: Mapping[str, Sequence[str]]) -> None:
         """Compute what is missing: the texts of each prompt; the prompt "" is for documents."""

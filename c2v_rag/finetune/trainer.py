@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -19,14 +20,16 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from c2v_rag.finetune.module import TrainingModule
 from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.recipe import TrainedPart
 from c2v_rag.model import Causal2Vec
 
-_COMPLETE = "complete"  # an empty file: the checkpoint was written to its end
+logger = logging.getLogger(__name__)
+
+_COMPLETE = "complete"  # an empty file of each process: it has written its part of the checkpoint
 _TRAINED_FILE = "trained.safetensors"
 # Of each part: the prefix of its parameters' names, and whether they are LoRA's.
 _PART_NAMES: dict[TrainedPart, tuple[str, bool]] = {
@@ -38,7 +41,12 @@ _PART_NAMES: dict[TrainedPart, tuple[str, bool]] = {
 
 
 def part_of(name: str) -> TrainedPart | None:
-    """The part that the parameter `name` belongs to; None for the decoder's own weights, which are never trained."""
+    """The part that the parameter `name` belongs to; None for one that is never trained.
+
+    These are the decoder's own weights, and the encoder's pooler, which this package does not use.
+    """
+    if name.startswith("encoder.pooler."):
+        return None
     for part, (prefix, is_lora) in _PART_NAMES.items():
         if name.startswith(prefix) and (".lora_" in name) == is_lora:
             return part
@@ -71,11 +79,36 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end, None where there is none; unfinished ones are deleted."""
     complete = []
     for path in folder.glob("checkpoint-*"):
-        if (path / _COMPLETE).is_file():
+        if _is_complete(path):
             complete.append(path)
         elif PartialState().is_main_process:
             shutil.rmtree(path)
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _complete_file(process: int, num_processes: int) -> str:
+    return _COMPLETE if num_processes == 1 else f"{_COMPLETE}-{process}-of-{num_processes}"
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every process has written its part."""
+    files = [path.name for path in checkpoint.glob(f"{_COMPLETE}*")]
+    counts = {int(name.rpartition("-")[2]) for name in files if name != _COMPLETE}
+    return _COMPLETE in files or any(
+        all(_complete_file(process, count) in files for process in range(count)) for count in counts
+    )
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Without a launcher, train on one GPU; the trainer would divide each batch over all of them (DataParallel)."""
+    if arguments.n_gpu > 1:
+        logger.warning(
+            "This machine has %d GPUs, and one is used. To use all: "
+            "torchrun --nproc-per-node %d -m c2v_rag.cli train ...",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1
 
 
 class StageTrainer(SentenceTransformerTrainer):
@@ -115,9 +148,8 @@ class StageTrainer(SentenceTransformerTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         value = loss[0] if isinstance(loss, tuple) else loss
         if not torch.isfinite(value):
-            texts = self._module.texts.texts
             path = Path(str(self.args.output_dir)) / f"bad-batch-{self.state.global_step}.json"
-            batch = {column: [texts[row] for row in indices.tolist()] for column, indices in rows.items()}
+            batch = {column: self._module.batch_texts(indices) for column, indices in rows.items()}
             path.write_text(json.dumps(batch, indent=1, ensure_ascii=False), encoding="utf-8")
             raise FloatingPointError(
                 f"The loss is {value.item()} at step {self.state.global_step}. The batch is in {path}. Lower the "
@@ -171,7 +203,8 @@ class ProgressCallback(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / _complete_file(args.process_index, args.world_size)).touch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

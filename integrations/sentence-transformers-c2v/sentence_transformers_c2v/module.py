@@ -128,7 +128,7 @@ def to_features(batch: TokenBatch) -> dict[str, Tensor]:
         "attention_mask": batch.text_mask,
         "encoder_ids": batch.encoder_ids.unsqueeze(1),
         "encoder_mask": batch.encoder_mask.unsqueeze(1),
-        "prefix_ids": batch.prefix_ids.expand(rows, 1, -1),
+        "prefix_ids": batch.prefix_ids.repeat(rows, 1, 1),  # not `expand`: such a view cannot be pinned for a GPU
         "num_prompt_tokens": torch.full((rows,), batch.num_prompt_tokens),
     }
 
