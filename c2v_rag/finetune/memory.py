@@ -47,9 +47,10 @@ def step_memory(
     if recipe.base.num_llm_layers is not None:
         llm.num_hidden_layers = recipe.base.num_llm_layers
     modules: dict[str, PreTrainedModel] = {}
+    auto: Any = AutoModel  # its methods have no types
     for part, config in (("encoder", encoder), ("llm", llm)):
         with torch.device("meta"):
-            modules[part] = AutoModel.from_config(config, dtype=dtype)
+            modules[part] = auto.from_config(config, dtype=dtype)
         modules[part].requires_grad_(part in stage.train)
         if f"{part}_adapter" in stage.train:
             targets = recipe.lora.target_modules if part == "llm" else "all-linear"
@@ -81,10 +82,10 @@ def activation_bytes(module: PreTrainedModel, batch: int, tokens: int, dtype: to
     """Bytes of the activations of one slice (`batch` x `tokens`). It uses two layers of the module and scales them."""
     sizes = [_saved_bytes(module, batch, tokens, dtype, num_layers) for num_layers in (1, 2)]
     layer, rest = sizes[1] - sizes[0], 2 * sizes[0] - sizes[1]
-    layers = module.config.num_hidden_layers
+    layers, width = int(module.config.num_hidden_layers), int(module.config.hidden_size)
     if not checkpointing:
         return rest + layers * layer
-    return rest + layer + layers * batch * tokens * module.config.hidden_size * dtype.itemsize
+    return rest + layer + layers * batch * tokens * width * dtype.itemsize
 
 
 def _saved_bytes(module: PreTrainedModel, batch: int, tokens: int, dtype: torch.dtype, num_layers: int) -> int:

@@ -54,7 +54,8 @@ def new_model(recipe: Recipe, *, device: str | None = None, model_class: type[Ca
         )
     if getattr(model.llm, "is_quantized", False):
         # Checkpointing is a setting of each stage.
-        prepare_model_for_kbit_training(model.llm, use_gradient_checkpointing=False)
+        prepare: Any = prepare_model_for_kbit_training  # it has no types
+        prepare(model.llm, use_gradient_checkpointing=False)
     for part, module in (("llm", model.llm), ("encoder", model.encoder)):
         if f"{part}_adapter" not in recipe.trained_parts:
             continue
@@ -76,7 +77,8 @@ def new_model(recipe: Recipe, *, device: str | None = None, model_class: type[Ca
 def frozen_dtype(base: BaseModels, device: torch.device) -> torch.dtype:
     """`base.dtype`; unless given, bfloat16 on a GPU that computes in it, and float32 elsewhere."""
     if base.dtype is not None:
-        return inference.resolve_dtype(base.dtype, device)
+        dtype: torch.dtype = getattr(torch, base.dtype)
+        return dtype
     return torch.float32 if device.type == "cpu" else inference.default_dtype(device)
 
 
@@ -85,5 +87,6 @@ def llm_options(base: BaseModels) -> dict[str, Any]:
     options = dict(base.llm_kwargs)
     quantization = options.get("quantization_config")
     if isinstance(quantization, dict) and "quant_method" not in quantization:
-        options["quantization_config"] = BitsAndBytesConfig(**quantization)
+        config: Any = BitsAndBytesConfig  # its __init__ has no types
+        options["quantization_config"] = config(**quantization)
     return options
