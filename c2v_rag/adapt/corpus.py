@@ -14,7 +14,7 @@ from c2v_rag.adapt.passages import Passage, Split, split_documents
 from c2v_rag.adapt.questions import Question
 from c2v_rag.adapt.work import Work
 from c2v_rag.index import LexicalIndex
-from c2v_rag.index.searching import LEXICAL_WEIGHT
+from c2v_rag.index.searching import hybrid_scores
 from c2v_rag.protocols import Embedder
 
 _BLOCK = 256  # passages that are embedded at a time; a killed run loses at most one block
@@ -77,12 +77,9 @@ class Ranker:
         return scores
 
     def hybrid(self, question: str, vector: np.ndarray) -> np.ndarray:
-        """(N,) the scores of a hybrid search (`index.searching.hybrid_hits`), for all passages."""
-        cosines, words = self.dense(vector), self._lexical.scores(question)
-        deviation, max_score = cosines.std(), self._lexical.max_score(question)
-        standardised = (cosines - cosines.mean()) / deviation if deviation > 0 else np.zeros_like(cosines)
-        scores: np.ndarray = standardised + LEXICAL_WEIGHT * (words / max_score if max_score > 0 else 0 * words) ** 2
-        return scores
+        """(N,) the scores of a hybrid search (`index.searching.hybrid_scores`), for all passages."""
+        cosines = self.dense(vector)
+        return hybrid_scores(cosines, self._lexical.scores(question), cosines, self._lexical.max_score(question))
 
 
 def rank_of(scores: np.ndarray, position: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from c2v_rag.finetune.data import Pair, PairSet, read_pair_set
 from c2v_rag.fusion import reciprocal_rank_fusion
 from c2v_rag.index import Chunk, ChunkSettings, LexicalIndex, Present, new_chunks
-from c2v_rag.index.searching import LEXICAL_WEIGHT
+from c2v_rag.index.searching import hybrid_scores
 from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import read_sources
 
@@ -146,11 +146,7 @@ class _Scorer:
         if self._teacher == HYBRID:
             assert words is not None
             assert self._passages.lexical is not None
-            highest = self._passages.lexical.max_score(query)
-            share = words[rows] / highest if highest > 0 else np.zeros(len(rows))
-            return np.asarray(
-                (cosines[rows] - cosines.mean()) / max(float(cosines.std()), 1e-9) + LEXICAL_WEIGHT * share**2
-            )
+            return hybrid_scores(cosines[rows], words[rows], cosines, self._passages.lexical.max_score(query))
         vector = self._model.encode_query([query], normalize_embeddings=True, show_progress_bar=False)[0]
         return np.asarray(self._vectors[rows] @ vector)
 

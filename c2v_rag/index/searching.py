@@ -14,7 +14,7 @@ from c2v_rag.index.chunking import INTERNAL_KEYS
 from c2v_rag.index.diversity import mmr_order, scaled
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.neighbours import with_neighbours
-from c2v_rag.index.query import MMR_DEPTH, RERANK_DEPTH, Hit, SearchOptions, check_options
+from c2v_rag.index.query import MMR_DEPTH, RERANK_DEPTH, Hit, SearchOptions
 from c2v_rag.index.reranking import rerank
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def search_collection(
 
     `vector` (D,) is needed by a dense and a hybrid search. `sample` as in `hybrid_hits`.
     """
-    check_options(top_k, options)
     where, mmr, first = options.get("where"), options.get("mmr"), options.get("offset", 0)
 
     def best(number: int) -> list[Hit]:
@@ -133,11 +132,9 @@ def hybrid_hits(
     number: int,
     where: Mapping[str, Any] | None,
 ) -> list[Hit]:
-    """Candidates of both kinds, best first by z(cosine) + `LEXICAL_WEIGHT` x (BM25 / its maximum for the query)^2.
+    """Candidates of both kinds, best first by `hybrid_scores`. `vector` is (D,).
 
-    z: a query's cosines, shifted to mean 0 and scaled to standard deviation 1 over the collection; both are estimated
-    from `sample` (S, D), embeddings of random chunks. The maximum is `LexicalIndex.max_score`. If a query's words are
-    rare in the passages, its BM25 scores are far below the maximum and hardly count. `vector` is (D,).
+    Mean and deviation of the query's cosines are estimated from `sample` (S, D), embeddings of random chunks.
     """
     assert vector is not None
     depth = max(CANDIDATES, number)
@@ -146,8 +143,7 @@ def hybrid_hits(
     allowed = _allowed_scores(collection, lexical, words, where)
     best = [lexical.ids[row] for row in np.argsort(-allowed, kind="stable")[:depth] if allowed[row] > 0]
     by_id = _get(collection, [id for id in best if id not in dense])
-    standardise, max_score = _standardiser(sample @ vector), lexical.max_score(query)
-    hits = []
+    found: list[tuple[str, str, dict[str, Any], float, float]] = []
     for id in dict.fromkeys([*dense, *by_id]):
         if id in dense:
             text, metadata, cosine = dense[id].text, dense[id].metadata, dense[id].score
@@ -155,10 +151,28 @@ def hybrid_hits(
             text, metadata, embedding = by_id[id]
             cosine = float(embedding @ vector)
         bm25 = float(words[lexical.rows[id]]) if id in lexical.rows else 0.0
-        share = bm25 / max_score if max_score > 0 else 0.0
-        score = standardise(cosine) + LEXICAL_WEIGHT * share**2
-        hits.append(Hit(id, score, text, metadata, {"cosine": cosine, "bm25": bm25}))
+        found.append((id, text, metadata, cosine, bm25))
+    cosines, bm25_scores = (np.array([row[column] for row in found]) for column in (3, 4))
+    scores = hybrid_scores(cosines, bm25_scores, sample @ vector, lexical.max_score(query))
+    hits = [
+        Hit(id, float(score), text, metadata, {"cosine": cosine, "bm25": bm25})
+        for (id, text, metadata, cosine, bm25), score in zip(found, scores, strict=True)
+    ]
     return sorted(hits, key=lambda hit: -hit.score)[:number]
+
+
+def hybrid_scores(cosines: np.ndarray, bm25: np.ndarray, all_cosines: np.ndarray, max_score: float) -> np.ndarray:
+    """(K,) of K passages: z(cosine) + `LEXICAL_WEIGHT` x (BM25 / its maximum for the query)^2.
+
+    z: shifted and scaled by the mean and standard deviation of `all_cosines`, the query's with the whole collection or
+    a sample of it. `max_score`: `LexicalIndex.max_score`. If a query's words are rare in the passages, its BM25 scores
+    are far below the maximum and hardly count.
+    """
+    mean, deviation = (float(all_cosines.mean()), float(all_cosines.std())) if len(all_cosines) else (0.0, 0.0)
+    standardised = (cosines - mean) / deviation if deviation > 0 else np.zeros(len(cosines))
+    share = bm25 / max_score if max_score > 0 else np.zeros(len(bm25))
+    scores: np.ndarray = standardised + LEXICAL_WEIGHT * share**2
+    return scores
 
 
 def _best_of_each(hits: Sequence[Hit], key: str) -> list[Hit]:
@@ -199,9 +213,3 @@ def _get(collection: Collection, ids: list[str]) -> dict[str, tuple[str, dict[st
     page = collection.get(ids=ids, include=include)
     columns: Any = zip(page["ids"], page["documents"], page["metadatas"], page["embeddings"], strict=True)  # type: ignore[arg-type]
     return {id: (text, _shown(metadata), np.asarray(embedding)) for id, text, metadata, embedding in columns}
-
-
-def _standardiser(scores: np.ndarray) -> Callable[[float], float]:
-    """A function that subtracts the mean of `scores` and divides by their standard deviation."""
-    mean, deviation = (float(scores.mean()), float(scores.std())) if len(scores) else (0.0, 0.0)
-    return lambda score: (score - mean) / deviation if deviation > 0 else 0.0
