@@ -29,7 +29,6 @@ from c2v_rag.config import CONFIG_FILE
 BASE_FILE = "base.json"
 IDENTITY_FILE = "c2v_identity.json"
 DEFAULT = "default"
-PARTS = ("encoder", "llm")
 
 
 def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -83,20 +82,18 @@ def checkpoint_part(folder: Path, part: str) -> Base:
     )
 
 
-def missing_packages(folder: Path) -> list[str]:
-    """The packages that contain weights of a checkpoint and are not installed, as "NAME==VERSION".
+def missing_package(folder: Path, part: str) -> str | None:
+    """The package that contains the weights of `folder/part` and is not installed, as "NAME==VERSION"; None if none is.
 
-    Of each part only the first package of its base.json counts; a part with another source on this machine counts too.
+    Only the first package of base.json counts; a part with another source on this machine counts too.
     """
-    missing = []
-    for part in PARTS:
-        reference_file = folder / part / BASE_FILE
-        if not reference_file.is_file():
-            continue
-        packages = [entry for entry in _accepted(reference_file) if entry["kind"] == "package"]
-        if packages and not any(is_installed(entry["name"]) for entry in packages):
-            missing.append(f"{packages[0]['name']}=={packages[0]['version']}")
-    return missing
+    reference_file = folder / part / BASE_FILE
+    if not reference_file.is_file():
+        return None
+    packages = [entry for entry in _accepted(reference_file) if entry["kind"] == "package"]
+    if not packages or any(is_installed(entry["name"]) for entry in packages):
+        return None
+    return f"{packages[0]['name']}=={packages[0]['version']}"
 
 
 def _accepted(reference_file: Path) -> list[dict[str, Any]]:

