@@ -5,7 +5,6 @@ N texts, D columns of an embedding.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from c2v_rag import inference
 from c2v_rag.finetune.vectors import TextVectors, autocast
+from c2v_rag.identity import hash_tensors
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
@@ -37,13 +37,11 @@ class StartVectors:
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
-        digest = hashlib.sha256(str(tokenizer.config.max_length).encode())
-        for name in sorted(trained):
-            digest.update(name.encode() + trained[name].detach().float().cpu().numpy().tobytes())
+        digest = hash_tensors(trained, max_length=tokenizer.config.max_length)
         self._model = model
         self._tokenizer = tokenizer
         self._table = TextVectors(
-            folder / f"start-{digest.hexdigest()[:16]}", self._embed, process=process, num_processes=num_processes
+            folder / f"start-{digest[:16]}", self._embed, process=process, num_processes=num_processes
         )
 
     def prepare(self, texts: Mapping[str, Sequence[str]]) -> None:
