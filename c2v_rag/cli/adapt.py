@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from c2v_rag.cli.options import Collection, Device, DType, Json
+from c2v_rag.cli.options import Collection, Device, DType, Json, WriterModel
 from c2v_rag.cli.shared import out, requires_extra
 
 
@@ -34,7 +34,7 @@ def adapt(
             "server, to which the passages are sent (key: C2V_RAG_WRITER_API_KEY)."
         ),
     ] = "headings",
-    writer_model: Annotated[str | None, typer.Option(help="Name of the model on the writer's server.")] = None,
+    writer_model: WriterModel = None,
     prompts: Annotated[Path | None, typer.Option(help="YAML file with prompts for the writer.")] = None,
     questions_only: Annotated[
         bool, typer.Option("--questions-only", help="Stop after writing, so that you can edit questions.jsonl.")

@@ -38,4 +38,5 @@ RayWorkers = Annotated[
 RayGpus = Annotated[
     float | None, typer.Option(min=0, help="With --ray: GPUs for each process; unless given, 1 if the cluster has any.")
 ]
+WriterModel = Annotated[str | None, typer.Option(help="Name of the model on the writer's server.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from c2v_rag.cli.options import Collection, Device, DType, ModelName, Store
+from c2v_rag.cli.options import Collection, Device, DType, ModelName, Store, WriterModel
 from c2v_rag.cli.shared import load_model, open_embedder, requires_extra
 from c2v_rag.hosts import is_loopback
 
@@ -102,7 +102,7 @@ def search_app(
             "(key: C2V_RAG_WRITER_API_KEY). It is loaded at the first question."
         ),
     ] = "default",
-    writer_model: Annotated[str | None, typer.Option(help="Name of the model on the writer's server.")] = None,
+    writer_model: WriterModel = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
