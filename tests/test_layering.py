@@ -60,6 +60,7 @@ CORE = {
     "hosts": set(),
     "remote": {"inference", "protocols"},  # of inference the types only
     "embedders": {"inference", "model", "protocols", "remote"},
+    "language_models": {"bases", "inference"},
     "sources.__init__": {"sources.docstrings", "sources.document", "sources.files"},
     "sources.docstrings": {"sources.document"},
     "sources.document": set(),

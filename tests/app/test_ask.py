@@ -18,8 +18,9 @@ from c2v_rag import Causal2Vec, Causal2VecConfig, Document, VectorIndex
 from c2v_rag.app.asking import NO_ANSWER, chat, cited, holds_no_answer
 from c2v_rag.app.page import SearchApp
 from c2v_rag.app.render_answer import answer
-from c2v_rag.app.writers import API_KEY_VARIABLE, EndpointWriter, writer_opener
+from c2v_rag.app.writers import EndpointWriter, writer_opener
 from c2v_rag.index import Hit
+from c2v_rag.language_models import API_KEY_VARIABLE
 from tests.plain import Letters
 from tests.tiny import ENCODERS, LLMS, tiny_module, tiny_tokenizer
 
