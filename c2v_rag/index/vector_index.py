@@ -196,7 +196,8 @@ class VectorIndex:
 
         `prune=False`: delete nothing, for documents that are only a part of their source. `total`, `show_progress`: for
         the progress bar. `on_progress(documents, chunks)` is called with the numbers of documents read and chunks
-        written so far; an exception that it raises stops the call, and the chunks written so far stay. `write_every`:
+        written so far, also by the thread that embeds, one call at a time; an exception that it raises stops the call,
+        and the chunks written so far stay. `write_every`:
         number of chunks embedded and written at a time.
         """
         if isinstance(documents, Sequence):

@@ -7,6 +7,7 @@ of the documents, so that a call that was killed can be repeated.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,9 +79,12 @@ class CollectionWriter:
         waiting: list[Chunk] = []
         num_read = 0
 
+        reporting = threading.Lock()
+
         def report_progress() -> None:
             if on_progress is not None:
-                on_progress(num_read, counts["added"])
+                with reporting:
+                    on_progress(num_read, counts["added"])
 
         with (
             tqdm(total=total, unit="document", disable=not show_progress) as bar,
@@ -182,6 +186,7 @@ class _Pipeline:
 
     def _embed(self, chunks: list[Chunk]) -> np.ndarray:
         with self._in_order("embedding"):
+            self._report_progress()  # it may raise to cancel: nothing is embedded after that
             return self._writer.embed(chunks)
 
     def _store(self, chunks: list[Chunk], embeddings: Future[np.ndarray]) -> int:
