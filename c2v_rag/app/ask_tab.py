@@ -11,8 +11,8 @@ from c2v_rag.app import render, render_answer
 from c2v_rag.app.asking import chat
 from c2v_rag.app.collections import Collections
 from c2v_rag.app.errors import reason
+from c2v_rag.app.preparing import prepare
 from c2v_rag.app.search import DEFAULT_METHODS
-from c2v_rag.app.task import Task
 from c2v_rag.app.writers import AnswerWriter
 from c2v_rag.index import check_mode
 
@@ -58,16 +58,12 @@ class AskTab:
             yield render.message("Type a question first, then press Enter.")
             return
         if collection is None:
-            yield render.message("Nothing is indexed yet. Open “Add documents” and give it some files.")
+            yield render.message(render.NOTHING_INDEXED)
             return
         try:
             searcher = self._collections.to_search(collection)
             method = DEFAULT_METHODS[check_mode(None)]
-            if not searcher.is_prepared(method):
-                preparing = Task[None](lambda task: searcher.prepare(method, task.report))
-                for progress in preparing.watch():
-                    yield render.progress(progress.message, progress.done)
-                preparing.result()
+            yield from prepare(searcher, method)
             hits = searcher.search(method, question, int(top_k))
             if not hits:
                 yield render.message("No passage was found, so there is nothing to answer from.")

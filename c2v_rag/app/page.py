@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,8 @@ from c2v_rag.app.add_tab import AddTab
 from c2v_rag.app.ask_tab import AskTab
 from c2v_rag.app.collections import Collections
 from c2v_rag.app.errors import reason
+from c2v_rag.app.preparing import prepare
 from c2v_rag.app.search import BM25, DEFAULT_METHODS, ENCODER, METHODS, Searcher
-from c2v_rag.app.task import Task
 from c2v_rag.app.writers import DEFAULT, writer_opener
 from c2v_rag.hosts import HostCheck
 from c2v_rag.index import DEFAULT_COLLECTION, StoreAddress, check_mode
@@ -219,7 +218,7 @@ class SearchApp:
             yield render.message("Type a question or a few words first, then press Enter.")
             return
         if collection is None:
-            yield render.message("Nothing is indexed yet. Open “Add documents” and give it some files.")
+            yield render.message(render.NOTHING_INDEXED)
             return
         try:
             searcher = self._collections.to_search(collection)
@@ -228,11 +227,7 @@ class SearchApp:
                 return
             names = [method] if other in (NO_COMPARISON, method) else [method, other]
             for name in names:
-                if not searcher.is_prepared(name):
-                    building = Task[None](functools.partial(_prepare, searcher, name))
-                    for progress in building.watch():
-                        yield render.progress(progress.message, progress.done)
-                    building.result()
+                yield from prepare(searcher, name)
             yield self._results(searcher, query, names, int(top_k), by_source)
         except Exception as error:
             yield render.message(reason(error), "error")
@@ -296,7 +291,3 @@ class SearchApp:
             return render.table(facts(self.model, self.store, index))
         except Exception as error:
             return render.message(reason(error), "error")
-
-
-def _prepare(searcher: Searcher, method: str, task: Task[None]) -> None:
-    searcher.prepare(method, task.report)

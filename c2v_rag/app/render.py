@@ -20,6 +20,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8
 OTHER_COLOUR = "#9e9e9e"
 PASSAGE_SHOWN = 600  # characters
 MAP_WIDTH, MAP_HEIGHT = 900, 560
+NOTHING_INDEXED = "Nothing is indexed yet. Open “Add documents” and give it some files."
 
 CSS = """
 .c2v-columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 1.2rem; }
