@@ -32,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from c2v_rag import Document, SearchMode, VectorIndex, __version__, shared_model
 from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
+from c2v_rag.evaluate.intervals import difference_of_means
 from c2v_rag.evaluate.metrics import mrr_at_k, ndcg_at_k, recall_at_k
 from c2v_rag.fusion import reciprocal_rank_fusion
 from c2v_rag.index import ChunkSettings
@@ -48,7 +49,6 @@ QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 MODES: tuple[SearchMode, ...] = ("dense", "lexical", "hybrid")
 METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
 FIXED_WEIGHTS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
-DRAWS = 2000
 TIMED = 60  # queries that are searched one by one for the milliseconds
 SPLITS = 300
 
@@ -138,17 +138,14 @@ def read(data: str) -> tuple[list[Document], dict[str, str], dict[str, Gains]]:
             queries,
             {str(i): dict.fromkeys(line["answers"], 1.0) for i, line in enumerate(lines)},
         )
-    folder = Path(data)
-    gains: dict[str, Gains] = {}
-    for row in pq.read_table(folder / "qrels.parquet").to_pylist():
-        if row["score"] > 0:
-            gains[str(row["query-id"])] = {**gains.get(str(row["query-id"]), {}), str(row["corpus-id"]): row["score"]}
-    queries = {str(row["_id"]): row["text"] for row in pq.read_table(folder / "queries.parquet").to_pylist()}
+    files = retrieval_files(Path(data))
+    if files is None:
+        raise SystemExit(f"{data} has no corpus.parquet and no corpus.jsonl.")
+    found = read_retrieval(files)
     corpus = [
-        Document(f"{row.get('title') or ''} {row['text']}".strip(), str(row["_id"]), title=row.get("title") or "")
-        for row in pq.read_table(folder / "corpus.parquet").to_pylist()
+        Document(f"{row['title']} {row['text']}".strip(), row["id"], title=row["title"]) for row in found.documents
     ]
-    return corpus, {id: text for id, text in queries.items() if id in gains}, gains
+    return corpus, {row["id"]: row["text"] for row in found.queries}, dict(found.qrels)
 
 
 def score(
@@ -213,14 +210,12 @@ def metrics(ranked: list[str], gains: Gains) -> list[float]:
 
 def summary(values: Mapping[str, np.ndarray], speed: Mapping[str, float], dense: np.ndarray) -> dict[str, Any]:
     """For each mode the means, the interval of its nDCG@10 against `dense` (Q, 3), and the milliseconds a query."""
-    number = len(dense)
-    draws = np.random.default_rng(0).integers(0, number, size=(DRAWS, number))
     rows = {}
     for mode, by_query in values.items():
-        difference = (by_query[:, 0] - dense[:, 0])[draws].mean(axis=1)
+        difference = difference_of_means([by_query[:, 0]], [dense[:, 0]])
         rows[mode] = {
             **dict(zip(METRICS, by_query.mean(axis=0).tolist(), strict=True)),
-            "against_dense": [float(np.quantile(difference, quantile)) for quantile in (0.025, 0.975)],
+            "against_dense": [difference.low, difference.high],
             "ms_per_query": speed.get(mode),
         }
     return rows
