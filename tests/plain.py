@@ -35,22 +35,33 @@ def numbered(count: int) -> list[Document]:
     return [Document(f"{i}: a passage about topic {i % 7}.", f"source-{i // 3}", {"n": i}) for i in range(count)]
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """A handler that prints nothing."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Run an HTTP server in a thread; yields its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @contextmanager
 def recording_server() -> Iterator[tuple[str, list[str]]]:
     """Run an HTTP server that answers 404; yields its address, and the Authorization header of each request."""
     seen: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             seen.append(self.headers.get("Authorization", ""))
             self.send_error(404, "not here")
 
         do_POST = do_GET
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", seen
-        server.shutdown()
+    with serving(Handler) as url:
+        yield url, seen

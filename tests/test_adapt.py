@@ -6,11 +6,9 @@ import dataclasses
 import json
 import re
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +35,7 @@ from c2v_rag.app.about import facts
 from c2v_rag.finetune.recipe import Recipe
 from c2v_rag.index import Chunk, ChunkSettings, stored_stamps
 from tests.pairs import pairs
-from tests.plain import Letters
+from tests.plain import Letters, QuietHandler, serving
 from tests.test_cli import run as run_command
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -680,7 +678,7 @@ def chat_server(models: Sequence[str], status: int = 200) -> Iterator[tuple[str,
     """An OpenAI-compatible server that asks about the passage's last word; yields its address and the requests."""
     seen: list[tuple[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             self.answer({"data": [{"id": name} for name in models]})
 
@@ -697,13 +695,8 @@ def chat_server(models: Sequence[str], status: int = 200) -> Iterator[tuple[str,
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-        server.shutdown()
+    with serving(Handler) as url:
+        yield f"{url}/v1", seen
 
 
 def test_a_server_writes_the_questions_with_the_users_key(monkeypatch: pytest.MonkeyPatch) -> None:

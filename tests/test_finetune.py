@@ -301,10 +301,8 @@ def recipe_for(folder: Path, *, steps: int = 6, **changes: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_model().save_pretrained(path)
-    return path
+def checkpoint(tiny_checkpoint: str) -> Path:
+    return Path(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -44,10 +44,8 @@ RATES = {"projector": 1e-3, "llm_adapter": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_model().save_pretrained(path)
-    return path
+def checkpoint(tiny_checkpoint: str) -> Path:
+    return Path(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")

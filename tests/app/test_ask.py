@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from c2v_rag.app.render_answer import answer
 from c2v_rag.app.writers import EndpointWriter, writer_opener
 from c2v_rag.index import Hit
 from c2v_rag.language_models import API_KEY_VARIABLE
-from tests.plain import Letters
+from tests.plain import Letters, QuietHandler, serving
 from tests.tiny import ENCODERS, LLMS, tiny_module, tiny_tokenizer
 
 DOCUMENTS = [Document(f"Bread {word} needs yeast.", f"{word}.txt") for word in ("one", "two", "three")]
@@ -32,7 +30,7 @@ def openai_server(pieces: Sequence[str], status: int = 200) -> Iterator[tuple[st
     """A server that streams these pieces; yields its address, and the requests (body and Authorization header)."""
     seen: list[dict[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             self.reply(200, "application/json", [json.dumps({"data": [{"id": "small"}]})])
 
@@ -52,13 +50,8 @@ def openai_server(pieces: Sequence[str], status: int = 200) -> Iterator[tuple[st
                 self.wfile.write(part.encode())
                 self.wfile.flush()
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-        server.shutdown()
+    with serving(Handler) as url:
+        yield f"{url}/v1", seen
 
 
 def hit(text: str, source: str = "a.txt") -> Hit:
