@@ -28,7 +28,7 @@ from c2v_rag.bases import Base, locate_base
 from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.hashes import verify_sums
 from c2v_rag.pooling import pool, pool_encoder
-from c2v_rag.prefix import PrefixCache, prefix_states
+from c2v_rag.prefix import PrefixCache, is_causal, is_short, prefix_states
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
 from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
@@ -151,15 +151,16 @@ class Causal2Vec(nn.Module):
         config's. With "context" the decoder does not read the text, because under a causal mask the text cannot change
         the Contextual token's state. The prefix is computed once per batch, with its gradient.
         """
-        prefix = self.compute_prefix(batch.prefix_ids)
+        prefix = None if is_short(batch) else self.compute_prefix(batch.prefix_ids)
         return self.embed_with_prefix(prefix, batch, pooled=pooled, pooling=pooling or self.config.pooling)
 
     @torch.no_grad()
     def embed(self, batch: TokenBatch, *, reuse_prefix: bool = True) -> Tensor:
         """The same embeddings as `forward`, without gradients, for inference.
 
-        The prefix's keys and values are cached between batches, unless `reuse_prefix=False`.
+        The prefix's keys and values are cached between batches, unless `reuse_prefix=False` or the prefix is short.
         """
+        reuse_prefix = reuse_prefix and not is_short(batch)
         prefix = self.prefix_cache.get(self.llm, batch.prefix_ids) if reuse_prefix else None
         pooled = None if self.config.contextual_token == "none" else self.pooled_by_length(batch)
         return self.embed_with_prefix(prefix, batch, pooled=pooled, pooling=self.config.pooling)
@@ -193,6 +194,10 @@ class Causal2Vec(nn.Module):
         """Embeddings (B, embedding_dim) of a batch, with the states of its prefix, which do not change.
 
         If `prefix` is None, the prefix is computed with every text. `pooled` as for `forward`.
+
+        The decoder gets no attention mask if it is causal: padding is on the right, so that no token of a text reads
+        it, and the positions are those of the text alone. With a mask, transformers would build one of (B, 1, T, P + T)
+        and PyTorch could not use its flash kernels.
         """
         has_token = self.config.contextual_token != "none"
         text_ids, mask = batch.text_ids, batch.text_mask
@@ -211,7 +216,7 @@ class Causal2Vec(nn.Module):
             inputs.insert(0, embed_tokens(batch.prefix_ids).expand(len(text_ids), -1, -1))
         hidden = self.llm(
             inputs_embeds=torch.cat(inputs, dim=1),
-            attention_mask=torch.cat([mask.new_ones(len(mask), num_prefix), mask], dim=1),
+            attention_mask=None if is_causal(self.llm) else torch.cat([mask.new_ones(len(mask), num_prefix), mask], 1),
             past_key_values=prefix,
             use_cache=prefix is not None,
         ).last_hidden_state

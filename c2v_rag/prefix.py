@@ -16,8 +16,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from c2v_rag.identity import sample_weights
 from c2v_rag.parts import adapted_layers, token_embeddings
+from c2v_rag.tokenization import TokenBatch
 
 _MAX_CACHED_PREFIXES = 8
+# A prefix of at most this share of a text's tokens is computed with every text: it adds few tokens, and without a cache
+# the decoder needs no attention mask at all.
+_SHORT_SHARE = 1 / 16
 _KEY_VALUE_LAYERS = {"full_attention", "sliding_attention"}  # among `layer_types` of a decoder's config
 
 
@@ -42,6 +46,17 @@ def prefix_states(llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | No
     for layer in states.layers:
         vars(layer)["update"] = MethodType(_read_only_update, layer)
     return states
+
+
+def is_short(batch: TokenBatch) -> bool:
+    """Whether the batch's prefix is so short that it is computed with every text: BOS alone, or few tokens."""
+    return len(batch.prefix_ids) <= max(1, batch.text_ids.shape[1] * _SHORT_SHARE)
+
+
+def is_causal(llm: PreTrainedModel) -> bool:
+    """Whether no token of the decoder attends to later ones, so that padding on the right changes no other state."""
+    config = llm.config.get_text_config()
+    return getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
 
 
 def is_checkpointing(module: PreTrainedModel) -> bool:
@@ -73,6 +88,9 @@ class PrefixCache:
 
     def __reduce__(self) -> tuple[type[PrefixCache], tuple[()]]:
         return PrefixCache, ()
+
+    def __len__(self) -> int:
+        return len(self._states)
 
     def get(self, llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | None:
         """`prefix_states`, from the cache if possible."""

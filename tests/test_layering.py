@@ -37,7 +37,7 @@ CORE = {
     "inference": {"tokenization"},
     "parts": {"bases", "checkpoint", "config", "identity", "tokenization"},
     "pooling": {"config"},
-    "prefix": {"identity", "parts"},
+    "prefix": {"identity", "parts", "tokenization"},
     "projector": {"parts"},
     "weights": {"bases", "checkpoint", "config", "hashes", "identity", "inference", "parts", "tokenization"},
     "model": {
