@@ -54,9 +54,8 @@ from rich.table import Table
 from torch import nn
 
 from c2v_rag import Causal2Vec, inference
-from c2v_rag.model import ENCODER_SLICES
 from c2v_rag.sources import python_docs
-from c2v_rag.tokenization import TokenBatch
+from c2v_rag.tokenization import ENCODER_SLICES, TokenBatch
 
 QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 REFERENCE, MIXED, PEER = "embed, uniform", "encode, mixed", "sentence-transformers, mixed"
@@ -94,7 +93,7 @@ def cut_texts(model: Causal2Vec, tokens: Iterator[int], counts: Sequence[int]) -
 def lengths_of(model: Causal2Vec, texts: Sequence[str]) -> tuple[list[int], list[int]]:
     """Real tokens of each text in the decoder and in the encoder."""
     tokenized = model.tokenize(texts)
-    return tokenized.lengths, [len(ids) for ids in tokenized.encoder_ids]
+    return [1 + len(ids) for ids in tokenized.text_ids], [len(ids) for ids in tokenized.encoder_ids]
 
 
 def uniform_batches(model: Causal2Vec, texts: Sequence[str], width: int, encoder_width: int) -> list[TokenBatch]:

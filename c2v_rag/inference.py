@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -52,6 +53,25 @@ class EncodingState:
     def __init__(self) -> None:
         self.compute_lock = threading.Lock()
         self.batch_tokens: int | None = None  # set after running out of memory, and lowered each time
+        self._call = threading.local()
+
+    @contextmanager
+    def encode_call(self) -> Iterator[None]:
+        """A block in which `once_per_encode` of this thread computes once. A model must not change in it."""
+        self._call.values = []
+        try:
+            yield
+        finally:
+            del self._call.values
+
+    def once_per_encode(self, compute: Callable[[], object]) -> object:
+        """The value of `compute()`, which is called for the first batch of an `encode` only; outside, always."""
+        values: list[object] | None = getattr(self._call, "values", None)
+        if values is None:
+            return compute()
+        if not values:
+            values.append(compute())
+        return values[0]
 
     def __reduce__(self) -> tuple[type[EncodingState], tuple[()]]:
         return EncodingState, ()
@@ -153,6 +173,7 @@ def encode(
     bar: tqdm[Any] = tqdm(total=total, unit="text", disable=not show_progress)
     with (
         bar as progress,
+        embedder.encoding_state.encode_call(),
         ThreadPoolExecutor(1, thread_name_prefix="tokenize") as executor,
     ):
         windows = text_windows(texts, window_texts(budget))
@@ -233,37 +254,71 @@ def _embed_window(
     rows = np.empty((len(lengths), dim), dtype=np.float32)
     budget = min(batch_tokens, state.batch_tokens or batch_tokens)
     batches = token_budget_batches(lengths, budget)[::-1]  # the longest batch is last, and popped first
-    while batches:
-        positions = batches.pop()
-        try:
-            # The lock is held for one batch, not for the whole call: threads take turns.
-            with state.compute_lock, _inference(embedder):
-                embeddings = embedder.embed(tokenized.collate(positions).to(embedder.device)).float()
-                if dim < embeddings.shape[1]:
-                    embeddings = torch.nn.functional.normalize(embeddings[:, :dim], dim=1)
-                values = embeddings.cpu().numpy()
-        except RuntimeError as error:
-            if not _is_out_of_memory(error) or len(positions) == 1:
-                raise
-            # Memory is freed after this handler: until then the exception refers to the tensors of the forward.
-            values = None
-        if values is None:
-            _free_cached_memory(embedder.device)
-            budget = state.batch_tokens = max(1, min(budget, len(positions) * lengths[positions[0]]) // 2)
-            logger.warning("Out of device memory: batch_tokens is %d from now on.", budget)
-            remaining = [*positions, *(i for batch in reversed(batches) for i in batch)]
-            regrouped = token_budget_batches([lengths[i] for i in remaining], budget)
-            batches = [[remaining[i] for i in batch] for batch in regrouped][::-1]
-            continue
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            raise ValueError(
-                f"The embedding of the text at index {offset + positions[int(bad.argmax())]} is not finite. "
-                "Load the model with dtype=torch.float32; if that does not help, its weights are damaged."
-            )
-        rows[positions] = values
-        progress.update(len(positions))
+    running: deque[tuple[list[int], Callable[[], np.ndarray]]] = deque()
+    while batches or running:
+        if batches:
+            positions = batches.pop()
+            started = _start(embedder, tokenized, positions, dim)
+            if started is None:
+                _free_cached_memory(embedder.device)
+                budget = state.batch_tokens = max(1, min(budget, len(positions) * lengths[positions[0]]) // 2)
+                logger.warning("Out of device memory: batch_tokens is %d from now on.", budget)
+                remaining = [*positions, *(i for batch in reversed(batches) for i in batch)]
+                regrouped = token_budget_batches([lengths[i] for i in remaining], budget)
+                batches = [[remaining[i] for i in batch] for batch in regrouped][::-1]
+                continue
+            running.append((positions, started))
+        # The host fetches a result when the next batch is running, so that a GPU never waits for it.
+        if len(running) > 1 or not batches:
+            positions, fetch = running.popleft()
+            values = fetch()
+            bad = ~np.isfinite(values).all(axis=1)
+            if bad.any():
+                raise ValueError(
+                    f"The embedding of the text at index {offset + positions[int(bad.argmax())]} is not finite. "
+                    "Load the model with dtype=torch.float32; if that does not help, its weights are damaged."
+                )
+            rows[positions] = values
+            progress.update(len(positions))
     return rows
+
+
+def _start(
+    embedder: TokenBatchEmbedder, tokenized: TokenizedTexts, positions: list[int], dim: int
+) -> Callable[[], np.ndarray] | None:
+    """Start to embed a batch; returns a function that waits for its embeddings (B, dim). None: out of memory.
+
+    On a GPU all is queued, and nothing is waited for. The lock is held for one batch, not for the whole call: threads
+    take turns.
+    """
+    batch = tokenized.collate(positions)
+    try:
+        with embedder.encoding_state.compute_lock, _inference(embedder):
+            embeddings = embedder.embed(batch.to(embedder.device)).float()
+            if dim < embeddings.shape[1]:
+                embeddings = torch.nn.functional.normalize(embeddings[:, :dim], dim=1)
+            return _start_copy(embeddings)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error) or len(positions) == 1:
+            raise
+    # The caller frees memory after this handler: until then the exception refers to the tensors of the forward.
+    return None
+
+
+def _start_copy(embeddings: Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy embeddings to the host; returns a function that waits for the copy."""
+    if embeddings.device.type != "cuda":
+        return lambda: embeddings.cpu().numpy()
+    on_host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+    on_host.copy_(embeddings, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(embeddings.device))
+
+    def fetch() -> np.ndarray:
+        copied.synchronize()
+        return on_host.numpy()
+
+    return fetch
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

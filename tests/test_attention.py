@@ -76,7 +76,7 @@ def test_documents_need_no_mask_no_cache_and_no_forward_of_the_prefix(monkeypatc
     monkeypatch.setattr(model, "pooled_by_length", lambda batch: pooled)
     model.embed(batch)
     assert len(calls) == 1
-    assert calls[0]["past_key_values"] is None
+    assert all(layer.keys is None for layer in calls[0]["past_key_values"].layers), "nothing is stored"
     assert calls[0]["inputs_embeds"].shape[1] == 2 + batch.text_ids.shape[1], "BOS and the Contextual token"
     assert len(attentions) == 3, "one for each layer of the decoder"
     assert all(options["attn_mask"] is None and options["is_causal"] for options in attentions)

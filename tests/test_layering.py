@@ -36,11 +36,13 @@ CORE = {
     "tokenization": {"config"},
     "inference": {"tokenization"},
     "parts": {"bases", "checkpoint", "config", "identity", "tokenization"},
-    "pooling": {"config"},
-    "prefix": {"identity", "parts", "tokenization"},
+    "pooling": {"attention", "config", "tokenization"},
+    "attention": set(),
+    "prefix": {"attention", "identity", "parts", "tokenization"},
     "projector": {"parts"},
     "weights": {"bases", "checkpoint", "config", "hashes", "identity", "inference", "parts", "tokenization"},
     "model": {
+        "attention",
         "bases",
         "checkpoint",
         "config",
@@ -181,8 +183,8 @@ ABOVE = {
 CORE_PACKAGES = {"index", "sources"}
 HEAVY = {"torch", "transformers", "peft", "chromadb"}
 HEAVY_AT_TOP = {
-    "bases", "checkpoint", "encoder", "generation", "identity", "inference", "model", "parts", "pooling", "prefix",
-    "projector", "tokenization", "weights",
+    "attention", "bases", "checkpoint", "encoder", "generation", "identity", "inference", "model", "parts", "pooling",
+    "prefix", "projector", "tokenization", "weights",
 }  # fmt: skip
 
 
