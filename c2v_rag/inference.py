@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from c2v_rag.allocator import keep_freed_memory
 from c2v_rag.tokenization import TokenBatch, TokenizedTexts
 
 OnTruncate = Literal["warn", "error", "ignore"]
@@ -166,6 +167,8 @@ def encode(
         raise ValueError(f"truncate_dim must be from 1 to {embedder.embedding_dim}, this model's; got {truncate_dim}.")
 
     budget = batch_tokens or default_batch_tokens(embedder.device)
+    if embedder.device.type == "cpu":
+        keep_freed_memory()
 
     results: list[np.ndarray] = [np.empty((0, dim), dtype=np.float32)]
     done = num_truncated = 0
