@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from c2v_rag.config import Causal2VecConfig
 
 ENCODER_SLICES = 2  # of a batch: without them, a third of the encoder's tokens was padding
 WIDTH_STEP = 8
+_COUNTED_TOKENS = 1_000_000
 
 # Half of a surrogate pair is no character: UTF-8 cannot hold it, and tokenizers refuse it.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -187,6 +188,7 @@ class TextTokenizer:
         # The first position is an attention sink: Llama-like models have massive activations there. A fixed token takes
         # this position, because the Contextual token's information would be lost in them.
         self.bos: int = self.eos if llm_tokenizer.bos_token_id is None else llm_tokenizer.bos_token_id
+        self._counted_llm, self._counted_encoder = _CountedTexts(), _CountedTexts()
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> TokenizedTexts:
         """Token ids of `texts`, truncated to the config's lengths. EOS and the encoder's special tokens are kept.
@@ -225,11 +227,16 @@ class TextTokenizer:
         return min(self.config.max_length, self.config.encoder_max_length)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Length of each text in tokens: the larger of the two tokenizers' counts, special tokens included."""
+        """Length of each text in tokens: the larger of the two tokenizers' counts, special tokens included.
+
+        The next call that tokenises the same texts uses the token ids of this one.
+        """
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
         encoder_texts = [self.config.encoder_document_prompt + text for text in clean]
-        pairs = zip(self._ids(clean), self._encoder_ids(encoder_texts, truncation=False), strict=True)
-        return [max(len(ids) + 1, len(encoder_ids)) for ids, encoder_ids in pairs]
+        plain, encoder_ids = self._ids(clean), self._encoder_ids(encoder_texts, truncation=False)
+        self._counted_llm.keep(clean, plain)
+        self._counted_encoder.keep(encoder_texts, encoder_ids)
+        return [max(len(ids) + 1, len(encoded)) for ids, encoded in zip(plain, encoder_ids, strict=True)]
 
     def token_ends(self, texts: Sequence[str]) -> list[list[list[int]]]:
         """For each text, for decoder and encoder, the offset at which each token ends; without special tokens.
@@ -255,17 +262,58 @@ class TextTokenizer:
         return TextTokenizer(config, self.encoder, self.llm)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self._counted_llm.take(texts, self._tokenize_for_llm)
+
+    def _encoder_ids(self, texts: list[str], *, truncation: bool) -> list[list[int]]:
+        if truncation:
+            return self._tokenize_for_encoder(texts, truncation=True, max_length=self.config.encoder_max_length)
+        return self._counted_encoder.take(texts, self._tokenize_for_encoder)
+
+    def _tokenize_for_llm(self, texts: list[str]) -> list[list[int]]:
         with _lock_of(self.llm):
             return _input_ids(self.llm(texts, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
-    def _encoder_ids(self, texts: list[str], *, truncation: bool) -> list[list[int]]:
-        max_length = self.config.encoder_max_length if truncation else None
+    def _tokenize_for_encoder(self, texts: list[str], **truncation: Any) -> list[list[int]]:
+        options = {"truncation": False, "split_special_tokens": True, "verbose": False} | truncation
         with _lock_of(self.encoder):
-            return _input_ids(
-                self.encoder(
-                    texts, truncation=truncation, max_length=max_length, split_special_tokens=True, verbose=False
-                )
-            )
+            return _input_ids(self.encoder(texts, **options))
+
+
+class _CountedTexts:
+    """Token ids of texts that were counted and not tokenised since, up to a million tokens, the newest ones.
+
+    A server counts the tokens of a request before it embeds it. A pickle or copy is empty.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ids: dict[str, list[int]] = {}
+        self._num_tokens = 0
+
+    def __reduce__(self) -> tuple[type[_CountedTexts], tuple[()]]:
+        return _CountedTexts, ()
+
+    def keep(self, texts: list[str], ids: list[list[int]]) -> None:
+        with self._lock:
+            for text, text_ids in zip(texts, ids, strict=True):
+                self._remove(text)
+                self._ids[text] = text_ids
+                self._num_tokens += len(text_ids)
+            while self._num_tokens > _COUNTED_TOKENS:
+                self._remove(next(iter(self._ids)))
+
+    def take(self, texts: list[str], tokenize: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        """The ids of the texts. Those that are kept are removed; `tokenize` is called for the others."""
+        with self._lock:
+            found = {text: ids for text in texts if (ids := self._remove(text)) is not None}
+        missing = [text for text in texts if text not in found] if found else texts
+        tokenized = iter(tokenize(missing) if missing else [])
+        return [found[text] if text in found else next(tokenized) for text in texts]
+
+    def _remove(self, text: str) -> list[int] | None:
+        ids = self._ids.pop(text, None)
+        self._num_tokens -= len(ids or ())
+        return ids
 
 
 _locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
