@@ -30,6 +30,7 @@ from c2v_rag.hashes import verify_sums
 from c2v_rag.pooling import pool, pool_by_length, pool_encoder
 from c2v_rag.prefix import PrefixCache, is_checkpointing, is_short, prefix_states, weights_state
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
+from c2v_rag.replicas import Replicas
 from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
 
@@ -82,6 +83,7 @@ class Causal2Vec(nn.Module):
         self.load_arguments: dict[str, Any] = {}  # the other fields of EmbedderSpec
         self.encoding_state = inference.EncodingState()
         self.prefix_cache = PrefixCache()
+        self.replicas = Replicas()
         self.weights_record = weights.WeightsRecord()
 
     # Properties
@@ -247,6 +249,7 @@ class Causal2Vec(nn.Module):
         truncate_dim: int | None = None,
         on_truncate: inference.OnTruncate = "warn",
         show_progress: bool = False,
+        devices: Sequence[torch.device | str] | None = None,
     ) -> np.ndarray:
         """Embeddings of `texts`, in their order: float32 (n, embedding_dim), rows of length 1. No instruction.
 
@@ -257,19 +260,16 @@ class Causal2Vec(nn.Module):
         `truncate_dim`: use the first columns only (Matryoshka), normalised again. The Contextual token's and EOS's
         columns alternate, so that the first columns contain both. `on_truncate`: texts longer than the config's
         lengths are truncated before EOS; "warn" logs their number once, "error" raises, "ignore" does neither.
+        `devices`: embed on all of these, such as ["cuda:0", "cuda:1"], with a copy of the model on each.
 
         Raises TypeError for a bare string or an item that is not a string, ValueError for a text whose embedding is
         not finite; both name the index. Thread-safe: threads take turns.
         """
+        model, *replicas = [self] if devices is None else self.replicas.get(self, devices)
         return inference.encode(
-            self,
-            texts,
-            instruction=instruction or "",
-            batch_tokens=batch_tokens,
-            truncate_dim=truncate_dim,
-            on_truncate=on_truncate,
-            show_progress=show_progress,
-        )
+            model, texts, replicas=replicas, instruction=instruction or "", batch_tokens=batch_tokens,
+            truncate_dim=truncate_dim, on_truncate=on_truncate, show_progress=show_progress,
+        )  # fmt: skip
 
     def encode_query(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from c2v_rag import inference, prefix
+from c2v_rag import inference, prefix, running
 from c2v_rag.model import Causal2Vec
 from c2v_rag.pooling import pool
 from c2v_rag.tokenization import TokenBatch, TokenizedTexts
@@ -95,13 +95,13 @@ class CountingEmbedder:
 
 def test_a_batch_is_copied_once_each_way_and_fetched_when_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = CountingEmbedder()
-    start_copy = inference._start_copy
+    start_copy = running._start_copy
 
     def logged(embeddings: Tensor) -> Callable[[], np.ndarray]:
         fetch = start_copy(embeddings)
         return lambda: (embedder.events.append("fetch"), fetch())[1]
 
-    monkeypatch.setattr(inference, "_start_copy", logged)
+    monkeypatch.setattr(running, "_start_copy", logged)
     with Operations() as operations:
         inference.encode(embedder, ["x" * 8] * 12, batch_tokens=36)
     assert operations.copies == 3

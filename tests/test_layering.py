@@ -35,7 +35,9 @@ CORE = {
     "checkpoint": {"bases", "config"},
     "tokenization": {"config"},
     "allocator": set(),
-    "inference": {"allocator", "tokenization"},
+    "running": {"tokenization"},
+    "replicas": {"identity"},
+    "inference": {"allocator", "running", "tokenization"},
     "parts": {"bases", "checkpoint", "config", "identity", "tokenization"},
     "pooling": {"attention", "config", "tokenization"},
     "attention": set(),
@@ -53,6 +55,7 @@ CORE = {
         "pooling",
         "prefix",
         "projector",
+        "replicas",
         "tokenization",
         "weights",
     },
@@ -185,7 +188,7 @@ CORE_PACKAGES = {"index", "sources"}
 HEAVY = {"torch", "transformers", "peft", "chromadb"}
 HEAVY_AT_TOP = {
     "attention", "bases", "checkpoint", "encoder", "generation", "identity", "inference", "model", "parts", "pooling",
-    "prefix", "projector", "tokenization", "weights",
+    "prefix", "projector", "replicas", "running", "tokenization", "weights",
 }  # fmt: skip
 
 
