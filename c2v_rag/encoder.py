@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -80,8 +80,13 @@ class EncoderEmbedder:
         chosen = self._model.config.instruction if instruction is None else instruction
         return self._encode(texts, chosen, **options)
 
-    def _encode(self, texts: Iterable[str], instruction: str, **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
-        devices = options.pop("devices", None)
+    def _encode(
+        self,
+        texts: Iterable[str],
+        instruction: str,
+        devices: Sequence[torch.device | str] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
         models = [self._model] if devices is None else self._model.replicas.get(self._model, devices)
         first, *replicas = [EncoderEmbedder(model, self._tokenizer) for model in models]
         return inference.encode(first, texts, instruction=instruction, replicas=replicas, **options)

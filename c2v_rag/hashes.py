@@ -17,6 +17,7 @@ _NOT_IN_SUMS = {SUMS_FILE, "README.md", ".gitattributes", "modules.json", "confi
 _MIN_CACHED_BYTES = 1_000_000
 # A file that was written less than 2 s ago may change again with the same time stamp. Its hash is not cached.
 _RECENT_SECONDS = 2.0
+_known: dict[str, tuple[dict[str, int], str]] = {}  # by the hash of a path: the file's state and SHA-256
 
 
 def cache_folder() -> Path:
@@ -29,7 +30,8 @@ def cache_folder() -> Path:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits.
 
-    The hash of a large file is cached. It is used again while the file's path, size and time stamps are the same.
+    The hash of a large file is cached, in this process and in the user's cache folder. It is used again while the
+    file's path, size and time stamps are the same.
     """
     status = path.stat()
     if status.st_size < _MIN_CACHED_BYTES:
@@ -37,12 +39,16 @@ def sha256(path: Path) -> str:
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     cache_file = cache_folder() / "hashes" / f"{key}.json"
     file_state = {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
+    if (known := _known.get(key)) is not None and known[0] == file_state:
+        return known[1]
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(cache_file.read_text(encoding="utf-8"))
         if {name: entry[name] for name in file_state} == file_state:
+            _known[key] = file_state, str(entry["sha256"])
             return str(entry["sha256"])
     digest = _hash_file(path)
     if time.time() - max(status.st_mtime, status.st_ctime) > _RECENT_SECONDS:
+        _known[key] = file_state, digest
         with suppress(OSError):  # the cache only saves time: it may be read-only
             cache_file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, delete=False, encoding="utf-8") as file:

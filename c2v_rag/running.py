@@ -89,7 +89,7 @@ def _start_copy(embeddings: Tensor) -> Callable[[], np.ndarray]:
         return lambda: embeddings.cpu().numpy()
     on_host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
     on_host.copy_(embeddings, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(embeddings.device))
 
     def fetch() -> np.ndarray:

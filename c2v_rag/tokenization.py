@@ -61,7 +61,7 @@ class TokenBatch:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
         if device.type == "cuda" and flat.device.type == "cpu":
             flat = flat.pin_memory()
-        parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors.values()])
+        parts = torch.split(flat.to(device, non_blocking=True), [tensor.numel() for tensor in tensors.values()])
         moved = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
         return TokenBatch(**fields | moved)
 
