@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from c2v_rag import inference
+from c2v_rag.identity import walk
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
 
@@ -34,7 +35,7 @@ class EncoderEmbedder:
         return self._model.encoding_state
 
     def modules(self) -> Iterator[nn.Module]:
-        return self._model.encoder.modules()
+        return walk(self._model.encoder)
 
     @property
     def device(self) -> torch.device:

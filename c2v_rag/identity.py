@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from weakref import WeakKeyDictionary
 
@@ -29,7 +29,9 @@ def sample_weights(module: nn.Module) -> bytes:
     every change compares or hashes whole tensors.
     """
     # Offloaded tensors (meta) have no values in memory.
-    tensors = [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.device.type != "meta"]
+    held = chain.from_iterable(chain(part._parameters.values(), part._buffers.values()) for part in walk(module))
+    unique = {id(tensor): tensor for tensor in held if tensor is not None}
+    tensors = [tensor for tensor in unique.values() if tensor.device.type != "meta"]
     addresses: list[tuple[object, ...]] = [
         (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride()) for tensor in tensors
     ]
@@ -46,6 +48,18 @@ def sample_weights(module: nn.Module) -> bytes:
         cached = addresses, list(groups.values())
         _views[module] = cached
     return b"".join(_bytes(torch.cat(samples)) for samples in cached[1])
+
+
+def walk(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all modules in it, as `module.modules()`, in another order and in a fifth of its time."""
+    seen: set[nn.Module] = set()
+    waiting = [module]
+    while waiting:
+        part = waiting.pop()
+        if part not in seen:
+            seen.add(part)
+            yield part
+            waiting.extend(child for child in part._modules.values() if child is not None)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], **settings: object) -> str:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from c2v_rag import checkpoint
 from c2v_rag.bases import Base, quiet_transformers
 from c2v_rag.config import Causal2VecConfig
-from c2v_rag.identity import hash_tensors, sample_weights
+from c2v_rag.identity import hash_tensors, sample_weights, walk
 from c2v_rag.tokenization import TokenizedTexts
 
 Part = Literal["encoder", "llm"]
@@ -133,7 +133,7 @@ def check_llm_length(limit: int | None, config: Causal2VecConfig, tokenized: Tok
 
 def adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
     """The layers with a LoRA adapter; their attribute `merged` says whether it is merged."""
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    return [layer for layer in walk(module) if isinstance(layer, BaseTunerLayer)]
 
 
 def adapter_tensors(module: PreTrainedModel) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from c2v_rag.identity import walk
 from c2v_rag.tokenization import TokenBatch, TokenizedTexts
 
 
@@ -114,7 +115,8 @@ def free_cached_memory(device: torch.device) -> None:
 @contextmanager
 def _inference(embedder: TokenBatchEmbedder) -> Iterator[None]:
     """Switch off gradients and dropout inside the `with` block; then restore the training mode of each module."""
-    in_training = [module for module in embedder.modules() if module.training]
+    modules = walk(embedder) if isinstance(embedder, nn.Module) else embedder.modules()
+    in_training = [module for module in modules if module.training]
     for module in in_training:
         module.training = False
     try:

@@ -35,7 +35,7 @@ CORE = {
     "checkpoint": {"bases", "config"},
     "tokenization": {"config"},
     "allocator": set(),
-    "running": {"tokenization"},
+    "running": {"identity", "tokenization"},
     "replicas": {"identity"},
     "inference": {"allocator", "running", "tokenization"},
     "parts": {"bases", "checkpoint", "config", "identity", "tokenization"},
@@ -59,7 +59,7 @@ CORE = {
         "tokenization",
         "weights",
     },
-    "encoder": {"model", "inference", "tokenization"},
+    "encoder": {"identity", "model", "inference", "tokenization"},
     "sentences": {"encoder", "index", "model", "protocols"},
     "generation": {"bases", "model", "parts"},
     "gatherer": {"protocols"},  # for type checkers
