@@ -16,8 +16,10 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_wor
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, mse_loss, normalize, softmax
 
-from c2v_rag.finetune.masks import batch_statistics, false_negatives
+from c2v_rag.finetune.masks import batch_statistics, equal_answers, false_negatives
 
+_TARGETS = ("teacher", "target", "text_hash")  # features that the loss reads
+Texts = tuple[Tensor, Tensor]  # numbers of the queries (B,) and of the documents (M,), equal for equal texts
 _MASKED = -1e4  # a finite logit whose probability is 0: a row of -inf alone would give NaN
 
 
@@ -120,28 +122,42 @@ def list_distillation(
     return kl_div(log_softmax(student / temperature, dim=1), target, log_target=True, reduction="batchmean")
 
 
-def score_distillation(student: Tensor, teacher: Tensor, temperature: float, *, leave_out_diagonal: bool) -> Tensor:
-    """KL divergence from the teacher's to the student's distribution over each row of scores (B, M)."""
+def score_distillation(
+    student: Tensor, teacher: Tensor, temperature: float, *, left_out: Tensor | None = None
+) -> Tensor:
+    """KL divergence from the teacher's to the student's distribution over each row of scores (B, M).
+
+    `left_out` (B, M): scores that do not count.
+    """
     student, teacher = student / temperature, teacher / temperature
-    if leave_out_diagonal:  # a text's similarity to itself is 1 for both and says nothing
-        diagonal = torch.eye(len(student), dtype=torch.bool, device=student.device)
-        student, teacher = student.masked_fill(diagonal, _MASKED), teacher.masked_fill(diagonal, _MASKED)
+    if left_out is not None:
+        student, teacher = student.masked_fill(left_out, _MASKED), teacher.masked_fill(left_out, _MASKED)
     target = softmax(teacher, dim=1)
     return (target * (log_softmax(teacher, dim=1) - log_softmax(student, dim=1))).sum(dim=1).mean()
 
 
 def in_batch_distillation(
-    queries: Tensor, documents: Tensor, teacher_queries: Tensor, teacher_documents: Tensor, temperature: float
+    queries: Tensor,
+    documents: Tensor,
+    teacher_queries: Tensor,
+    teacher_documents: Tensor,
+    temperature: float,
+    texts: Texts | None = None,
 ) -> Tensor:
-    """Match a teacher's query-document, query-query and document-document similarities within the batch (mean of 3)."""
+    """Match a teacher's query-document, query-query and document-document similarities within the batch (mean of 3).
+
+    A text's similarity to itself is 1 for both and says nothing. It is left out, also where the text is in the batch
+    more than once, which `texts` says.
+    """
+    query_ids, document_ids = texts or (torch.arange(len(side), device=side.device) for side in (queries, documents))
     pairs = (
-        (queries, documents, teacher_queries, teacher_documents, False),
-        (queries, queries, teacher_queries, teacher_queries, True),
-        (documents, documents, teacher_documents, teacher_documents, True),
+        (queries, documents, teacher_queries, teacher_documents, None),
+        (queries, queries, teacher_queries, teacher_queries, query_ids.unsqueeze(1) == query_ids),
+        (documents, documents, teacher_documents, teacher_documents, document_ids.unsqueeze(1) == document_ids),
     )
     losses = [
-        score_distillation(left @ right.T, t_left @ t_right.T, temperature, leave_out_diagonal=diagonal)
-        for left, right, t_left, t_right, diagonal in pairs
+        score_distillation(left @ right.T, t_left @ t_right.T, temperature, left_out=left_out)
+        for left, right, t_left, t_right, left_out in pairs
     ]
     return torch.stack(losses).mean()
 
@@ -154,20 +170,22 @@ def combined_loss(
     weights: LossWeights,
     *,
     list_scores: Tensor | None = None,
+    texts: Texts | None = None,
 ) -> Tensor:
     """The weighted sum over the embeddings and the parts of them that `weights` names; computed in float32.
 
     `queries` (B, D) and `documents` (M, D), a teacher's (B, K) and (M, K); all of unit length. Without a teacher there
     is no in-batch distillation. `list_scores` (B, M / B): the scores of each query's positive and negatives; M is then
-    a multiple of B, and row i of every B documents belongs to query i.
+    a multiple of B, and row i of every B documents belongs to query i. With `texts`, InfoNCE leaves out the candidates
+    of `masks.equal_answers`.
     """
-    left_out = candidates_left_out(queries, documents, teacher_queries, teacher_documents, weights)
+    left_out = candidates_left_out(queries, documents, teacher_queries, teacher_documents, weights, texts)
 
     def loss_on(columns: slice) -> Tensor:
         q, d = (normalize(side[:, columns], dim=1) for side in (queries, documents))
         loss = weights.info_nce * info_nce(q, d, weights.temperature, left_out=left_out, symmetric=weights.symmetric)
         if teacher_queries is not None and teacher_documents is not None and weights.distill:
-            distilled = in_batch_distillation(q, d, teacher_queries, teacher_documents, weights.temperature)
+            distilled = in_batch_distillation(q, d, teacher_queries, teacher_documents, weights.temperature, texts)
             loss = loss + weights.distill * distilled
         if list_scores is not None and weights.list_distill:
             loss = loss + weights.list_distill * list_distillation(
@@ -195,24 +213,27 @@ def candidates_left_out(
     teacher_queries: Tensor | None,
     teacher_documents: Tensor | None,
     weights: LossWeights,
+    texts: Texts | None = None,
 ) -> Tensor | None:
-    """(B, M) bool, the candidates that InfoNCE leaves out; None if `weights` has no rule. Shapes as in `combined_loss`.
+    """(B, M) bool, the candidates that InfoNCE leaves out; None if nothing names any. Shapes as in `combined_loss`.
 
     Raises ValueError when teachers shall judge and there are no teachers' vectors.
     """
+    equal = equal_answers(*texts) if texts is not None else None
     if not weights.masks:
-        return None
+        return equal
     if weights.mask_by == "model":
         teacher_queries, teacher_documents = queries.detach(), documents.detach()
     if teacher_queries is None or teacher_documents is None:
         raise ValueError("mask_by is 'teacher', but the batch has no teachers' vectors.")
-    return false_negatives(
+    probable = false_negatives(
         teacher_queries,
         teacher_documents,
         margin=weights.mask_margin,
         similar_documents=weights.mask_similar_documents,
         similar_queries=weights.mask_similar_queries,
     )
+    return probable if equal is None else probable | equal
 
 
 def words_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
@@ -228,9 +249,10 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
     gradient. DDP's mean over the processes is then the gradient of a single process with the whole batch.
 
     The teachers' vectors come as the feature "teacher" (B, K) of each column, the targets of `words_loss` as "target"
-    (B, D), the scores of positive and negatives as the labels (B, 1 + negatives). `statistics` describes the last
-    batch as `masks.batch_statistics` does. With `mini_batch_size`, activations of so many texts are in memory at a time
-    (GradCache, arXiv 2101.06983; the library's), whatever the batch size.
+    (B, D), numbers that are equal for equal texts as "text_hash" (B,), the scores of positive and negatives as the
+    labels (B, 1 + negatives). `statistics` describes the last batch as `masks.batch_statistics` does. With
+    `mini_batch_size`, activations of so many texts are in memory at a time (GradCache, arXiv 2101.06983; the
+    library's), whatever the batch size.
     """
 
     def __init__(self, model: SentenceTransformer, weights: LossWeights, mini_batch_size: int | None = None) -> None:
@@ -244,7 +266,7 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """The loss of one batch; `labels` are the scores of the pairs' positives and negatives, where they have any."""
         features = list(sentence_features)
-        targets: Any = [{name: column[name] for name in ("teacher", "target") if name in column} for column in features]
+        targets: Any = [{name: column[name] for name in _TARGETS if name in column} for column in features]
         if labels is not None:
             targets[0]["scores"] = labels
         if self.uses_gradient_cache:
@@ -276,9 +298,12 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
         with torch.autocast(embeddings[0].device.type, enabled=False):
             queries, documents = embeddings[0], torch.cat(embeddings[1:])
             sides = (queries, documents, teacher_queries, teacher_documents)
-            loss = combined_loss(*sides, self.weights, list_scores=labels[0].get("scores"))
+            hashes = [column["text_hash"] for column in labels]
+            texts = (hashes[0], torch.cat(hashes[1:]))
+            loss = combined_loss(*sides, self.weights, list_scores=labels[0].get("scores"), texts=texts)
             with torch.no_grad():
-                self.statistics = batch_statistics(queries, documents, candidates_left_out(*sides, self.weights))
+                left_out = candidates_left_out(*sides, self.weights, texts)
+                self.statistics = batch_statistics(queries, documents, left_out)
             if self.weights.words:
                 targets = torch.cat([column["target"] for column in labels])
                 loss = loss + self.weights.words * words_loss(torch.cat(embeddings), targets)

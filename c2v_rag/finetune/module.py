@@ -24,7 +24,7 @@ from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.start import StartVectors
-from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast
+from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast, text_hashes
 from c2v_rag.identity import hash_tensors
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer
@@ -54,9 +54,9 @@ class StageVectors:
 class TrainingModule(Causal2VecModule):
     """`Causal2VecModule` for one stage: it tokenises at the stage's lengths and adds cached vectors to the features.
 
-    Features besides those of the base class: "rows" (B,), the index of each text in `texts`; "pooled" (B, 1, E), the
-    encoder's vectors, where the encoder is frozen; "teacher" (B, K), the teachers' vectors; "target" (B, D), the
-    target of the EOS half, where the loss has `words`.
+    Features besides those of the base class: "rows" (B,), the index of each text in `texts`; "text_hash" (B,), equal
+    for equal texts; "pooled" (B, 1, E), the encoder's vectors, where the encoder is frozen; "teacher" (B, K), the
+    teachers' vectors; "target" (B, D), the target of the EOS half, where the loss has `words`.
 
     Raises ValueError when the loss has `words` and the stage's pooling has no EOS half.
     """
@@ -98,6 +98,7 @@ class TrainingModule(Causal2VecModule):
         features = to_features(tokenized.collate(range(len(inputs))))
         prompted = [self.model.config.encoder_prompt(prompt or "") + text for text in inputs]
         features["rows"] = self._prompted.rows(prompted)
+        features["text_hash"] = text_hashes(inputs)
         if self._encoder_is_frozen:
             features["pooled"] = self._prompted(features["rows"]).unsqueeze(1)
         taught = [t(t.rows(prompted if t is self._prompted else inputs)) for t in self._teachers]
@@ -140,15 +141,7 @@ def stage_vectors(
     Vectors of the encoder and of other teachers are kept in files under `work`; only missing ones are computed, by each
     process its share.
     """
-    processes = PartialState()
-    shared: dict[str, int] = {"process": processes.process_index, "num_processes": processes.num_processes}
-    plain = dataclasses.replace(model.config, encoder_query_prompt="", encoder_document_prompt="")
-    tokenizer = stage_tokenizer(model, stage.max_length, plain)  # the texts it gets have their prompts already
-    encoder = EncoderEmbedder(model, tokenizer)
-
-    def embed_with_encoder(texts: Sequence[str]) -> np.ndarray:
-        with autocast(model.device):
-            return encoder.encode_document(texts, on_truncate="ignore", show_progress=True)
+    shared = _shared()
 
     def embed_with_teacher(name: str, texts: Sequence[str]) -> np.ndarray:
         teacher = SentenceTransformer(name, device=str(model.device))
@@ -158,8 +151,7 @@ def stage_vectors(
         return np.asarray(vectors, dtype=np.float32)
 
     folder = work / "vectors"
-    digest = hash_tensors(model.encoder.state_dict())[:8]  # an earlier stage may have trained the encoder
-    of_encoder = TextVectors(folder / f"encoder-{digest}-{stage.max_length}", embed_with_encoder, **shared)
+    of_encoder = encoder_vectors(model, stage.max_length, work)
     by_prompt = prompted if prompted is not None else {"": texts}
     read = [model.config.encoder_prompt(prompt) + text for prompt, group in by_prompt.items() for text in group]
     teachers = recipe.teachers if stage.loss.needs_teacher else []
@@ -187,6 +179,24 @@ def stage_vectors(
         vectors[name].prepare(texts)
     lexical = vectors[LEXICAL] if stage.loss.words else None
     return StageVectors(of_encoder, [vectors[name] for name in teachers], lexical, start)
+
+
+def encoder_vectors(model: Causal2Vec, max_length: int, work: Path) -> TextVectors:
+    """An empty table of the encoder's vectors; its texts have their prompts already and are cut at `max_length`."""
+    plain = dataclasses.replace(model.config, encoder_query_prompt="", encoder_document_prompt="")
+    encoder = EncoderEmbedder(model, stage_tokenizer(model, max_length, plain))
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        with autocast(model.device):
+            return encoder.encode_document(texts, on_truncate="ignore", show_progress=True)
+
+    digest = hash_tensors(model.encoder.state_dict())[:8]  # an earlier stage may have trained the encoder
+    return TextVectors(work / "vectors" / f"encoder-{digest}-{max_length}", embed, **_shared())
+
+
+def _shared() -> dict[str, int]:
+    processes = PartialState()
+    return {"process": processes.process_index, "num_processes": processes.num_processes}
 
 
 def encoder_is_frozen(stage: Stage) -> bool:

@@ -80,14 +80,29 @@ class Data(_Strict):
     or to weight and instruction.
 
     A set is drawn in proportion to its weight times the square root of its rows, or with `sizes: proportional` times
-    its rows. More bad rows than the share
-    `max_bad_rows` are an error; fewer are left out and counted.
+    its rows. More bad rows than the share `max_bad_rows` are an error; fewer are left out and counted.
+
+    `batches`: "random", or "neighbours", which makes negatives harder: the share `neighbour_share` of a batch has
+    similar queries, drawn among the `neighbour_pool` x batch size nearest ones of a random query by the vectors of the
+    model's encoder before the stage.
     """
 
     folder: Path | None = None
     sets: Annotated[dict[str, PositiveFloat | SetOptions], Field(min_length=1)]
     sizes: Literal["root", "proportional"] = "root"
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.05
+    batches: Literal["random", "neighbours"] = "random"
+    neighbour_share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    neighbour_pool: PositiveFloat = 2.0
+
+    @model_validator(mode="after")
+    def _pool_holds_the_share(self) -> Data:
+        if self.neighbour_pool < self.neighbour_share:
+            raise ValueError(
+                f"'neighbour_pool' must be at least 'neighbour_share', got {self.neighbour_pool} and "
+                f"{self.neighbour_share}: neighbours are drawn from the pool"
+            )
+        return self
 
     def options(self, name: str) -> SetOptions:
         given = self.sets[name]

@@ -26,10 +26,17 @@ from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchS
 from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference, weights
+from c2v_rag.finetune.batches import PreparedBatches, in_neighbour_batches
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.dev import DevSet, prepare_dev
 from c2v_rag.finetune.loss import Causal2VecLoss
-from c2v_rag.finetune.module import StageVectors, TrainingModule, encoder_is_frozen, stage_vectors
+from c2v_rag.finetune.module import (
+    StageVectors,
+    TrainingModule,
+    encoder_is_frozen,
+    encoder_vectors,
+    stage_vectors,
+)
 from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.opening import new_model
 from c2v_rag.finetune.recipe import Recipe, Stage
@@ -114,12 +121,24 @@ def train(
         )
         prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
         vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
+        if recipe.data.batches == "neighbours":
+            datasets = in_neighbour_batches(
+                datasets,
+                encoder_vectors(model, stage.max_length, work),
+                {one: model.config.encoder_prompt(prompts[one.removesuffix(WITH_NEGATIVES)]) for one in datasets},
+                batch_size=stage.batch_size,
+                share=recipe.data.neighbour_share,
+                pool=recipe.data.neighbour_pool,
+                seed=seed,
+                device=model.device,
+            )
         # The trainer reads tensorboard's folder from the environment only.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard" / stage.name)
         log[stage.name] = run_stage(
             model, stage, datasets, instructions, vectors, work / f"{number}-{stage.name}",
             seed=seed, save_steps=recipe.save_steps, resume=resume, optimizer=recipe.optimizer,
             dev=scored.get(stage.name), report_to=report_to,
+            batches_are_prepared=recipe.data.batches == "neighbours",
         )  # fmt: skip
         if processes.is_main_process:
             unfinished = finished.with_suffix(".part")
@@ -168,10 +187,13 @@ def run_stage(
     optimizer: str = "adamw_torch_fused",
     dev: DevCallback | None = None,
     report_to: Sequence[str] = (),
+    batches_are_prepared: bool = False,
 ) -> list[dict[str, float]]:
     """Train one stage in place; returns one row per step: step, loss, grad_norm, learning_rate, `Monitor.values`.
 
     With `dev` the model has the weights of `dev.kept_step` afterwards. `report_to`: names of trackers.
+    `batches_are_prepared`: each `batch_size` consecutive rows of a dataset are a batch; otherwise the trainer draws
+    batches without equal texts.
 
     `instructions`: by the name of a data set. With `resume`, training goes on from the last complete checkpoint in
     `folder`. Raises FloatingPointError when the loss is not finite; the batch is then in a file in `folder`.
@@ -207,7 +229,7 @@ def run_stage(
         dataloader_drop_last=num_processes > 1,
         ddp_find_unused_parameters=False,
         seed=seed,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        batch_sampler=PreparedBatches if batches_are_prepared else BatchSamplers.NO_DUPLICATES,
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
         prompts={
             name: {"query": model.config.prompt(instructions[name.removesuffix(WITH_NEGATIVES)])} for name in datasets
