@@ -362,7 +362,7 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
     recipes = {}
     for rates in ({"encoder": 1e-3, "projector": 1e-3}, TRAINED):
         for mini_batch_size in (None, 3):
-            loss = {"distill": 0.5, "info_nce": 1.0, "halves": 0.5}
+            loss = {"distill": 0.5, "info_nce": 1.0, "halves": 0.5, "residual": 0.5, "fused_distill": 0.5}
             options = {"mini_batch_size": mini_batch_size, "learning_rate": rates, "steps": 2, "loss": loss}
             values = recipe_for(base, **options).model_dump(mode="json")
             values["data"]["sets"] = {"docs": 1.0, "plain": 1.0}

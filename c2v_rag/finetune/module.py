@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 
 from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.start import StartVectors
 from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast, text_hashes
@@ -42,13 +43,14 @@ class StageVectors:
     `encoder`: of the model's encoder, by what it reads (its prompt and the text). It has no vectors but only the texts
     if the encoder is trained and is no teacher. `teachers`: one entry per teacher other than "start", empty without
     distillation. `lexical`: the vectors of `LexicalEmbedder` where the loss has `words`, else None. `start`: the
-    vectors of the model before the stage where it is a teacher, else None.
+    vectors of the model before the stage where it is a teacher, else None. `bm25`: where the loss reads its scores.
     """
 
     encoder: TextVectors
     teachers: Sequence[TextVectors]
     lexical: TextVectors | None
     start: StartVectors | None = None
+    bm25: BatchBM25 | None = None
 
 
 class TrainingModule(Causal2VecModule):
@@ -56,7 +58,8 @@ class TrainingModule(Causal2VecModule):
 
     Features besides those of the base class: "rows" (B,), the index of each text in `texts`; "text_hash" (B,), equal
     for equal texts; "pooled" (B, 1, E), the encoder's vectors, where the encoder is frozen; "teacher" (B, K), the
-    teachers' vectors; "target" (B, D), the target of the EOS half, where the loss has `words`.
+    teachers' vectors; "target" (B, D), the target of the EOS half, where the loss has `words`; "bm25_row" (B,), the
+    number of each text in `StageVectors.bm25`.
 
     Raises ValueError when the loss has `words` and the stage's pooling has no EOS half.
     """
@@ -71,6 +74,7 @@ class TrainingModule(Causal2VecModule):
         self._start = vectors.start
         self._encoder_is_frozen = encoder_is_frozen(stage)
         self._lexical = vectors.lexical
+        self._bm25 = vectors.bm25
         self._mean_eos = torch.empty(0)
         if self._lexical is not None:
             if self.pooling not in ("context_eos", "eos"):
@@ -106,6 +110,8 @@ class TrainingModule(Causal2VecModule):
             taught.append(self._start(prompt or "", inputs))
         if taught:
             features["teacher"] = concatenate_teachers(taught)
+        if self._bm25 is not None:
+            features["bm25_row"] = self._bm25.rows(inputs)
         if self._lexical is not None:
             share = self._stage.loss.words_share
             lexical = self._lexical(self._lexical.rows(inputs))

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference, weights
 from c2v_rag.finetune.batches import PreparedBatches, in_neighbour_batches
+from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.dev import DevSet, prepare_dev
 from c2v_rag.finetune.loss import Causal2VecLoss
@@ -121,6 +122,8 @@ def train(
         )
         prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
         vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
+        if stage.loss.needs_bm25:
+            vectors = dataclasses.replace(vectors, bm25=BatchBM25(texts_of(datasets), documents_of(datasets)))
         if recipe.data.batches == "neighbours":
             datasets = in_neighbour_batches(
                 datasets,
@@ -162,14 +165,21 @@ def texts_of(datasets: Mapping[str, Dataset]) -> list[str]:
     return [text for column in columns for text in column]
 
 
-def prompted_texts(datasets: Mapping[str, Dataset], prompts: Mapping[str, str]) -> dict[str, list[str]]:
-    """The texts of a stage's datasets by the prompt before them: "" for documents; `prompts` by the name of a set."""
-    found: dict[str, list[str]] = {"": []}
+def documents_of(datasets: Mapping[str, Dataset]) -> dict[str, list[str]]:
+    """The documents of a stage's datasets by the name of their set, with repetitions."""
+    found: dict[str, list[str]] = {}
     for name, dataset in datasets.items():
-        found.setdefault(prompts[name.removesuffix(WITH_NEGATIVES)], []).extend(dataset["query"])
         for column in dataset.column_names:
             if column not in ("query", "scores"):
-                found[""].extend(dataset[column])
+                found.setdefault(name.removesuffix(WITH_NEGATIVES), []).extend(dataset[column])
+    return found
+
+
+def prompted_texts(datasets: Mapping[str, Dataset], prompts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The texts of a stage's datasets by the prompt before them: "" for documents; `prompts` by the name of a set."""
+    found = {"": [text for documents in documents_of(datasets).values() for text in documents]}
+    for name, dataset in datasets.items():
+        found.setdefault(prompts[name.removesuffix(WITH_NEGATIVES)], []).extend(dataset["query"])
     return found
 
 
@@ -247,7 +257,7 @@ def run_stage(
     use_one_gpu(arguments)
     loaded = SentenceTransformer(modules=[module], device=str(model.device))
     loss_weights = stage.loss if module.pooling == "context_eos" else stage.loss.model_copy(update={"halves": 0.0})
-    loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size)
+    loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size, vectors.bm25)
     progress = ProgressCallback(stage.name)
     paused = (lambda: dev.seconds) if dev is not None else (lambda: 0.0)
     monitor = Monitor(model, loss, part_of, paused=paused, minutes=stage.minutes)
