@@ -125,6 +125,7 @@ ABOVE = {
         "loss": {"bm25", "masks"},
         "vectors": set(),
         "batches": {"vectors"},
+        "averaging": set(),
         "recipe": {"loss"},
         "dev": {"data", "recipe"},
         "scoring": {"dev", "recipe", "vectors"},
@@ -137,6 +138,7 @@ ABOVE = {
         "opening": {"recipe"},
         "memory": {"recipe"},
         "run": {
+            "averaging",
             "batches",
             "bm25",
             "data",

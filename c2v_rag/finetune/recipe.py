@@ -132,6 +132,10 @@ class Stage(_Strict):
     of their memory and costs about a third more time. `max_length`: longest text in tokens, for both tokenizers.
     `num_negatives`: hard negatives per pair. `minutes`: the stage ends after so many minutes of training (scoring does
     not count), even if it has not reached its `steps`; the learning rates then follow the time.
+
+    `keep`: the stage ends with start + keep x (trained - start) of its trained weights, an average of those before and
+    after it. Below 1 the model keeps more of what it could do, and often generalises better (WiSE-FT, arXiv
+    2109.01903). Development scores are those of the average.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
@@ -147,6 +151,7 @@ class Stage(_Strict):
     learning_rate: dict[TrainedPart, PositiveFloat]
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     loss: LossWeights = LossWeights()
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchS
 from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference, weights
+from c2v_rag.finetune.averaging import StartAverage
 from c2v_rag.finetune.batches import PreparedBatches, in_neighbour_batches
 from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
@@ -217,6 +218,7 @@ def run_stage(
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in stage.train)
+    average = StartAverage(model, stage.keep)
     use_checkpointing(model, stage)
     module = TrainingModule(model, stage, vectors)
     on_cpu = model.device.type == "cpu"
@@ -270,6 +272,7 @@ def run_stage(
     if dev is not None:
         dev.save_best = lambda: save_file(trained_tensors(model), best)
         dev.log = trainer.log
+        dev.applied = average.applied
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     model.eval()
     if trainer.state.global_step < stage.steps and monitor.time_share < 1 and not (dev and dev.is_patience_over):
@@ -281,6 +284,8 @@ def run_stage(
         PartialState().wait_for_everyone()
         load_trained(model, best)
         logger.info("Stage %s ends with the weights of step %d, its best.", stage.name, dev.kept_step)
+    else:
+        average.apply()
     return [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
 
 
