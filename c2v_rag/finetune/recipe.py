@@ -192,7 +192,8 @@ class Recipe(_Strict):
     `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "start" (the
     model before the stage, so that it forgets less), "lexical" (`LexicalEmbedder`), or the name of a
     sentence-transformers model. `optimizer`: a name of transformers' `OptimizerNames`, such as "adamw_torch" or
-    "adamw_8bit" (needs bitsandbytes).
+    "adamw_8bit" (needs bitsandbytes). `workers`: processes that tokenise the next batches while a GPU computes, for
+    each training process; 0 tokenises in the training process itself.
     """
 
     base: BaseModels
@@ -204,6 +205,7 @@ class Recipe(_Strict):
     optimizer: str = "adamw_torch_fused"
     seed: int = 0
     save_steps: PositiveInt = 50
+    workers: NonNegativeInt = 0
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] | None = None
     output: Path | None = None
 

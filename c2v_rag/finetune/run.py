@@ -142,7 +142,7 @@ def train(
             model, stage, datasets, instructions, vectors, work / f"{number}-{stage.name}",
             seed=seed, save_steps=recipe.save_steps, resume=resume, optimizer=recipe.optimizer,
             dev=scored.get(stage.name), report_to=report_to,
-            batches_are_prepared=recipe.data.batches == "neighbours",
+            batches_are_prepared=recipe.data.batches == "neighbours", workers=recipe.workers,
         )  # fmt: skip
         if processes.is_main_process:
             unfinished = finished.with_suffix(".part")
@@ -199,12 +199,13 @@ def run_stage(
     dev: DevCallback | None = None,
     report_to: Sequence[str] = (),
     batches_are_prepared: bool = False,
+    workers: int = 0,
 ) -> list[dict[str, float]]:
     """Train one stage in place; returns one row per step: step, loss, grad_norm, learning_rate, `Monitor.values`.
 
     With `dev` the model has the weights of `dev.kept_step` afterwards. `report_to`: names of trackers.
     `batches_are_prepared`: each `batch_size` consecutive rows of a dataset are a batch; otherwise the trainer draws
-    batches without equal texts.
+    batches without equal texts. `workers`: see `Recipe`.
 
     `instructions`: by the name of a data set. With `resume`, training goes on from the last complete checkpoint in
     `folder`. Raises FloatingPointError when the loss is not finite; the batch is then in a file in `folder`.
@@ -255,6 +256,7 @@ def run_stage(
         disable_tqdm=True,
         report_to=list(report_to) or "none",
         dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=workers,
     )
     use_one_gpu(arguments)
     loaded = SentenceTransformer(modules=[module], device=str(model.device))
