@@ -29,9 +29,9 @@ _MASKED = -1e4  # a finite logit whose probability is 0: a row of -inf alone wou
 class LossWeights(BaseModel):
     """Weights of the loss terms; the loss is their sum.
 
-    `distill` and `info_nce` act on the whole embedding. `halves` is the weight of the same two terms on the
-    Contextual half and on the EOS half alone. For each number in `matryoshka_dims` the two terms are added on that
-    many first columns, for embeddings that will be truncated.
+    All terms but `words` act on the whole embedding. `halves` is the weight of the same terms on the Contextual half
+    and on the EOS half alone. For each number in `matryoshka_dims` they are added on that many first columns, for
+    embeddings that will be truncated.
 
     `words` is the weight of 1 - cosine between the EOS half and its target. The target is the sum of the mean EOS
     direction of all texts and, with the share `words_share` of the squared length, the text's lexical vector.
