@@ -63,8 +63,11 @@ audit: .venv/test
 	    *"Failed to establish"* | *ConnectionError* | *Timeout*) echo "The database cannot be reached: not audited." ;; \
 	    *) echo "$$found"; exit 1 ;; esac
 
+# Measure speed, and write the tables of the documentation from the results. Takes an hour on a quiet machine.
 bench: .venv/test
-	$(BIN)/python benchmarks/throughput.py --output benchmarks/results/throughput.json
+	for name in throughput serving efficiency scale; do \
+	    $(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json || exit; done
+	$(BIN)/python benchmarks/tables.py
 
 quality: .venv/test
 	$(BIN)/python benchmarks/python_docs_quality.py --output benchmarks/results/python_docs_quality.json

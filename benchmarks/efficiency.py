@@ -171,6 +171,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(model),
         "decoder": arguments.decoder,
+        **({"model": model.stamp} if arguments.decoder == "default" else {}),
         "rounds": arguments.rounds,
         "loads": {},
     }

@@ -33,6 +33,7 @@ import numpy as np
 import psutil
 from throughput import print_table
 
+from c2v_rag import Causal2Vec
 from c2v_rag.sources import python_docs
 
 WAYS = {
@@ -120,6 +121,7 @@ def main() -> None:
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+            "model": Causal2Vec.from_pretrained(arguments.model, device="cpu").stamp,
             "documents": len(texts),
             "rows": rows,
             "chroma_server": {"columns": DIMENSIONS, "vectors": arguments.vectors, **of_server},

@@ -85,8 +85,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows: dict[str, dict[str, float]] = {}
+    stamp: dict[str, Any] = {}
     for way in (GATHERED, ONE_BY_ONE):
         with serve(arguments.model, one_by_one=way == ONE_BY_ONE) as url:
+            stamp = httpx.get(f"{url}/v1/models").json()["data"][0]["stamp"]
             for clients in CLIENTS:
                 asyncio.run(load(url, clients, arguments.seconds / 4))
                 started = time.perf_counter()
@@ -106,6 +108,7 @@ def main() -> None:
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "model": stamp,
             "seconds_a_row": arguments.seconds,
             "rows": rows,
         }

@@ -79,6 +79,28 @@ def throughput() -> str:
     return markdown(["", "tokens/s", "of `embed, uniform`"], rows) + made_by(result)
 
 
+def costs() -> str:
+    result = read("throughput")
+    if "costs" not in result:
+        return "Not measured yet for today's default: `make bench`.\n"
+    found = result["costs"]
+    rows = [
+        [
+            name,
+            *(
+                "{median:,.1f} ({low:,.1f} to {high:,.1f})".format(**row[key])
+                for key in ("passages_per_s", "queries_per_s")
+            ),
+            *(f"{row[key]:.1f} ms" for key in ("query_p50_ms", "query_p99_ms")),
+            *(f"{row[key]:,.0f}" for key in ("peak_mib", "disk_mib")),
+        ]
+        for name, row in found["rows"].items()
+    ]
+    title = f"{found['passages']} passages, {found['queries']} queries, medians of {found['rounds']} rounds"
+    header = [title, "passages/s", "queries/s, one at a time", "p50", "p99", "peak MiB", "disk MiB"]
+    return markdown(header, rows) + made_by(result)
+
+
 def prefix() -> str:
     result = read("throughput")
     rows = [
@@ -262,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
     "python-docs": python_docs,
     "throughput": throughput,
+    "costs": costs,
     "prefix": prefix,
     "efficiency": efficiency,
     "serving": serving,

@@ -1,7 +1,10 @@
-"""How fast a Causal2Vec model embeds, beside what its parts and the machine could do.
+"""How fast a Causal2Vec model embeds, beside its encoder alone, and beside what its parts and the machine could do.
 
     python benchmarks/throughput.py [--model M] [--device D] [--dtype T] [--texts N] [--rounds R] [--output FILE.json]
-        [--quick]
+        [--quick] [--only costs|path]
+
+First `costs.py`: the model, its encoder in sentence-transformers and its encoder in our own path, in passages/s,
+queries/s, memory and disk. Then the path itself:
 
 Two sets of N texts are cut from the standard library's docstrings: mixed lengths, log-uniform from 8 tokens to the
 longest that the model reads, and uniform ones of the mixed texts' mean length. Tokens are the decoder's in every row,
@@ -37,7 +40,7 @@ import platform
 import random
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, cycle, islice
@@ -46,7 +49,7 @@ from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
+import costs
 import torch
 from rich import box
 from rich.console import Console
@@ -54,7 +57,6 @@ from rich.table import Table
 from torch import nn
 
 from c2v_rag import Causal2Vec, inference
-from c2v_rag.model import ENCODER_SLICES
 from c2v_rag.sources import python_docs
 from c2v_rag.tokenization import TokenBatch
 
@@ -94,7 +96,7 @@ def cut_texts(model: Causal2Vec, tokens: Iterator[int], counts: Sequence[int]) -
 def lengths_of(model: Causal2Vec, texts: Sequence[str]) -> tuple[list[int], list[int]]:
     """Real tokens of each text in the decoder and in the encoder."""
     tokenized = model.tokenize(texts)
-    return tokenized.lengths, [len(ids) for ids in tokenized.encoder_ids]
+    return [1 + len(ids) for ids in tokenized.text_ids], [len(ids) for ids in tokenized.encoder_ids]
 
 
 def uniform_batches(model: Causal2Vec, texts: Sequence[str], width: int, encoder_width: int) -> list[TokenBatch]:
@@ -114,12 +116,13 @@ def padding_shares(model: Causal2Vec, texts: Sequence[str]) -> dict[str, float]:
     budget = inference.default_batch_tokens(model.device)
     real, padded = {"decoder": 0, "encoder": 0}, {"decoder": 0, "encoder": 0}
     for window in inference.text_windows(texts, inference.window_texts(budget)):
-        decoder, encoder = lengths_of(model, window)
-        for batch in inference.token_budget_batches(decoder, budget):
-            slices = np.array_split(sorted(encoder[i] for i in batch), min(ENCODER_SLICES, len(batch)))
-            for part, groups in (("decoder", [np.array([decoder[i] for i in batch])]), ("encoder", slices)):
-                real[part] += sum(int(lengths.sum()) for lengths in groups)
-                padded[part] += sum(len(lengths) * int(lengths.max()) for lengths in groups)
+        tokenized = model.tokenize(window)
+        for positions in inference.token_budget_batches(tokenized.lengths, budget):
+            batch = tokenized.collate(positions)
+            real["decoder"] += int(batch.text_mask.sum())
+            padded["decoder"] += batch.text_mask.numel()
+            real["encoder"] += int(batch.encoder_mask.sum())
+            padded["encoder"] += sum((end - first) * width for first, end, width, _ in batch.encoder_slices or ())
     return {part: 1 - real[part] / padded[part] for part in real}
 
 
@@ -311,6 +314,41 @@ def machine(model: Causal2Vec) -> dict[str, Any]:
     }
 
 
+def path_figures(model: Causal2Vec, num_texts: int, rounds: int, *, quick: bool) -> dict[str, Any]:
+    """The figures of the path: what `encode` reaches of its parts and of the machine."""
+    encode, about = encode_rows(model, num_texts)
+    queries = query_rows(model, 4 if quick else 64)
+    matmuls = matmul_rows(model, [1024] if quick else [2048, 4096])
+    seconds = measure([*matmuls, *encode, *chain.from_iterable(queries)], rounds, model.device)
+    medians = {name: median(times) for name, times in seconds.items()}
+    peak = max(row.flop / medians[row.name] for row in matmuls)
+    return {
+        **about,
+        "matmul_peak_flop_per_s": peak,
+        "encode": encode_figures(encode, medians, peak),
+        "queries": query_figures(queries, medians),
+        "seconds": seconds,
+    }
+
+
+def report_costs(figures: dict[str, Any]) -> None:
+    where, found = figures["machine"], figures["costs"]
+    print(f"{figures['model']['name']}: {where['dtype']} on {where['device']}; {where['cpu']}, {where['cores']} cores")
+    print(f"{found['passages']} passages, {found['queries']} queries one at a time; rounds: {found['rounds']}")
+    rows = {name: costs_row(row) for name, row in found["rows"].items()}
+    print_table(dict.fromkeys(next(iter(rows.values())), "{}"), rows)
+
+
+def costs_row(row: dict[str, Any]) -> dict[str, str]:
+    rates = {
+        heading: "{median:,.1f} [{low:,.1f}, {high:,.1f}]".format(**row[key])
+        for heading, key in (("passages/s", "passages_per_s"), ("queries/s", "queries_per_s"))
+    }
+    times = {"p50": f"{row['query_p50_ms']:.1f} ms", "p99": f"{row['query_p99_ms']:.1f} ms"}
+    memory = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "-"
+    return rates | times | {"peak MiB": memory, "disk MiB": f"{row['disk_mib']:,.0f}"}
+
+
 def report(figures: dict[str, Any]) -> None:
     where, widths, lengths = figures["machine"], figures["uniform_tokens"], figures["mixed_tokens"]
     print(f"{figures['model']['name']}: {where['dtype']} on {where['device']}; {where['cpu']}, {where['cores']} cores")
@@ -328,7 +366,7 @@ def report(figures: dict[str, Any]) -> None:
     print(f"mixed-length encode path: {100 * reached:.0f} % of the uniform reference (target 85 %)")
 
 
-def print_table(columns: dict[str, str], rows: dict[str, dict[str, float]]) -> None:
+def print_table(columns: dict[str, str], rows: Mapping[str, Mapping[str, float | str]]) -> None:
     """`columns`: heading -> how its numbers are written."""
     table = Table("", box=box.SIMPLE)
     for heading in columns:
@@ -336,7 +374,7 @@ def print_table(columns: dict[str, str], rows: dict[str, dict[str, float]]) -> N
     for name, values in rows.items():
         cells = zip(columns.values(), values.values(), strict=True)
         table.add_row(name, *(form.format(value) for form, value in cells))
-    Console(width=100).print(table)
+    Console(width=120).print(table)
 
 
 def main() -> None:
@@ -348,31 +386,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, behind one that warms up")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
     parser.add_argument("--quick", action="store_true", help="a trial of the script: few texts, one round")
+    parser.add_argument("--only", choices=["costs", "path"], help="one of the two parts; both unless given")
+    parser.add_argument("--passages", type=int, default=300, help="passages of the first part")
     arguments = parser.parse_args()
     quick = arguments.quick
     rounds = 1 if quick else arguments.rounds
 
     model = Causal2Vec.from_pretrained(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    encode, about = encode_rows(model, arguments.texts or (16 if quick else 1024))
-    queries = query_rows(model, 4 if quick else 64)
-    matmuls = matmul_rows(model, [1024] if quick else [2048, 4096])
-    seconds = measure([*matmuls, *encode, *chain.from_iterable(queries)], rounds, model.device)
-
-    medians = {name: median(times) for name, times in seconds.items()}
-    peak = max(row.flop / medians[row.name] for row in matmuls)
-    figures = {
+    figures: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(model),
-        "model": {"name": model.name, **model.sources},
+        "model": model.stamp,
         "rounds": rounds,
-        **about,
-        "matmul_peak_flop_per_s": peak,
-        "encode": encode_figures(encode, medians, peak),
-        "queries": query_figures(queries, medians),
-        "seconds": seconds,
     }
-    report(figures)
+    if arguments.only != "path":
+        lines = QUESTIONS.read_text(encoding="utf-8").splitlines()[: 4 if quick else 64]
+        queries = [json.loads(line)["question"] for line in lines]
+        num_passages = 8 if quick else arguments.passages
+        figures["costs"] = costs.compare(
+            model, queries, num_passages=num_passages, rounds=rounds, with_memory=not quick
+        )
+        report_costs(figures)
+    if arguments.only != "costs":
+        figures |= path_figures(model, arguments.texts or (16 if quick else 1024), rounds, quick=quick)
+        report(figures)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -69,7 +69,7 @@ class EncoderEmbedder:
 
     def encode(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
         """Embeddings (n, E), float32, in input order; options as in `Causal2Vec.encode`."""
-        return inference.encode(self, texts, **options)
+        return self._encode(texts, "", **options)
 
     encode_document = encode
 
@@ -78,4 +78,10 @@ class EncoderEmbedder:
     ) -> np.ndarray:
         """`encode` for queries. With the instruction "" they are embedded as documents, as in the whole model."""
         chosen = self._model.config.instruction if instruction is None else instruction
-        return inference.encode(self, texts, instruction=chosen, **options)
+        return self._encode(texts, chosen, **options)
+
+    def _encode(self, texts: Iterable[str], instruction: str, **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
+        devices = options.pop("devices", None)
+        models = [self._model] if devices is None else self._model.replicas.get(self._model, devices)
+        first, *replicas = [EncoderEmbedder(model, self._tokenizer) for model in models]
+        return inference.encode(first, texts, instruction=instruction, replicas=replicas, **options)

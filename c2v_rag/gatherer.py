@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -14,9 +16,11 @@ if TYPE_CHECKING:
 
     from c2v_rag.protocols import Embedder
 
-# The largest batch: about 8,000 tokens, which take one or two seconds on a CPU. Further texts wait for the next batch.
-MAX_BATCH_TEXTS = 256
-MAX_BATCH_CHARACTERS = 32_768
+# A batch may take about this long, by the time that earlier ones took. Further texts wait for the next batch.
+TARGET_SECONDS = 1.0
+START_CHARACTERS = 32_768  # of a batch, before any time is known
+LEAST_CHARACTERS, MOST_CHARACTERS = 2_048, 4_000_000
+MAX_BATCH_TEXTS = 2_048
 
 
 def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **options: Any) -> Future[np.ndarray]:
@@ -32,6 +36,23 @@ def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **
         queue = _queues.setdefault(embedder, _Queue())
     queue.add(request)
     return request.future
+
+
+def batches_of(embedder: Embedder, texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in parts of about one batch each, so that other requests can come in between.
+
+    The size of a part follows from the times of the embedder's batches until the part is asked for.
+    """
+    with _queues_lock:
+        queue = _queues.setdefault(embedder, _Queue())
+    start = 0
+    while start < len(texts):
+        end, characters, most = start, 0, queue.max_characters
+        while end < len(texts) and end - start < MAX_BATCH_TEXTS and (end == start or characters < most):
+            characters += len(texts[end])
+            end += 1
+        yield texts[start:end]
+        start = end
 
 
 @dataclasses.dataclass
@@ -56,6 +77,15 @@ class _Queue:
         self._lock = threading.Lock()
         self._waiting: deque[_Request] = deque()
         self._has_thread = False
+        self._seconds = self._characters = 0.0  # of past batches; each counts half as much as the one after it
+
+    @property
+    def max_characters(self) -> float:
+        """The limit of a batch's characters, so that it takes about `TARGET_SECONDS`."""
+        if not self._seconds:
+            return START_CHARACTERS
+        most = TARGET_SECONDS * self._characters / self._seconds
+        return min(max(most, LEAST_CHARACTERS), MOST_CHARACTERS)
 
     def add(self, request: _Request) -> None:
         with self._lock:
@@ -67,7 +97,11 @@ class _Queue:
 
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
-            _embed([request for request in batch if request.future.set_running_or_notify_cancel()])
+            running = [request for request in batch if request.future.set_running_or_notify_cancel()]
+            started = time.perf_counter()
+            if _embed(running):
+                self._seconds = self._seconds / 2 + time.perf_counter() - started
+                self._characters = self._characters / 2 + sum(len(request.text) for request in running)
 
     def _next_batch(self) -> list[_Request] | None:
         """The oldest request and those that can share its batch; None, and the thread ends, if no request waits."""
@@ -77,8 +111,9 @@ class _Queue:
                 return None
             first = self._waiting.popleft()
             batch, not_in_batch, characters = [first], deque[_Request](), len(first.text)
+            most = self.max_characters
             for request in self._waiting:
-                fits = len(batch) < MAX_BATCH_TEXTS and characters + len(request.text) <= MAX_BATCH_CHARACTERS
+                fits = len(batch) < MAX_BATCH_TEXTS and characters + len(request.text) <= most
                 if fits and request.can_share_batch(first):
                     batch.append(request)
                     characters += len(request.text)
@@ -88,9 +123,10 @@ class _Queue:
             return batch
 
 
-def _embed(batch: list[_Request]) -> None:
+def _embed(batch: list[_Request]) -> bool:
+    """Set the results of a batch; returns whether one call of the model embedded it."""
     if not batch:
-        return
+        return False
     first = batch[0]
     try:
         rows = getattr(first.embedder, first.method)([request.text for request in batch], **first.options)
@@ -101,9 +137,10 @@ def _embed(batch: list[_Request]) -> None:
         else:  # embed one text at a time, so that only the text that causes the error gets it
             for request in batch:
                 _embed([request])
-        return
+        return False
     for request, row in results:
         request.future.set_result(row)
+    return True
 
 
 _queues: WeakKeyDictionary[object, _Queue] = WeakKeyDictionary()

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from c2v_rag.tokenization import TokenBatch, TokenizedTexts
+from c2v_rag.allocator import keep_freed_memory
+from c2v_rag.running import EncodingState as EncodingState  # for embedders
+from c2v_rag.running import TokenBatchEmbedder, free_cached_memory, start_batch
+from c2v_rag.tokenization import TokenizedTexts
 
 OnTruncate = Literal["warn", "error", "ignore"]
 
@@ -41,34 +43,7 @@ class EncodeOptions(TypedDict, total=False):
     truncate_dim: int | None
     on_truncate: OnTruncate
     show_progress: bool
-
-
-class EncodingState:
-    """State of a model while it encodes: the lock around its forward, and the batch budget after running out of memory.
-
-    It belongs to the model. All embedders that use the same parts share it. A pickle or copy is a new, empty state.
-    """
-
-    def __init__(self) -> None:
-        self.compute_lock = threading.Lock()
-        self.batch_tokens: int | None = None  # set after running out of memory, and lowered each time
-
-    def __reduce__(self) -> tuple[type[EncodingState], tuple[()]]:
-        return EncodingState, ()
-
-
-class TokenBatchEmbedder(Protocol):
-    """The members of a model that `encode` uses. Dropout is switched off in `modules`, those that `embed` runs."""
-
-    @property
-    def encoding_state(self) -> EncodingState: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-    @property
-    def embedding_dim(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    def tokenize(self, texts: Sequence[str], instruction: str = "") -> TokenizedTexts: ...
-    def embed(self, batch: TokenBatch) -> Tensor: ...
+    devices: Sequence[torch.device | str] | None
 
 
 def default_device() -> torch.device:
@@ -128,10 +103,12 @@ def encode(
     truncate_dim: int | None = None,
     on_truncate: OnTruncate = "warn",
     show_progress: bool = False,
+    replicas: Sequence[TokenBatchEmbedder] = (),
 ) -> np.ndarray:
     """Embeddings of `texts`, in their order: float32 (n, embedding_dim), rows of length 1.
 
-    `texts` may be any iterable. It is read window by window, so that memory grows with the results only.
+    `texts` may be any iterable. It is read window by window, so that memory grows with the results only. `replicas`:
+    copies of the embedder on further devices, each of which embeds batches in a thread of its own.
     Raises TypeError for a bare string or an item that is not a string, ValueError for a text whose embedding is not
     finite and, with `on_truncate="error"`, for a text that is too long; each names the item's index.
     """
@@ -145,7 +122,10 @@ def encode(
     if not 1 <= dim <= embedder.embedding_dim:
         raise ValueError(f"truncate_dim must be from 1 to {embedder.embedding_dim}, this model's; got {truncate_dim}.")
 
+    embedders = [embedder, *replicas]
     budget = batch_tokens or default_batch_tokens(embedder.device)
+    if embedder.device.type == "cpu":
+        keep_freed_memory()
 
     results: list[np.ndarray] = [np.empty((0, dim), dtype=np.float32)]
     done = num_truncated = 0
@@ -153,9 +133,10 @@ def encode(
     bar: tqdm[Any] = tqdm(total=total, unit="text", disable=not show_progress)
     with (
         bar as progress,
+        embedder.encoding_state.encode_call(),
         ThreadPoolExecutor(1, thread_name_prefix="tokenize") as executor,
     ):
-        windows = text_windows(texts, window_texts(budget))
+        windows = text_windows(texts, window_texts(budget) * len(embedders))
         pending = None
         for window in chain(windows, [None]):
             upcoming = executor.submit(embedder.tokenize, window, instruction) if window else None
@@ -167,9 +148,14 @@ def encode(
                         "Split it into chunks, or allow truncation with on_truncate='warn'."
                     )
                 num_truncated += len(tokenized.truncated)
-                rows = _embed_window(embedder, tokenized, done, dim, budget, progress)
-                results.append(rows)
-                done += len(rows)
+                limit = min(budget, *(one.encoding_state.batch_tokens or budget for one in embedders))
+                work = _Window(tokenized, done, dim, limit, progress)
+                if replicas:
+                    _embed_on_devices(embedders, work)
+                else:
+                    _embed_window(embedder, work)
+                results.append(work.rows)
+                done += len(work.rows)
             pending = upcoming
     if num_truncated and on_truncate == "warn":
         logger.warning("%d of %d texts were longer than the model reads and were truncated.", num_truncated, done)
@@ -220,73 +206,88 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
     return batches
 
 
-def _embed_window(
-    embedder: TokenBatchEmbedder,
-    tokenized: TokenizedTexts,
-    offset: int,
-    dim: int,
-    batch_tokens: int,
-    progress: tqdm[Any],
-) -> np.ndarray:
-    """Embeddings (n, dim) of one window, in its order. `offset`: index of its first text, for error messages."""
-    state, lengths = embedder.encoding_state, tokenized.lengths
-    rows = np.empty((len(lengths), dim), dtype=np.float32)
-    budget = min(batch_tokens, state.batch_tokens or batch_tokens)
-    batches = token_budget_batches(lengths, budget)[::-1]  # the longest batch is last, and popped first
-    while batches:
-        positions = batches.pop()
-        try:
-            # The lock is held for one batch, not for the whole call: threads take turns.
-            with state.compute_lock, _inference(embedder):
-                embeddings = embedder.embed(tokenized.collate(positions).to(embedder.device)).float()
-                if dim < embeddings.shape[1]:
-                    embeddings = torch.nn.functional.normalize(embeddings[:, :dim], dim=1)
-                values = embeddings.cpu().numpy()
-        except RuntimeError as error:
-            if not _is_out_of_memory(error) or len(positions) == 1:
-                raise
-            # Memory is freed after this handler: until then the exception refers to the tensors of the forward.
-            values = None
-        if values is None:
-            _free_cached_memory(embedder.device)
-            budget = state.batch_tokens = max(1, min(budget, len(positions) * lengths[positions[0]]) // 2)
-            logger.warning("Out of device memory: batch_tokens is %d from now on.", budget)
-            remaining = [*positions, *(i for batch in reversed(batches) for i in batch)]
-            regrouped = token_budget_batches([lengths[i] for i in remaining], budget)
-            batches = [[remaining[i] for i in batch] for batch in regrouped][::-1]
-            continue
+class _Window:
+    """Batches of one window that are not started yet, and the embeddings that are done; several threads take batches.
+
+    `offset`: index of the window's first text, for error messages.
+    """
+
+    def __init__(
+        self, tokenized: TokenizedTexts, offset: int, dim: int, batch_tokens: int, progress: tqdm[Any]
+    ) -> None:
+        self.tokenized = tokenized
+        self.dim = dim
+        self.rows = np.empty((len(tokenized.text_ids), dim), dtype=np.float32)
+        self._lengths = tokenized.lengths
+        self._offset = offset
+        self._budget = batch_tokens
+        self._progress = progress
+        self._lock = threading.Lock()
+        # The longest batch is last, and taken first.
+        self._batches = token_budget_batches(self._lengths, batch_tokens)[::-1]
+
+    def take(self) -> list[int] | None:
+        """The positions of the texts of the next batch; None if no batch is left."""
+        with self._lock:
+            return self._batches.pop() if self._batches else None
+
+    def stop(self) -> None:
+        """Leave no batch for any thread."""
+        with self._lock:
+            self._batches.clear()
+
+    def make_smaller(self, positions: list[int]) -> int:
+        """Give back a batch that needs too much memory. All that are left become smaller; returns the new budget."""
+        with self._lock:
+            size = len(positions) * self._lengths[positions[0]]
+            self._budget = max(1, min(self._budget, size) // 2)
+            remaining = [*positions, *(i for batch in reversed(self._batches) for i in batch)]
+            regrouped = token_budget_batches([self._lengths[i] for i in remaining], self._budget)
+            self._batches = [[remaining[i] for i in batch] for batch in regrouped][::-1]
+            return self._budget
+
+    def store(self, positions: list[int], values: np.ndarray) -> None:
+        """Store the embeddings of a batch. Raises ValueError if one is not finite."""
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
             raise ValueError(
-                f"The embedding of the text at index {offset + positions[int(bad.argmax())]} is not finite. "
+                f"The embedding of the text at index {self._offset + positions[int(bad.argmax())]} is not finite. "
                 "Load the model with dtype=torch.float32; if that does not help, its weights are damaged."
             )
-        rows[positions] = values
-        progress.update(len(positions))
-    return rows
+        with self._lock:
+            self.rows[positions] = values
+            self._progress.update(len(positions))
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device ran out of memory. CUDA raises `OutOfMemoryError`, MPS a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+def _embed_window(embedder: TokenBatchEmbedder, window: _Window) -> None:
+    """Embed batches of the window until none is left."""
+    running: deque[tuple[list[int], Callable[[], np.ndarray]]] = deque()
+    while (positions := window.take()) is not None or running:
+        if positions is not None:
+            started = start_batch(embedder, window.tokenized, positions, window.dim)
+            if started is None:
+                free_cached_memory(embedder.device)
+                budget = embedder.encoding_state.batch_tokens = window.make_smaller(positions)
+                logger.warning("Out of device memory: batch_tokens is %d from now on.", budget)
+                continue
+            running.append((positions, started))
+        # The host fetches a result when the next batch is running, so that a GPU never waits for it.
+        if len(running) > 1 or positions is None:
+            done, fetch = running.popleft()
+            window.store(done, fetch())
 
 
-def _free_cached_memory(device: torch.device) -> None:
-    if device.type == "mps":
-        torch.mps.empty_cache()
-    else:
-        torch.cuda.empty_cache()
+def _embed_on_devices(embedders: Sequence[TokenBatchEmbedder], window: _Window) -> None:
+    """`_embed_window` in one thread for each embedder. If one fails, the others stop, and its error is raised."""
 
+    def run(embedder: TokenBatchEmbedder) -> None:
+        try:
+            with embedder.encoding_state.encode_call():
+                _embed_window(embedder, window)
+        except BaseException:
+            window.stop()
+            raise
 
-@contextmanager
-def _inference(embedder: TokenBatchEmbedder) -> Iterator[None]:
-    """Switch off gradients and dropout inside the `with` block; then restore the training mode of each module."""
-    in_training = [module for module in embedder.modules() if module.training]
-    for module in in_training:
-        module.training = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in in_training:
-            module.training = True
+    with ThreadPoolExecutor(len(embedders), thread_name_prefix="embed") as threads:
+        for future in [threads.submit(run, embedder) for embedder in embedders]:
+            future.result()

@@ -10,7 +10,6 @@ E encoder width, D llm width.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,15 +23,15 @@ from torch.nn.functional import normalize
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from c2v_rag import checkpoint, inference, parts, weights
+from c2v_rag.attention import cache_that_stores_nothing, is_causal
 from c2v_rag.bases import Base, locate_base
 from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.hashes import verify_sums
-from c2v_rag.pooling import pool, pool_encoder
-from c2v_rag.prefix import PrefixCache, prefix_states
+from c2v_rag.pooling import pool, pool_by_length, pool_encoder
+from c2v_rag.prefix import PrefixCache, is_checkpointing, is_short, prefix_states, weights_state
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
+from c2v_rag.replicas import Replicas
 from c2v_rag.tokenization import TextTokenizer, TokenBatch, TokenizedTexts
-
-ENCODER_SLICES = 2
 
 
 class Causal2Vec(nn.Module):
@@ -84,6 +83,7 @@ class Causal2Vec(nn.Module):
         self.load_arguments: dict[str, Any] = {}  # the other fields of EmbedderSpec
         self.encoding_state = inference.EncodingState()
         self.prefix_cache = PrefixCache()
+        self.replicas = Replicas()
         self.weights_record = weights.WeightsRecord()
 
     # Properties
@@ -151,16 +151,19 @@ class Causal2Vec(nn.Module):
         config's. With "context" the decoder does not read the text, because under a causal mask the text cannot change
         the Contextual token's state. The prefix is computed once per batch, with its gradient.
         """
-        prefix = self.compute_prefix(batch.prefix_ids)
+        prefix = None if is_short(batch) else self.compute_prefix(batch.prefix_ids)
         return self.embed_with_prefix(prefix, batch, pooled=pooled, pooling=pooling or self.config.pooling)
 
     @torch.no_grad()
     def embed(self, batch: TokenBatch, *, reuse_prefix: bool = True) -> Tensor:
         """The same embeddings as `forward`, without gradients, for inference.
 
-        The prefix's keys and values are cached between batches, unless `reuse_prefix=False`.
+        The prefix's keys and values are cached between batches, unless `reuse_prefix=False` or the prefix is short.
         """
-        prefix = self.prefix_cache.get(self.llm, batch.prefix_ids) if reuse_prefix else None
+        prefix = None
+        if reuse_prefix and not is_short(batch):
+            weights = self.encoding_state.once_per_encode(lambda: weights_state(self.llm))
+            prefix = self.prefix_cache.get(self.llm, batch.prefix_ids, key=batch.prefix_key, weights=weights)
         pooled = None if self.config.contextual_token == "none" else self.pooled_by_length(batch)
         return self.embed_with_prefix(prefix, batch, pooled=pooled, pooling=self.config.pooling)
 
@@ -170,18 +173,8 @@ class Causal2Vec(nn.Module):
         return pool_encoder(hidden, batch.encoder_mask, self.config.encoder_pooling)
 
     def pooled_by_length(self, batch: TokenBatch) -> Tensor:
-        """`pooled_encoder_states`, computed in slices of texts with similar lengths in the encoder.
-
-        Batches are sorted by length in the decoder. Without slices, a third of the encoder's tokens was padding.
-        """
-        order = torch.argsort(batch.encoder_mask.sum(dim=1))
-        pooled = []
-        for rows in order.tensor_split(min(ENCODER_SLICES, len(order))):
-            mask = batch.encoder_mask[rows]
-            width = max(1, int(mask.sum(dim=1).max()))
-            part = dataclasses.replace(batch, encoder_ids=batch.encoder_ids[rows, :width], encoder_mask=mask[:, :width])
-            pooled.append(self.pooled_encoder_states(part))
-        return torch.cat(pooled)[torch.argsort(order)]
+        """`pooled_encoder_states`, computed in slices of texts with similar lengths in the encoder."""
+        return pool_by_length(self.encoder, batch, self.config.encoder_pooling)
 
     def compute_prefix(self, prefix_ids: Tensor) -> DynamicCache | None:
         """Keys and values of the prefix (P,), with gradient; None if the decoder has none (see prefix.py)."""
@@ -193,6 +186,9 @@ class Causal2Vec(nn.Module):
         """Embeddings (B, embedding_dim) of a batch, with the states of its prefix, which do not change.
 
         If `prefix` is None, the prefix is computed with every text. `pooled` as for `forward`.
+
+        A causal decoder gets no attention mask: padding is on the right, where no token of a text attends to it, and
+        positions are the same. With a mask, PyTorch could not use its flash kernels.
         """
         has_token = self.config.contextual_token != "none"
         text_ids, mask = batch.text_ids, batch.text_mask
@@ -207,13 +203,15 @@ class Causal2Vec(nn.Module):
             inputs.insert(0, self.projector(pooled).unsqueeze(1).to(inputs[0].dtype))
             mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
         num_prefix = len(batch.prefix_ids)
+        states = prefix
         if prefix is None:
             inputs.insert(0, embed_tokens(batch.prefix_ids).expand(len(text_ids), -1, -1))
+            states = None if self.llm.training and is_checkpointing(self.llm) else cache_that_stores_nothing(self.llm)
         hidden = self.llm(
             inputs_embeds=torch.cat(inputs, dim=1),
-            attention_mask=torch.cat([mask.new_ones(len(mask), num_prefix), mask], dim=1),
-            past_key_values=prefix,
-            use_cache=prefix is not None,
+            attention_mask=None if is_causal(self.llm) else torch.cat([mask.new_ones(len(mask), num_prefix), mask], 1),
+            past_key_values=states,
+            use_cache=states is not None,
         ).last_hidden_state
         if prefix is None:
             hidden = hidden[:, num_prefix:]
@@ -251,6 +249,7 @@ class Causal2Vec(nn.Module):
         truncate_dim: int | None = None,
         on_truncate: inference.OnTruncate = "warn",
         show_progress: bool = False,
+        devices: Sequence[torch.device | str] | None = None,
     ) -> np.ndarray:
         """Embeddings of `texts`, in their order: float32 (n, embedding_dim), rows of length 1. No instruction.
 
@@ -261,19 +260,16 @@ class Causal2Vec(nn.Module):
         `truncate_dim`: use the first columns only (Matryoshka), normalised again. The Contextual token's and EOS's
         columns alternate, so that the first columns contain both. `on_truncate`: texts longer than the config's
         lengths are truncated before EOS; "warn" logs their number once, "error" raises, "ignore" does neither.
+        `devices`: embed on all of these, such as ["cuda:0", "cuda:1"], with a copy of the model on each.
 
         Raises TypeError for a bare string or an item that is not a string, ValueError for a text whose embedding is
         not finite; both name the index. Thread-safe: threads take turns.
         """
+        model, *replicas = [self] if devices is None else self.replicas.get(self, devices)
         return inference.encode(
-            self,
-            texts,
-            instruction=instruction or "",
-            batch_tokens=batch_tokens,
-            truncate_dim=truncate_dim,
-            on_truncate=on_truncate,
-            show_progress=show_progress,
-        )
+            model, texts, replicas=replicas, instruction=instruction or "", batch_tokens=batch_tokens,
+            truncate_dim=truncate_dim, on_truncate=on_truncate, show_progress=show_progress,
+        )  # fmt: skip
 
     def encode_query(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[inference.EncodeOptions]

@@ -12,13 +12,16 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from c2v_rag.attention import has_only_keys_and_values, key_value_layers
 from c2v_rag.identity import sample_weights
 from c2v_rag.parts import adapted_layers, token_embeddings
+from c2v_rag.tokenization import TokenBatch
 
 _MAX_CACHED_PREFIXES = 8
-_KEY_VALUE_LAYERS = {"full_attention", "sliding_attention"}  # among `layer_types` of a decoder's config
+# A prefix of at most this share of a text's tokens is computed with every text: it adds few tokens, and without a cache
+# the decoder needs no attention mask at all.
+_SHORT_SHARE = 1 / 16
 
 
 def prefix_states(llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | None:
@@ -30,18 +33,21 @@ def prefix_states(llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | No
     """
     if llm.training and is_checkpointing(llm):
         return None
-    layer_types = getattr(llm.config.get_text_config(), "layer_types", None) or ()
-    if not _KEY_VALUE_LAYERS.issuperset(layer_types):
+    if not has_only_keys_and_values(llm):
         return None
     embeds = token_embeddings(llm)(prefix_ids).unsqueeze(0)
-    states = getattr(llm(inputs_embeds=embeds, use_cache=True), "past_key_values", None)
-    if type(states) is not DynamicCache:
+    states: DynamicCache | None = getattr(llm(inputs_embeds=embeds, use_cache=True), "past_key_values", None)
+    layers = key_value_layers(states)
+    if layers is None:
         return None
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in states.layers):
-        return None
-    for layer in states.layers:
+    for layer in layers:
         vars(layer)["update"] = MethodType(_read_only_update, layer)
     return states
+
+
+def is_short(batch: TokenBatch) -> bool:
+    """Whether the batch's prefix is so short that it is computed with every text: BOS alone, or few tokens."""
+    return len(batch.prefix_ids) <= max(1, batch.text_ids.shape[1] * _SHORT_SHARE)
 
 
 def is_checkpointing(module: PreTrainedModel) -> bool:
@@ -74,10 +80,24 @@ class PrefixCache:
     def __reduce__(self) -> tuple[type[PrefixCache], tuple[()]]:
         return PrefixCache, ()
 
-    def get(self, llm: PreTrainedModel, prefix_ids: Tensor) -> DynamicCache | None:
-        """`prefix_states`, from the cache if possible."""
-        key = tuple(prefix_ids.tolist())
-        weights = _llm_state(llm)
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get(
+        self,
+        llm: PreTrainedModel,
+        prefix_ids: Tensor,
+        *,
+        key: tuple[int, ...] | None = None,
+        weights: object = None,
+    ) -> DynamicCache | None:
+        """`prefix_states`, from the cache if possible.
+
+        `key`: the ids of the prefix as integers; `weights`: `weights_state(llm)`. Both are computed if they are
+        missing, which waits for the device.
+        """
+        key = tuple(prefix_ids.tolist()) if key is None else key
+        weights = weights_state(llm) if weights is None else weights
         with self._lock:
             if key not in self._states or self._states[key][0] != weights:
                 self._states[key] = weights, prefix_states(llm, prefix_ids)
@@ -87,7 +107,7 @@ class PrefixCache:
             return self._states[key][1]
 
 
-def _llm_state(llm: PreTrainedModel) -> object:
+def weights_state(llm: PreTrainedModel) -> object:
     """A value that changes with the decoder's weights, device, dtype, and the state of its adapters."""
     adapters = tuple(
         (tuple(layer.merged_adapters), tuple(layer.active_adapters), layer.disable_adapters)

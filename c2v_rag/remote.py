@@ -120,7 +120,7 @@ class RemoteModel:
     ) -> np.ndarray:
         """Embeddings (n, embedding_dim) in float32 and in input order, as `Causal2Vec.encode`.
 
-        `batch_tokens` has no effect: the server chooses its own.
+        `batch_tokens` and `devices` have no effect: the server chooses its own.
 
         Long texts are truncated without a warning unless `on_truncate` is "error".
         """
@@ -165,6 +165,7 @@ class RemoteModel:
         truncate_dim: int | None = None,
         on_truncate: OnTruncate = "warn",
         show_progress: bool = False,
+        devices: object = None,
     ) -> np.ndarray:
         if isinstance(texts, str | bytes):
             raise TypeError("texts must be a list of strings, got one bare string. Wrap it: [text].")

@@ -6,17 +6,24 @@ B texts, P prefix tokens, S encoder tokens, T decoder tokens of the text (EOS in
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from c2v_rag.config import Causal2VecConfig
+
+ENCODER_SLICES = 2  # of a batch: without them, a third of the encoder's tokens was padding
+WIDTH_STEP = 8
+_COUNTED_TOKENS = 1_000_000
 
 # Half of a surrogate pair is no character: UTF-8 cannot hold it, and tokenizers refuse it.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -24,10 +31,15 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """One padded batch. Masks are 1 on real tokens; padding is on the right.
+    """One padded batch of int64 tensors. Masks are 1 on real tokens; padding is on the right.
 
     `prefix_ids` (P,) comes before the Contextual token and is the same for every text. `text_ids` (B, T) comes after
     it. If the config places the instruction after the token, `text_ids` starts with its `num_prompt_tokens` tokens.
+
+    The other fields are known on the host, so that no forward has to read them from a device. `collate` sets them;
+    without them (None) they are read from the tensors. `prefix_key`: the ids of the prefix. `encoder_order` (2, B): the
+    texts' positions, sorted by length in the encoder, and the place of each text in that order. `encoder_slices`: the
+    texts of the encoder's slices, in that order: first, end and width of each; and whether the slice has padding.
     """
 
     prefix_ids: Tensor
@@ -36,13 +48,58 @@ class TokenBatch:
     num_prompt_tokens: int
     encoder_ids: Tensor
     encoder_mask: Tensor
+    prefix_key: tuple[int, ...] | None = None
+    encoder_order: Tensor | None = None
+    encoder_slices: tuple[EncoderSlice, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
-        moved: dict[str, Any] = {
-            field.name: value.to(device) if isinstance(value := getattr(self, field.name), Tensor) else value
-            for field in dataclasses.fields(self)
-        }
-        return TokenBatch(**moved)
+        """The batch on another device: one copy for all tensors, from pinned memory to CUDA without waiting for it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        if all(tensor.device == device for tensor in tensors.values()):
+            return self
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+        if device.type == "cuda" and flat.device.type == "cpu":
+            flat = flat.pin_memory()
+        parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors.values()])
+        moved = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+        return TokenBatch(**fields | moved)
+
+    def with_encoder_order(self) -> TokenBatch:
+        """The batch with the fields of the encoder's slices; they are computed from the mask if they are missing."""
+        if self.encoder_order is not None:
+            return self
+        order, slices = encoder_slices(self.encoder_mask.sum(dim=1).cpu().numpy(), self.encoder_ids.shape[1])
+        return dataclasses.replace(self, encoder_order=order.to(self.encoder_ids.device), encoder_slices=slices)
+
+
+class EncoderSlice(NamedTuple):
+    """Texts of similar length in the encoder: `first` to `end` in `TokenBatch.encoder_order`, `width` tokens wide."""
+
+    first: int
+    end: int
+    width: int
+    is_padded: bool
+
+
+def encoder_slices(lengths: np.ndarray, longest: int) -> tuple[Tensor, tuple[EncoderSlice, ...]]:
+    """`TokenBatch.encoder_order` and its slices for texts of these lengths (B,) in the encoder.
+
+    Widths are rounded up to a multiple of 8, but at most `longest`.
+    """
+    order = np.argsort(lengths, kind="stable")
+    places = np.argsort(order, kind="stable")
+    slices = []
+    for rows in np.array_split(np.arange(len(order)), min(ENCODER_SLICES, len(order))) if len(order) else ():
+        first, end = int(rows[0]), int(rows[-1]) + 1
+        width = max(1, min(longest, round_up(int(lengths[order[end - 1]]))))
+        slices.append(EncoderSlice(first, end, width, is_padded=bool(lengths[order[first]] < width)))
+    return torch.from_numpy(np.stack([order, places])), tuple(slices)
+
+
+def round_up(length: int) -> int:
+    """The next multiple of 8. Batches have few distinct widths, so that kernels and their plans are reused."""
+    return -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +118,29 @@ class TokenizedTexts:
     def lengths(self) -> list[int]:
         """The part of a batch's token budget that each text uses: its tokens in the decoder or encoder, the larger.
 
-        The decoder's tokens are the Contextual token, the text and EOS. A quarter of the prefix is added, because its
-        keys and values are read for every text, but not computed again.
+        The decoder's tokens are the Contextual token, the text and EOS. Both are rounded up as in `collate`. A quarter
+        of the prefix is added, because its keys and values are read for every text, but not computed again.
         """
         shared = 1 + len(self.prefix_ids) // 4
         pairs = zip(self.text_ids, self.encoder_ids, strict=True)
-        return [max(shared + len(ids), len(encoder_ids)) for ids, encoder_ids in pairs]
+        return [max(shared + round_up(len(ids)), round_up(len(encoder_ids))) for ids, encoder_ids in pairs]
+
+    @functools.cached_property
+    def _longest(self) -> tuple[int, int]:
+        """Tokens of the longest text in decoder and encoder: no batch is wider, so that positions suffice."""
+        return max(map(len, self.text_ids), default=0), max(map(len, self.encoder_ids), default=0)
 
     def collate(self, positions: Sequence[int]) -> TokenBatch:
-        """A padded batch of the texts at these positions, in this order."""
-        text_ids, text_mask = _pad([self.text_ids[i] for i in positions], self.text_pad)
-        encoder_ids, encoder_mask = _pad([self.encoder_ids[i] for i in positions], self.encoder_pad)
+        """A padded batch of the texts at these positions, in this order.
+
+        Its width is the longest text's, rounded up to a multiple of 8, but not wider than the longest of all texts.
+        """
+        longest_text, longest_encoder = self._longest
+        text_ids, text_mask, _ = _pad([self.text_ids[i] for i in positions], self.text_pad, longest_text)
+        encoder_ids, encoder_mask, lengths = _pad(
+            [self.encoder_ids[i] for i in positions], self.encoder_pad, longest_encoder
+        )
+        order, slices = encoder_slices(lengths, encoder_ids.shape[1])
         return TokenBatch(
             prefix_ids=torch.tensor(self.prefix_ids),
             text_ids=text_ids,
@@ -79,6 +148,9 @@ class TokenizedTexts:
             num_prompt_tokens=self.num_prompt_tokens,
             encoder_ids=encoder_ids,
             encoder_mask=encoder_mask,
+            prefix_key=tuple(self.prefix_ids),
+            encoder_order=order,
+            encoder_slices=slices,
         )
 
 
@@ -116,6 +188,7 @@ class TextTokenizer:
         # The first position is an attention sink: Llama-like models have massive activations there. A fixed token takes
         # this position, because the Contextual token's information would be lost in them.
         self.bos: int = self.eos if llm_tokenizer.bos_token_id is None else llm_tokenizer.bos_token_id
+        self._counted_llm, self._counted_encoder = _CountedTexts(), _CountedTexts()
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> TokenizedTexts:
         """Token ids of `texts`, truncated to the config's lengths. EOS and the encoder's special tokens are kept.
@@ -154,11 +227,16 @@ class TextTokenizer:
         return min(self.config.max_length, self.config.encoder_max_length)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Length of each text in tokens: the larger of the two tokenizers' counts, special tokens included."""
+        """Length of each text in tokens: the larger of the two tokenizers' counts, special tokens included.
+
+        The next call that tokenises the same texts uses the token ids of this one.
+        """
         clean = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
         encoder_texts = [self.config.encoder_document_prompt + text for text in clean]
-        pairs = zip(self._ids(clean), self._encoder_ids(encoder_texts, truncation=False), strict=True)
-        return [max(len(ids) + 1, len(encoder_ids)) for ids, encoder_ids in pairs]
+        plain, encoder_ids = self._ids(clean), self._encoder_ids(encoder_texts, truncation=False)
+        self._counted_llm.keep(clean, plain)
+        self._counted_encoder.keep(encoder_texts, encoder_ids)
+        return [max(len(ids) + 1, len(encoded)) for ids, encoded in zip(plain, encoder_ids, strict=True)]
 
     def token_ends(self, texts: Sequence[str]) -> list[list[list[int]]]:
         """For each text, for decoder and encoder, the offset at which each token ends; without special tokens.
@@ -184,17 +262,58 @@ class TextTokenizer:
         return TextTokenizer(config, self.encoder, self.llm)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self._counted_llm.take(texts, self._tokenize_for_llm)
+
+    def _encoder_ids(self, texts: list[str], *, truncation: bool) -> list[list[int]]:
+        if truncation:
+            return self._tokenize_for_encoder(texts, truncation=True, max_length=self.config.encoder_max_length)
+        return self._counted_encoder.take(texts, self._tokenize_for_encoder)
+
+    def _tokenize_for_llm(self, texts: list[str]) -> list[list[int]]:
         with _lock_of(self.llm):
             return _input_ids(self.llm(texts, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
-    def _encoder_ids(self, texts: list[str], *, truncation: bool) -> list[list[int]]:
-        max_length = self.config.encoder_max_length if truncation else None
+    def _tokenize_for_encoder(self, texts: list[str], **truncation: Any) -> list[list[int]]:
+        options = {"truncation": False, "split_special_tokens": True, "verbose": False} | truncation
         with _lock_of(self.encoder):
-            return _input_ids(
-                self.encoder(
-                    texts, truncation=truncation, max_length=max_length, split_special_tokens=True, verbose=False
-                )
-            )
+            return _input_ids(self.encoder(texts, **options))
+
+
+class _CountedTexts:
+    """Token ids of texts that were counted and not tokenised since, up to a million tokens, the newest ones.
+
+    A server counts the tokens of a request before it embeds it. A pickle or copy is empty.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ids: dict[str, list[int]] = {}
+        self._num_tokens = 0
+
+    def __reduce__(self) -> tuple[type[_CountedTexts], tuple[()]]:
+        return _CountedTexts, ()
+
+    def keep(self, texts: list[str], ids: list[list[int]]) -> None:
+        with self._lock:
+            for text, text_ids in zip(texts, ids, strict=True):
+                self._remove(text)
+                self._ids[text] = text_ids
+                self._num_tokens += len(text_ids)
+            while self._num_tokens > _COUNTED_TOKENS:
+                self._remove(next(iter(self._ids)))
+
+    def take(self, texts: list[str], tokenize: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        """The ids of the texts. Those that are kept are removed; `tokenize` is called for the others."""
+        with self._lock:
+            found = {text: ids for text in texts if (ids := self._remove(text)) is not None}
+        missing = [text for text in texts if text not in found] if found else texts
+        tokenized = iter(tokenize(missing) if missing else [])
+        return [found[text] if text in found else next(tokenized) for text in texts]
+
+    def _remove(self, text: str) -> list[int] | None:
+        ids = self._ids.pop(text, None)
+        self._num_tokens -= len(ids or ())
+        return ids
 
 
 _locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
@@ -212,12 +331,14 @@ def _input_ids(encoding: Any) -> list[list[int]]:
     return ids
 
 
-def _pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask (B, longest), with at least one column, so that a mean over columns is defined."""
-    width = max(1, *(len(row) for row in rows)) if rows else 1
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return ids, mask
+def _pad(rows: list[list[int]], pad: int, longest: int) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Right-padded ids and mask (B, width), and lengths (B,). There is at least one column, so that a mean is defined.
+
+    The width is the longest row's, rounded up to a multiple of 8, but at most `longest`.
+    """
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    width = max(1, min(longest, round_up(int(lengths.max(initial=0)))))
+    mask = np.arange(width) < lengths[:, None]
+    ids = np.full(mask.shape, pad, dtype=np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), lengths

@@ -85,7 +85,7 @@ def test_a_call_has_one_kind_and_one_set_of_options_and_a_limited_size(monkeypat
 
 
 def test_a_call_has_a_limited_number_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gatherer, "MAX_BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(gatherer._Queue, "max_characters", 10)
     embedder, first = paused_embedder("first")
     rest = [gather(embedder, "query", "x" * length) for length in (4, 6, 20, 5)]
     embedder.released.set()
@@ -106,14 +106,50 @@ def test_an_error_reaches_its_own_text_only_and_a_cancelled_text_is_not_embedded
     assert all("gone" not in texts for _, texts, _ in embedder.calls)
 
 
-def test_an_embedder_that_is_not_used_is_freed() -> None:
-    embedder, first = paused_embedder("a")
-    embedder.released.set()
-    first.result(timeout=60)
+class TimedEmbedder(PausedEmbedder):
+    """An embedder whose calls take `seconds` for each character, by the gatherer's clock."""
+
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.seconds, self.now = seconds, 0.0
+        self.released.set()
+        monkeypatch.setattr(gatherer.time, "perf_counter", lambda: self.now)
+
+    def _encode(self, kind: str, texts: Iterable[str], options: dict[str, Any]) -> np.ndarray:
+        rows = super()._encode(kind, texts, options)
+        self.now += self.seconds * sum(len(text) for text in self.calls[-1][1])
+        return rows
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1e-4, 10_000), (1e-6, 1_000_000), (1.0, 2_048), (1e-9, 4_000_000)])
+def test_the_size_of_a_batch_follows_from_the_time_that_batches_took(
+    seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = TimedEmbedder(seconds, monkeypatch)
+    texts = ["x" * 1000] * 5000
+    first = next(gatherer.batches_of(embedder, texts))
+    assert len(first) == 33, "before any time is known"
+    for _ in range(2):
+        gather(embedder, "query", texts[0]).result(timeout=60)
+        end_gatherer_threads()
+    assert gatherer._queues[embedder].max_characters == pytest.approx(expected)
+    parts = list(gatherer.batches_of(embedder, texts))
+    assert sum(map(len, parts)) == 5000
+    assert len(parts[0]) == min(-(-expected // 1000), gatherer.MAX_BATCH_TEXTS)
+
+
+def end_gatherer_threads() -> None:
     for thread in threading.enumerate():
         if thread.name == "c2v-gatherer":  # it ends after its last request
             thread.join(60)
             assert not thread.is_alive()
+
+
+def test_an_embedder_that_is_not_used_is_freed() -> None:
+    embedder, first = paused_embedder("a")
+    embedder.released.set()
+    first.result(timeout=60)
+    end_gatherer_threads()
     reference = weakref.ref(embedder)
     del embedder
     gc.collect()

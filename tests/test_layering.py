@@ -34,13 +34,18 @@ CORE = {
     "bases": {"hashes"},
     "checkpoint": {"bases", "config"},
     "tokenization": {"config"},
-    "inference": {"tokenization"},
+    "allocator": set(),
+    "running": {"tokenization"},
+    "replicas": {"identity"},
+    "inference": {"allocator", "running", "tokenization"},
     "parts": {"bases", "checkpoint", "config", "identity", "tokenization"},
-    "pooling": {"config"},
-    "prefix": {"identity", "parts"},
+    "pooling": {"attention", "config", "tokenization"},
+    "attention": set(),
+    "prefix": {"attention", "identity", "parts", "tokenization"},
     "projector": {"parts"},
     "weights": {"bases", "checkpoint", "config", "hashes", "identity", "inference", "parts", "tokenization"},
     "model": {
+        "attention",
         "bases",
         "checkpoint",
         "config",
@@ -50,6 +55,7 @@ CORE = {
         "pooling",
         "prefix",
         "projector",
+        "replicas",
         "tokenization",
         "weights",
     },
@@ -198,8 +204,8 @@ ABOVE = {
 CORE_PACKAGES = {"index", "sources"}
 HEAVY = {"torch", "transformers", "peft", "chromadb"}
 HEAVY_AT_TOP = {
-    "bases", "checkpoint", "encoder", "generation", "identity", "inference", "model", "parts", "pooling", "prefix",
-    "projector", "tokenization", "weights",
+    "attention", "bases", "checkpoint", "encoder", "generation", "identity", "inference", "model", "parts", "pooling",
+    "prefix", "projector", "replicas", "running", "tokenization", "weights",
 }  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_prefix_is_computed_once_and_again_when_weights_or_instruction_change() 
     calls: list[int] = []
 
     def count_prefixes(llm: Any, arguments: Any, options: dict[str, Any]) -> None:
-        if options.get("attention_mask") is None:
+        if options.get("use_cache") and options.get("past_key_values") is None:
             calls.append(options["inputs_embeds"].shape[1])
 
     model.llm.register_forward_pre_hook(count_prefixes, with_kwargs=True)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -51,6 +52,20 @@ def test_lexical_search_ranks_by_bm25_and_finds_only_what_shares_a_word(index: V
         assert hit.text
         assert hit.metadata["source"]
     assert index.search("zebra", mode="lexical") == index.search("", mode="lexical") == []
+
+
+def test_a_hybrid_search_tokenises_its_query_once(index: VectorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.search("bread", mode="hybrid")
+    tokenised: list[list[str]] = []
+    tokenize = LexicalIndex._tokenize
+
+    def counted(lexical: LexicalIndex, texts: list[str], *, return_ids: bool) -> Any:
+        tokenised.append(texts)
+        return tokenize(lexical, texts, return_ids=return_ids)
+
+    monkeypatch.setattr(LexicalIndex, "_tokenize", counted)
+    assert index.search("bread in the zeppelin", mode="hybrid")
+    assert tokenised == [["bread in the zeppelin"]]
 
 
 def test_hybrid_search_adds_the_standardised_cosine_and_the_squared_share_of_bm25(index: VectorIndex) -> None:

@@ -79,7 +79,8 @@ class Ranker:
     def hybrid(self, question: str, vector: np.ndarray) -> np.ndarray:
         """(N,) the scores of a hybrid search (`index.searching.hybrid_scores`), for all passages."""
         cosines = self.dense(vector)
-        return hybrid_scores(cosines, self._lexical.scores(question), cosines, self._lexical.max_score(question))
+        bm25, max_score = self._lexical.scores_and_max(question)
+        return hybrid_scores(cosines, bm25, cosines, max_score)
 
 
 def rank_of(scores: np.ndarray, position: int) -> int:

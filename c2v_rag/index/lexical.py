@@ -54,27 +54,37 @@ class LexicalIndex:
 
     def scores(self, query: str) -> np.ndarray:
         """(N,) float32; 0 for a text that shares no word with the query."""
-        empty = np.zeros(len(self.ids), dtype=np.float32)
-        if self._model is None:
-            return empty
-        (words,) = self._tokenize([query], return_ids=False)
-        known = [word for word in words if word in self._model.vocab_dict]
-        if not known:
-            return empty
-        return np.asarray(self._model.get_scores(known), dtype=np.float32)
+        return self._scores(self._words(query))
 
     def max_score(self, query: str) -> float:
         """The limit of a text's score when it contains every word of the query arbitrarily often: the sum of their idf.
 
         A word that no text contains counts too, so that a query with unknown words has low scores for all texts.
         """
+        return self._max_score(self._words(query))
+
+    def scores_and_max(self, query: str) -> tuple[np.ndarray, float]:
+        """`scores` and `max_score` of a query, which is tokenised once."""
+        words = self._words(query)
+        return self._scores(words), self._max_score(words)
+
+    def _words(self, query: str) -> list[str]:
         if self._model is None:
-            return 0.0
+            return []
         (words,) = self._tokenize([query], return_ids=False)
-        starts, vocabulary = self._model.scores["indptr"], self._model.vocab_dict
+        return list(words)
+
+    def _scores(self, words: list[str]) -> np.ndarray:
+        known = [word for word in words if word in self._model.vocab_dict] if words else []
+        if not known:
+            return np.zeros(len(self.ids), dtype=np.float32)
+        return np.asarray(self._model.get_scores(known), dtype=np.float32)
+
+    def _max_score(self, words: list[str]) -> float:
         total = 0.0
         for word in words:
-            row = vocabulary.get(word)
+            row = self._model.vocab_dict.get(word)
+            starts = self._model.scores["indptr"]
             texts = 0 if row is None else int(starts[row + 1] - starts[row])
             total += math.log(1 + (len(self.ids) - texts + 0.5) / (texts + 0.5))  # bm25s' idf for the method "lucene"
         return total

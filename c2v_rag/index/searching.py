@@ -139,7 +139,7 @@ def hybrid_hits(
     assert vector is not None
     depth = max(CANDIDATES, number)
     dense = {hit.id: hit for hit in dense_hits(collection, vector, depth, where)}
-    words = lexical.scores(query)
+    words, max_score = lexical.scores_and_max(query)
     allowed = _allowed_scores(collection, lexical, words, where)
     best = [lexical.ids[row] for row in np.argsort(-allowed, kind="stable")[:depth] if allowed[row] > 0]
     by_id = _get(collection, [id for id in best if id not in dense])
@@ -153,7 +153,7 @@ def hybrid_hits(
         bm25 = float(words[lexical.rows[id]]) if id in lexical.rows else 0.0
         found.append((id, text, metadata, cosine, bm25))
     cosines, bm25_scores = (np.array([row[column] for row in found]) for column in (3, 4))
-    scores = hybrid_scores(cosines, bm25_scores, sample @ vector, lexical.max_score(query))
+    scores = hybrid_scores(cosines, bm25_scores, sample @ vector, max_score)
     hits = [
         Hit(id, float(score), text, metadata, {"cosine": cosine, "bm25": bm25})
         for (id, text, metadata, cosine, bm25), score in zip(found, scores, strict=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from fastapi import HTTPException
 
-from c2v_rag.gatherer import MAX_BATCH_TEXTS, gather
+from c2v_rag.gatherer import batches_of, gather
 from c2v_rag.model import Causal2Vec
 from c2v_rag.server import schema
 from c2v_rag.server.metrics import Metered, Metrics
@@ -137,8 +137,7 @@ class EmbeddingService:
     async def _embed_texts(self, kind: Kind, texts: list[str], options: dict[str, Any]) -> list[np.ndarray]:
         """Embeddings of one request, queued one batch at a time: short requests need not wait for all of a long one."""
         rows: list[np.ndarray] = []
-        for start in range(0, len(texts), MAX_BATCH_TEXTS):
-            batch = texts[start : start + MAX_BATCH_TEXTS]
+        for batch in batches_of(self.embedder, texts):
             rows += await _results([gather(self.embedder, kind, text, **options) for text in batch])
         return rows
 

@@ -49,6 +49,23 @@ def embed(client: httpx.Client, texts: str | list[str], **fields: Any) -> np.nda
     return np.array([one["embedding"] for one in found["data"]], dtype=np.float32)
 
 
+def test_a_request_is_tokenised_once(client: httpx.Client, model: Causal2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenised: dict[str, list[str]] = {"llm": [], "encoder": []}
+    for part, texts_of_part in tokenised.items():
+        tokenize = getattr(model.tokenizer, f"_tokenize_for_{part}")
+
+        def counted(texts: list[str], *, found: list[str] = texts_of_part, tokenize: Any = tokenize) -> Any:
+            found += texts
+            return tokenize(texts)
+
+        monkeypatch.setattr(model.tokenizer, f"_tokenize_for_{part}", counted)
+    texts = ["one text", "another", "a third"]
+    embed(client, texts)
+    assert tokenised == {"llm": texts, "encoder": texts}
+    embed(client, texts)
+    assert tokenised == {"llm": texts * 2, "encoder": texts * 2}, "the ids of the first request were used once"
+
+
 def test_vectors_equal_those_of_the_model(client: httpx.Client, model: Causal2Vec) -> None:
     documents, queries = model.encode_document(TEXTS), model.encode_query(TEXTS)
     np.testing.assert_allclose(embed(client, TEXTS), documents, atol=1e-5)
