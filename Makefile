@@ -9,13 +9,17 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app test test-slow check lint docs wheel lowest release audit bench quality clean
+.PHONY: demo demo-app first-steps test test-slow check lint docs screenshots wheel lowest release audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
 
 demo-app: .venv/demo-app
 	$(BIN)/python demos/search_app.py --store $(STORE)
+
+# Follow the README in an empty copy of the repository, with an empty HOME; prints times and sizes.
+first-steps:
+	$(PYTHON) .ci/first_steps.py
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
@@ -31,12 +35,18 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Write the tables from the results, and build the site in build/site.
+# Write the tables from the results, build the site in build/site, and check its links.
 docs: .venv/docs
 	$(BIN)/python benchmarks/tables.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	$(BIN)/python .ci/site_links.py
 
-# Build sdist and wheel of the five packages, and test each wheel without the source tree.
+# Take the screenshots of the documentation again. Needs Chromium.
+screenshots: .venv/test
+	$(BIN)/python -m pytest tests/app/test_browser.py
+	cp $(addprefix build/screenshots/,search.png map.png) docs/images/
+
+# Build sdist and wheel of the five packages, and follow the README with them, without the source tree.
 wheel: .venv/test
 	$(BIN)/python .ci/wheels.py
 
