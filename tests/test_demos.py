@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,22 +12,32 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from c2v_rag import shared_model
 from c2v_rag.finetune import run
 from c2v_rag.finetune.recipe import Recipe
 from c2v_rag.model import Causal2Vec
+from c2v_rag.server.api import create_app
 from tests.plain import QuietHandler, serving
+from tests.server.serving import serving as serving_app
 
 DEMOS = Path(__file__).parent.parent / "demos"
 GALLERY = (DEMOS.parent / "docs" / "gallery.md").read_text(encoding="utf-8")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an index that the RAG demos share: the second one finds its documents unchanged."""
+    return tmp_path_factory.mktemp("rag") / "store"
+
+
+@pytest.mark.xdist_group("rag")
 @pytest.mark.parametrize("name", ["langchain_rag", "llamaindex_rag"])
 def test_the_rag_demos_answer_and_name_their_sources(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["How do I copy a whole folder tree?", "--one-model", "--modules", "shutil"]
-    run_demo(name, [*arguments, "--store", str(tmp_path / "store")], monkeypatch)
+    run_demo(name, [*arguments, "--store", str(store)], monkeypatch)
     done = capsys.readouterr()
     *answer, sources = done.out.strip().splitlines()
     assert " ".join(answer).strip(), "the model must answer; the quality of the answer is not tested"
@@ -131,17 +140,9 @@ def test_the_ray_demo_embeds_a_table_and_finds_rows(
     assert list(output.glob("part-*.parquet"))
 
 
-def test_the_openai_demo_asks_a_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "c2v_rag.cli", "serve", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stderr
-            found = next(filter(None, (re.search(r"running on (http://\S+)", line) for line in server.stderr)))
-            run_demo("openai_client", ["--url", found[1]], monkeypatch)
-        finally:
-            server.kill()
+def test_the_openai_demo_asks_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving_app(create_app(shared_model(), name="default")) as url:
+        run_demo("openai_client", ["--url", url], monkeypatch)
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 6
     assert "Returns are free" in shown[1]
