@@ -1,7 +1,7 @@
 # Each target installs what it needs into .venv; .ci/run calls the same targets. PYTHON is the interpreter of .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q -c constraints.txt
+PIP := $(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
 STORE ?= demo-store
 INTEGRATIONS := $(wildcard integrations/*)
 # Tests that need no server, no Ray, no training and no package besides the dependencies of the integrations.
@@ -9,7 +9,7 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app first-steps test test-slow check lint docs screenshots wheel lowest release audit bench quality clean
+.PHONY: demo demo-app first-steps test test-slow test-all check lint docs screenshots wheel lowest release audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -28,7 +28,11 @@ test: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"
 
-check: test test-slow lint wheel lowest audit
+# Both in one run, which shares the start of the processes.
+test-all: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
+
+check: test-all lint docs wheel lowest audit
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -53,9 +57,8 @@ wheel: .venv/test
 # Run the fast tests with the lowest versions that the five pyproject.toml files allow.
 lowest: .venv/test
 	rm -rf build/lowest
-	$(PYTHON) -m venv build/lowest
+	$(BIN)/python .ci/environments.py build/lowest
 	$(BIN)/python .ci/lowest.py > build/lowest/constraints.txt
-	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt torch
 	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt \
 	    -e ".[gguf,files,office,langchain,llama-index,chroma,sentence-transformers]" $(addprefix -e ,$(INTEGRATIONS)) \
 	    llama-index-vector-stores-chroma pytest pytest-asyncio pytest-timeout pytest-xdist
