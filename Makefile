@@ -68,6 +68,7 @@ lowest: .venv/test
 
 # Build the files of a release from the last commit: make release REPOSITORY=https://HOST/OWNER/NAME
 release: .venv/test
+	$(PIP) --group release
 	$(BIN)/python .ci/release.py "$(REPOSITORY)" $(RELEASE_FLAGS)
 
 # List known vulnerabilities of the installed packages. If their database cannot be reached, print that and succeed.
