@@ -54,7 +54,10 @@ def recipe_for(base: dict[str, Any], **stage: Any) -> Recipe:
 def write_pairs(folder: Path, name: str = "docs", *, negatives: bool = False) -> None:
     rows: list[dict[str, Any]] = [{"query": query, "positive": positive} for query, positive in pairs()[:60]]
     if negatives:
-        rows = [row | {"negatives": [f"Not {row['positive']}"]} for row in rows]
+        rows = [
+            row | {"negatives": [f"Not {row['positive']}"], "positive_score": i / 60, "negative_scores": [0.1]}
+            for i, row in enumerate(rows)
+        ]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{name}.json").write_text(json.dumps({"instruction": "find the guide"}))
 
@@ -356,16 +359,27 @@ for name, values in json.loads(Path(recipes).read_text()).items():
 def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With and without GradCache, with a frozen and with a trained encoder; each for two steps, with hard negatives."""
+    """With and without GradCache, each for two steps, with hard negatives, BM25 and a teacher.
+
+    With a trained encoder in neighbour batches that workers tokenise; with a frozen one with masks, scores in the data
+    and the start teacher.
+    """
     write_pairs(tmp_path, negatives=True)
     write_pairs(tmp_path, "plain")
     recipes = {}
     for rates in ({"encoder": 1e-3, "projector": 1e-3}, TRAINED):
         for mini_batch_size in (None, 3):
-            loss = {"distill": 0.5, "info_nce": 1.0, "halves": 0.5}
+            loss = {"distill": 0.5, "info_nce": 1.0, "halves": 0.5, "residual": 0.5, "fused_distill": 0.5}
+            if rates is TRAINED:
+                loss |= {"mask_margin": 0.02, "list_distill": 0.5}
             options = {"mini_batch_size": mini_batch_size, "learning_rate": rates, "steps": 2, "loss": loss}
             values = recipe_for(base, **options).model_dump(mode="json")
             values["data"]["sets"] = {"docs": 1.0, "plain": 1.0}
+            if rates is TRAINED:
+                values["teachers"] = ["encoder", "start"]
+            else:
+                values["data"]["batches"] = "neighbours"
+                values["workers"] = 1
             recipes[f"{next(iter(rates))}-{mini_batch_size}"] = values
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -479,6 +493,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "encoder_adapter": {"learning_rate": {"encoder_adapter": 1e-3}},
     "words": {"learning_rate": {"llm_adapter": 1e-3}, "loss": {"distill": 0.0, "info_nce": 0.0, "words": 1.0}},
     "distilled": {"loss": {"distill": 1.0, "info_nce": 0.0}},
+    "bm25": {"loss": {"distill": 0.0, "info_nce": 0.1, "residual": 1.0, "fused_distill": 1.0}, "mini_batch_size": 4},
+    "neighbours": {"learning_rate": {"encoder": 1e-3}, "keep": 0.5},
     "four_bits": {"gradient_checkpointing": True},
     "adamw_8bit": {},
 }
@@ -495,6 +511,9 @@ def test_two_steps_of_every_kind_of_stage_run_on_a_gpu(
     if kind == "four_bits":
         kwargs = {"llm_kwargs": {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}}}
     recipe = recipe_for(base | {"dtype": "bfloat16"} | kwargs, **{"steps": 2} | STAGES[kind])
+    if kind == "neighbours":
+        changed = {"data": recipe.data.model_copy(update={"batches": "neighbours"}), "workers": 2}
+        recipe = recipe.model_copy(update=changed)
     if kind == "adamw_8bit":
         recipe = recipe.model_copy(update={"optimizer": "adamw_8bit"})
     model = train(recipe, data, tmp_path / "out", device="cuda")
