@@ -34,9 +34,8 @@ class Walk:
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
-        self._environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("C2V_RAG_", "PYTHON", "XDG_"))
-        }
+        ours = ("C2V_RAG_", "PYTHONPATH", "PYTHONHOME", "XDG_")
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self._environment |= {"HOME": str(home), "COLUMNS": "160"}  # tables without cut names
         settings = Path.home() / ".config" / "pip" / "pip.conf"
         if settings.is_file():
