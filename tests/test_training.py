@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from transformers import BertConfig, MistralConfig
 
 from c2v_rag import Causal2Vec, Causal2VecConfig
 from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.finetune import run
 from c2v_rag.finetune.data import Pair, PairSet, draw_stage
 from c2v_rag.finetune.memory import activation_bytes, step_memory
 from c2v_rag.finetune.opening import new_model
@@ -357,7 +359,7 @@ for name, values in json.loads(Path(recipes).read_text()).items():
 
 @pytest.mark.slow
 def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
-    base: dict[str, Any], tmp_path: Path
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With and without GradCache, each for two steps, with hard negatives, BM25 and a teacher.
 
@@ -382,14 +384,21 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
                 values["workers"] = 1
             recipes[f"{next(iter(rates))}-{mini_batch_size}"] = values
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    (tmp_path / "one_step.py").write_text(ONE_STEP)
+    script = tmp_path / "one_step.py"
+    script.write_text(ONE_STEP)
     gradients = {}
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()
-        arguments = [tmp_path / "one_step.py", tmp_path / "recipes.json", tmp_path, tmp_path / str(count)]
-        done = subprocess.run([*launch, str(count), *arguments], capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [str(script), str(tmp_path / "recipes.json"), str(tmp_path), str(tmp_path / str(count))]
+        if count == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", arguments)
+                patch.setattr(run, "StageTrainer", run.StageTrainer)  # the script replaces it
+                runpy.run_path(str(script))
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=280)
+            assert done.returncode == 0, done.stderr[-3000:]
         for name in recipes:
             for step in (0, 1):
                 gradients[count, name, step] = torch.load(tmp_path / str(count) / f"{name}.training-{step}.pt")
@@ -406,8 +415,6 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
 def test_a_batch_that_processes_cannot_share_is_an_error(
     base: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from c2v_rag.finetune import run
-
     monkeypatch.setattr(run, "PartialState", lambda **_: SimpleNamespace(num_processes=3))
     recipe = recipe_for(base)
     with pytest.raises(ValueError, match="batch_size is 8 in stage 'full', which 3 processes cannot share"):
