@@ -1,7 +1,7 @@
 # Each target installs what it needs into .venv; .ci/run calls the same targets. PYTHON is the interpreter of .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q -c constraints.txt
+PIP := $(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
 STORE ?= demo-store
 INTEGRATIONS := $(wildcard integrations/*)
 # Tests that need no server, no Ray, no training and no package besides the dependencies of the integrations.
@@ -9,13 +9,17 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app test test-slow check lint docs wheel lowest release audit bench quality clean
+.PHONY: demo demo-app first-steps test test-slow test-all four-bits check lint docs screenshots wheel lowest release audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
 
 demo-app: .venv/demo-app
 	$(BIN)/python demos/search_app.py --store $(STORE)
+
+# Follow the README in an empty copy of the repository, with an empty HOME; prints times and sizes.
+first-steps:
+	$(PYTHON) .ci/first_steps.py
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
@@ -24,28 +28,43 @@ test: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"
 
-check: test test-slow lint wheel lowest audit
+# Both in one run, which shares the start of the processes.
+test-all: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
+
+# Training in 4 bits. bitsandbytes is not in .venv: peft imports it, and every process would start three seconds later.
+four-bits: .venv/test
+	$(PIP) --no-deps --upgrade --target build/bitsandbytes bitsandbytes
+	PYTHONPATH=build/bitsandbytes $(BIN)/python -c "import bitsandbytes"
+	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest tests/test_training.py -k four_bits
+
+check: test-all four-bits lint docs wheel lowest audit
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Write the tables from the results, and build the site in build/site.
+# Write the tables from the results, build the site in build/site, and check its links.
 docs: .venv/docs
 	$(BIN)/python benchmarks/tables.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	$(BIN)/python .ci/site_links.py
 
-# Build sdist and wheel of the five packages, and test each wheel without the source tree.
+# Take the screenshots of the documentation again. Needs Chromium.
+screenshots: .venv/test
+	$(BIN)/python -m pytest tests/app/test_browser.py
+	cp $(addprefix build/screenshots/,search.png map.png) docs/images/
+
+# Build sdist and wheel of the five packages, and follow the README with them, without the source tree.
 wheel: .venv/test
 	$(BIN)/python .ci/wheels.py
 
 # Run the fast tests with the lowest versions that the five pyproject.toml files allow.
 lowest: .venv/test
 	rm -rf build/lowest
-	$(PYTHON) -m venv build/lowest
+	$(BIN)/python .ci/environments.py build/lowest
 	$(BIN)/python .ci/lowest.py > build/lowest/constraints.txt
-	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt torch
 	build/lowest/bin/python -m pip install -q --no-compile -c build/lowest/constraints.txt \
 	    -e ".[gguf,files,office,langchain,llama-index,chroma,sentence-transformers]" $(addprefix -e ,$(INTEGRATIONS)) \
 	    llama-index-vector-stores-chroma pytest pytest-asyncio pytest-timeout pytest-xdist
@@ -55,6 +74,7 @@ lowest: .venv/test
 
 # Build the files of a release from the last commit: make release REPOSITORY=https://HOST/OWNER/NAME
 release: .venv/test
+	$(PIP) --group release
 	$(BIN)/python .ci/release.py "$(REPOSITORY)" $(RELEASE_FLAGS)
 
 # List known vulnerabilities of the installed packages. If their database cannot be reached, print that and succeed.

@@ -1,13 +1,15 @@
 """Build sdist and wheel of the five packages, and test each wheel without the source tree.
 
-`make wheel` runs this. One environment gets torch and the core's wheel. Each integration gets a copy of that
-environment (hard links: torch is on the disk once) with its own wheel and the dependencies that this wheel declares. In
-each environment a text must be embedded. The script stops at the first command that fails.
+`make wheel` runs this. A new environment, to which only torch is linked from .venv, gets the core's wheel. Each
+integration gets a copy of that environment (hard links) with its own wheel and the dependencies that this wheel
+declares. In each environment a text must be embedded. In the core's, the README's commands and its example run, with an
+empty HOME; times and sizes are printed. The script stops at the first command that fails.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from environments import new_environment
+from first_steps import README, ROOT, Walk
+
 DIST = ROOT / "dist"
 ENVIRONMENTS = ROOT / "build" / "wheels"
 PIP = ["-m", "pip", "install", "-q", "--no-compile", "-c", str(ROOT / "constraints.txt"), "--find-links", str(DIST)]
@@ -50,11 +54,6 @@ vector = Causal2Vec.from_pretrained("default").encode_query(["a heap"])[0]
 """
 
 
-def run(*command: str | Path) -> None:
-    """Run a command outside the source tree, so that only installed packages can be imported."""
-    subprocess.run([str(part) for part in command], cwd=ENVIRONMENTS, check=True)
-
-
 def build_packages(root: Path, folder: Path) -> None:
     """Build sdist and wheel of the five packages of a source tree into `folder`, and check their descriptions."""
     for source in (root, *sorted((root / "integrations").iterdir())):
@@ -63,8 +62,27 @@ def build_packages(root: Path, folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *sorted(folder.iterdir())], check=True)
 
 
-def embed(python: Path, program: str) -> None:
-    run(python, "-I", "-c", program + "\nassert len(vector) == 1152, len(vector)")
+def embed(walk: Walk, name: str, python: Path, program: str) -> None:
+    """Run a program outside the source tree, so that only installed packages can be imported."""
+    walk.step(
+        f"{name} embeds a text",
+        *(python, "-I", "-c", program + "\nassert len(vector) == 1152, len(vector)"),
+        cwd=ENVIRONMENTS,
+    )
+
+
+def follow_the_readme(walk: Walk, programs: Path) -> None:
+    """Run the README's commands and its first example in an empty folder, with the programs of an environment."""
+    folder = ENVIRONMENTS / "empty"
+    folder.mkdir()
+    command, question = programs / "c2v-rag", "How do I descale the machine?"
+    walk.step("c2v-rag info", command, "info", cwd=folder)
+    walk.step("c2v-rag index, two PDFs", command, "index", ROOT / "demos/data/pdfs", "--store", "notes", cwd=folder)
+    found = walk.step("c2v-rag search", command, "search", question, "--store", "notes", "--json", cwd=folder)
+    assert "coffee-machine.pdf" in found, found
+    code = re.findall(r"```python\n(.*?)# (.*?)\n```", README, re.DOTALL)[0]
+    printed = walk.step("the example in Python", programs / "python", "-I", "-c", code[0], cwd=folder)
+    assert printed.strip() == code[1], printed
 
 
 def built_file(pattern: str) -> Path:
@@ -97,21 +115,24 @@ def main() -> None:
         check_contents(name, folder)
     assert len(list(DIST.iterdir())) == 2 * (1 + len(INTEGRATIONS)), "a package of integrations/ is not tested"
 
+    walk = Walk(ENVIRONMENTS / "home")
     core = ENVIRONMENTS / "core"
-    python = core / "bin" / "python"
-    run(sys.executable, "-m", "venv", core)
-    run(python, *PIP, "torch")  # first, from the constraints: a later step would install another build of it
-    run(python, *PIP, f"{built_file(f'{CORE}-*.whl')}[gguf]")
-    run(core / "bin" / "c2v-rag", "download", "default")
-    embed(python, CORE_PROGRAM)
-    run(core / "bin" / "c2v-rag", "info")
+    programs = core / "bin"
+    python = programs / "python"
+    new_environment(core)
+    wheel = f"{built_file(f'{CORE}-*.whl')}[gguf,files]"
+    walk.step("pip install c2v-rag[gguf,files]", python, *PIP, wheel, cwd=ENVIRONMENTS)
+    walk.step("c2v-rag download default", programs / "c2v-rag", "download", "default", cwd=ENVIRONMENTS)
+    embed(walk, CORE, python, CORE_PROGRAM)
+    follow_the_readme(walk, programs)
+    print(walk.report(environment=core, **{"HOME (caches)": walk.home}), flush=True)
 
     for name, (_, program) in INTEGRATIONS.items():
         copy = ENVIRONMENTS / name
         shutil.copytree(core, copy, symlinks=True, copy_function=os.link)
         python = copy / "bin" / "python"
-        run(python, *PIP, built_file(f"{name}-*.whl"))
-        embed(python, program)
+        walk.step(f"pip install {name}", python, *PIP, built_file(f"{name}-*.whl"), cwd=ENVIRONMENTS)
+        embed(walk, name, python, program)
         print(f"{name}: installed from its wheel, embeds a text", flush=True)
     shutil.rmtree(ENVIRONMENTS)
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_name("results")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Sets whose scores were looked at while choices were made: for the default model, and for the formula of hybrid search.
+DEVELOPMENT = {"STSBenchmark_dev", "XQuAD-en", "Cranfield"}
+DEVELOPMENT_OF_HYBRID = DEVELOPMENT | {"python-docs"}
+LEGEND = "\n† Development set: choices were made by looking at its scores.\n"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,6 +49,11 @@ def made_by(result: dict[str, Any]) -> str:
     return "\nMade with " + " and ".join(f"`{command}`" for command in commands) + f"; {machine}; {days}.\n"
 
 
+def marked(name: str, development: Collection[str] = DEVELOPMENT) -> str:
+    """A set's name with a mark if it is one of the development sets; `LEGEND` explains the mark."""
+    return f"{name} †" if name in development else name
+
+
 def evaluation() -> str:
     result = read("evaluation")
     rows = []
@@ -54,11 +63,11 @@ def evaluation() -> str:
         lead = task["lead"]["encoder"]
         measure = "nDCG@10" if metric == "ndcg_at_10" else "Spearman"
         rows.append(
-            [f"{name}, {measure}", scores["model"], scores["encoder"], interval(lead["low"], lead["high"])]
+            [f"{marked(name)}, {measure}", scores["model"], scores["encoder"], interval(lead["low"], lead["high"])]
             + [scores.get(system, "-") for system in ("contextual", "eos", "bm25")]
         )
     header = ["x 100", "default", "its encoder alone", "difference, 95 %", "columns of C", "columns of EOS", "BM25"]
-    return markdown(header, rows) + made_by(result)
+    return markdown(header, rows) + LEGEND + made_by(result)
 
 
 def python_docs() -> str:
@@ -190,7 +199,9 @@ _MODES = {"dense": "", "lexical": "BM25", "hybrid": " + BM25"}
 def retrieval() -> str:
     result = read("retrieval")
     sets = result["sets"]
-    header = ["nDCG@10, x 100", *(f"{name} ({found['queries']} queries)" for name, found in sets.items()), "mean"]
+    names = [marked(name, DEVELOPMENT_OF_HYBRID) for name in sets]
+    counts = [found["queries"] for found in sets.values()]
+    header = ["nDCG@10, x 100", *(f"{name} ({n} queries)" for name, n in zip(names, counts, strict=True)), "mean"]
     lines = []
     for label, mode, headed in retrieval_rows():
         rows = [found["rows"][f"{label}, {mode}{headed}"] for found in sets.values()]
@@ -202,7 +213,7 @@ def retrieval() -> str:
         ]
         name = "BM25" if mode == "lexical" else _SYSTEMS[label] + _MODES.get(mode, f", {mode}")
         lines.append([name + (", chunk headers" if headed else ""), *cells, f"{sum(scores) / len(scores):.1f}"])
-    return markdown(header, lines) + made_by(result)
+    return markdown(header, lines) + LEGEND + made_by(result)
 
 
 def retrieval_rows() -> list[tuple[str, str, str]]:
@@ -245,8 +256,9 @@ def choose() -> str:
                 *(f"{100 * row['ndcg_at_10']:.1f}" for row in rows),
             ]
         )
-    header = ["nDCG@10, x 100", "columns", "MB of the index of python-docs", *sets]
-    return markdown(header, lines) + made_by(result)
+    names = [marked(name, DEVELOPMENT_OF_HYBRID) for name in sets]
+    header = ["nDCG@10, x 100", "columns", "MB of the index of python-docs", *names]
+    return markdown(header, lines) + LEGEND + made_by(result)
 
 
 def adding() -> str:

@@ -1,4 +1,4 @@
-"""RAG with LangChain on Python's own docstrings: index, hybrid retrieval, an answer with its sources. Offline.
+"""RAG with LangChain on Python's own docstrings: hybrid retrieval, and an answer with numbered sources. Offline.
 
 Needs c2v-rag[langchain,gguf] and: pip install langchain-classic langchain-huggingface.
 --chat-model "openai:gpt-4.1-mini" uses another chat model; it needs that model's package and API key.
@@ -41,10 +41,13 @@ def main() -> None:
     hits = C2VRetriever(index=index, k=3, group_by="source").invoke(arguments.question)
 
     chat = init_chat_model(arguments.chat_model) if arguments.chat_model else local_chat(model, arguments.one_model)
-    prompt = ChatPromptTemplate.from_template("{passages}\n\nAnswer in one sentence, from the text above: {question}")
-    context = "\n\n".join(hit.page_content for hit in hits)
-    print((prompt | chat).invoke({"passages": context, "question": arguments.question}).text.strip())
-    print("Sources:", *dict.fromkeys(hit.metadata["source"] for hit in hits))
+    prompt = ChatPromptTemplate.from_template(
+        "Answer the question in one sentence, and end it with the number of the passage that says so, in brackets."
+        "\n\n{passages}\n\n{question}"
+    )
+    passages = "\n\n".join(f"[{number}] {hit.page_content}" for number, hit in enumerate(hits, start=1))
+    print((prompt | chat).invoke({"passages": passages, "question": arguments.question}).text.strip())
+    print("Sources:", *(f"[{number}] {hit.metadata['source']}" for number, hit in enumerate(hits, start=1)))
 
 
 if __name__ == "__main__":

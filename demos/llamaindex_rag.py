@@ -1,4 +1,4 @@
-"""RAG with LlamaIndex on Python's own docstrings: index, hybrid retrieval, an answer with its sources. Offline.
+"""RAG with LlamaIndex on Python's own docstrings: hybrid retrieval, and an answer with numbered sources. Offline.
 
 Needs c2v-rag[llama-index,gguf] and: pip install llama-index-llms-huggingface.
 --llm "package.module:Class" uses another LLM, an object of this class made without arguments.
@@ -8,7 +8,7 @@ import argparse
 from importlib import import_module
 
 from llama_index.core.llms import LLM
-from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.embeddings.c2v import C2VRetriever
 from llama_index.llms.huggingface import HuggingFaceLLM
 from local_llm import load_local_llm
@@ -46,9 +46,9 @@ def main() -> None:
         module, _, name = arguments.llm.partition(":")
         llm = getattr(import_module(module), name)()
     retriever = C2VRetriever(index, similarity_top_k=3, group_by="source")
-    answer = RetrieverQueryEngine.from_args(retriever, llm=llm).query(arguments.question)
+    answer = CitationQueryEngine(retriever, llm=llm).query(arguments.question)  # it numbers the passages for the LLM
     print(str(answer).strip())
-    print("Sources:", *dict.fromkeys(hit.metadata["source"] for hit in answer.source_nodes))
+    print("Sources:", *(f"[{n}] {hit.metadata['source']}" for n, hit in enumerate(answer.source_nodes, start=1)))
 
 
 if __name__ == "__main__":

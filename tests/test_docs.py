@@ -129,6 +129,18 @@ def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
     assert sum("<!-- table: " in page.read_text(encoding="utf-8") for page in PAGES) >= 4
 
 
+def test_tables_mark_every_development_set() -> None:
+    marked = 0
+    for page in [ROOT / "README.md", *PAGES]:
+        rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        cells = [cell.strip() for row in rows for cell in row.split("|")]
+        for cell in cells:
+            if re.match(r"(STSBenchmark[_ ]dev|XQuAD-en|Cranfield)\b", cell):
+                assert " †" in cell, f"{page.name}: {cell}"
+                marked += 1
+    assert marked >= 6
+
+
 @pytest.mark.parametrize(
     "readme", sorted((ROOT / "integrations").glob("*/README.md")), ids=lambda path: path.parent.name
 )

@@ -26,6 +26,7 @@ from c2v_rag import Causal2Vec
 from c2v_rag.cli import app
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, ndcg_at_k, recall_at_k, top_k
+from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.data import Pair, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.loss import (
     Causal2VecLoss,
@@ -66,7 +67,7 @@ def test_distillation_is_the_kl_divergence_and_zero_for_the_teacher_itself() -> 
     for i in range(3):
         p, q = torch.softmax(teacher[i] / 0.1, 0), torch.softmax(student[i] / 0.1, 0)
         by_hand.append((p * (p / q).log()).sum())
-    found = score_distillation(student, teacher, 0.1, leave_out_diagonal=False)
+    found = score_distillation(student, teacher, 0.1)
     torch.testing.assert_close(found, torch.stack(by_hand).mean())
     q, d = unit_vectors(3), unit_vectors(4, 1)
     assert float(in_batch_distillation(q, d, q, d, 0.05)) == pytest.approx(0, abs=1e-6)
@@ -553,17 +554,22 @@ def _files(values: dict[str, Any], data: Path, folder: Path) -> list[str | Path]
     return [folder / "recipe.yaml", "--data", data, "--output", folder / "out", "--device", "cpu"]
 
 
+@pytest.mark.parametrize("more", [{}, {"residual": 0.5, "fused_distill": 0.5}])
 def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
-    checkpoint: Path, data: Path, tmp_path: Path
+    more: dict[str, float], checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe.model_validate(recipe_for(checkpoint))
+    values = recipe_for(checkpoint)
+    values["stages"][1]["loss"] |= more
+    recipe = Recipe.model_validate(values)
     model = new_model(recipe, device="cpu")
     stage = recipe.stages[1]
     texts = TextVectors(tmp_path / "v", EncoderEmbedder(model).encode_document)
     columns = [[pair.query for pair in read_pair_set(data, "docs").pairs[:7]]]
     columns += [[pair.positive for pair in read_pair_set(data, "docs").pairs[start : start + 7]] for start in (0, 7)]
     texts.prepare([text for column in columns for text in column])
-    module = TrainingModule(model, stage, StageVectors(texts, [texts], None))
+    documents = columns[1] + columns[2]
+    bm25 = BatchBM25(texts.texts, {"docs": documents}) if more else None
+    module = TrainingModule(model, stage, StageVectors(texts, [texts], None, bm25=bm25))
     loaded = SentenceTransformer(modules=[module], device="cpu")
     loaded.train()
     parameters = [p.requires_grad_() for name, p in model.named_parameters() if part_of(name) in stage.train]
@@ -572,7 +578,9 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
         for parameter in parameters:
             parameter.grad = None
         features = [module.preprocess(column, prompt="find: " if not i else None) for i, column in enumerate(columns)]
-        loss = Causal2VecLoss(loaded, stage.loss, mini_batch_size)(features)
+        computed = Causal2VecLoss(loaded, stage.loss, mini_batch_size, bm25)
+        computed.data_set = "docs"
+        loss = computed(features)
         torch.autograd.backward(loss)
         return loss.item(), torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
@@ -584,7 +592,8 @@ def test_the_trainers_loss_and_its_cached_gradient_equal_the_plain_ones(
             module(module.preprocess(c, prompt="find: " if not i else None)) for i, c in enumerate(columns)
         ]
     q, *d = (column["sentence_embedding"] for column in columns_embedded)
-    by_hand = combined_loss(q, torch.cat(d), teacher[0], torch.cat(teacher[1:]), stage.loss)
+    scores = bm25.scores(bm25.rows(columns[0]), bm25.rows(documents), "docs") if bm25 is not None else None
+    by_hand = combined_loss(q, torch.cat(d), teacher[0], torch.cat(teacher[1:]), stage.loss, bm25=scores)
     assert plain == pytest.approx(by_hand.item(), rel=1e-3)
     cached, cached_gradient = run(3)
     assert gradient.norm() > 1e-4

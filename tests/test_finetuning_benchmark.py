@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,9 @@ def test_the_halves_share_no_question_and_no_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_from_end_to_end_on_tiny_models(tmp_path: Path) -> None:
+def test_the_benchmark_runs_from_end_to_end_on_tiny_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "tiny")
     model.encoder.save_pretrained(tmp_path / "encoder")
@@ -71,8 +72,9 @@ def test_the_benchmark_runs_from_end_to_end_on_tiny_models(tmp_path: Path) -> No
     output = tmp_path / "result.json"
     arguments = ["--data", str(retrieval_folder(tmp_path / "set")), "--minutes", "0.01", "--output", str(output)]
     arguments += ["--model", str(tmp_path / "tiny"), "--sentence-transformer", str(tmp_path / "encoder")]
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True)
-    assert "nDCG@10 x 100 on unseen questions" in done.stdout
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    load_script().main()  # starts a process for each system
+    assert "nDCG@10 x 100 on unseen questions" in capsys.readouterr().out
     result = json.loads(output.read_text())
     for system in result["systems"].values():
         assert len(system["before"]) == len(system["after"]) == result["sizes"]["test questions"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from transformers import BertConfig, MistralConfig
 
 from c2v_rag import Causal2Vec, Causal2VecConfig
 from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.finetune import run
 from c2v_rag.finetune.data import Pair, PairSet, draw_stage
 from c2v_rag.finetune.memory import activation_bytes, step_memory
 from c2v_rag.finetune.opening import new_model
@@ -54,7 +56,10 @@ def recipe_for(base: dict[str, Any], **stage: Any) -> Recipe:
 def write_pairs(folder: Path, name: str = "docs", *, negatives: bool = False) -> None:
     rows: list[dict[str, Any]] = [{"query": query, "positive": positive} for query, positive in pairs()[:60]]
     if negatives:
-        rows = [row | {"negatives": [f"Not {row['positive']}"]} for row in rows]
+        rows = [
+            row | {"negatives": [f"Not {row['positive']}"], "positive_score": i / 60, "negative_scores": [0.1]}
+            for i, row in enumerate(rows)
+        ]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{name}.json").write_text(json.dumps({"instruction": "find the guide"}))
 
@@ -354,28 +359,46 @@ for name, values in json.loads(Path(recipes).read_text()).items():
 
 @pytest.mark.slow
 def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
-    base: dict[str, Any], tmp_path: Path
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With and without GradCache, with a frozen and with a trained encoder; each for two steps, with hard negatives."""
+    """With and without GradCache, each for two steps, with hard negatives, BM25 and a teacher.
+
+    With a trained encoder in neighbour batches that workers tokenise; with a frozen one with masks, scores in the data
+    and the start teacher.
+    """
     write_pairs(tmp_path, negatives=True)
     write_pairs(tmp_path, "plain")
     recipes = {}
     for rates in ({"encoder": 1e-3, "projector": 1e-3}, TRAINED):
         for mini_batch_size in (None, 3):
-            loss = {"distill": 0.5, "info_nce": 1.0, "halves": 0.5}
+            loss = {"distill": 0.5, "info_nce": 1.0, "halves": 0.5, "residual": 0.5, "fused_distill": 0.5}
+            if rates is TRAINED:
+                loss |= {"mask_margin": 0.02, "list_distill": 0.5}
             options = {"mini_batch_size": mini_batch_size, "learning_rate": rates, "steps": 2, "loss": loss}
             values = recipe_for(base, **options).model_dump(mode="json")
             values["data"]["sets"] = {"docs": 1.0, "plain": 1.0}
+            if rates is TRAINED:
+                values["teachers"] = ["encoder", "start"]
+            else:
+                values["data"]["batches"] = "neighbours"
+                values["workers"] = 1
             recipes[f"{next(iter(rates))}-{mini_batch_size}"] = values
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    (tmp_path / "one_step.py").write_text(ONE_STEP)
+    script = tmp_path / "one_step.py"
+    script.write_text(ONE_STEP)
     gradients = {}
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()
-        arguments = [tmp_path / "one_step.py", tmp_path / "recipes.json", tmp_path, tmp_path / str(count)]
-        done = subprocess.run([*launch, str(count), *arguments], capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [str(script), str(tmp_path / "recipes.json"), str(tmp_path), str(tmp_path / str(count))]
+        if count == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", arguments)
+                patch.setattr(run, "StageTrainer", run.StageTrainer)  # the script replaces it
+                runpy.run_path(str(script))
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=280)
+            assert done.returncode == 0, done.stderr[-3000:]
         for name in recipes:
             for step in (0, 1):
                 gradients[count, name, step] = torch.load(tmp_path / str(count) / f"{name}.training-{step}.pt")
@@ -392,8 +415,6 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
 def test_a_batch_that_processes_cannot_share_is_an_error(
     base: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from c2v_rag.finetune import run
-
     monkeypatch.setattr(run, "PartialState", lambda **_: SimpleNamespace(num_processes=3))
     recipe = recipe_for(base)
     with pytest.raises(ValueError, match="batch_size is 8 in stage 'full', which 3 processes cannot share"):
@@ -479,6 +500,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "encoder_adapter": {"learning_rate": {"encoder_adapter": 1e-3}},
     "words": {"learning_rate": {"llm_adapter": 1e-3}, "loss": {"distill": 0.0, "info_nce": 0.0, "words": 1.0}},
     "distilled": {"loss": {"distill": 1.0, "info_nce": 0.0}},
+    "bm25": {"loss": {"distill": 0.0, "info_nce": 0.1, "residual": 1.0, "fused_distill": 1.0}, "mini_batch_size": 4},
+    "neighbours": {"learning_rate": {"encoder": 1e-3}, "keep": 0.5},
     "four_bits": {"gradient_checkpointing": True},
     "adamw_8bit": {},
 }
@@ -495,6 +518,9 @@ def test_two_steps_of_every_kind_of_stage_run_on_a_gpu(
     if kind == "four_bits":
         kwargs = {"llm_kwargs": {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}}}
     recipe = recipe_for(base | {"dtype": "bfloat16"} | kwargs, **{"steps": 2} | STAGES[kind])
+    if kind == "neighbours":
+        changed = {"data": recipe.data.model_copy(update={"batches": "neighbours"}), "workers": 2}
+        recipe = recipe.model_copy(update=changed)
     if kind == "adamw_8bit":
         recipe = recipe.model_copy(update={"optimizer": "adamw_8bit"})
     model = train(recipe, data, tmp_path / "out", device="cuda")

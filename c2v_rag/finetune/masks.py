@@ -36,6 +36,20 @@ def false_negatives(
     return left_out.scatter(1, torch.arange(size, device=left_out.device).unsqueeze(1), False)
 
 
+def equal_answers(queries: Tensor, documents: Tensor) -> Tensor:
+    """(B, M) bool: the candidates whose text is a known answer, or the query itself. A query's own positive is not one.
+
+    `queries` (B,) and `documents` (M,) are numbers that are equal for equal texts. Known answers of a query are its
+    positive and the positives of the same query elsewhere in the batch.
+    """
+    positives = documents[: len(queries)]
+    same_query = (queries.unsqueeze(1) == queries).float()
+    left_out = same_query @ (positives.unsqueeze(1) == documents).float() > 0
+    left_out |= queries.unsqueeze(1) == documents
+    left_out.fill_diagonal_(False)
+    return left_out
+
+
 def batch_statistics(queries: Tensor, documents: Tensor, left_out: Tensor | None) -> dict[str, float]:
     """`margin`: mean difference between the positive's score and the best other candidate's that is not left out.
 

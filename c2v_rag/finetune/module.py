@@ -22,9 +22,10 @@ from torch.nn.functional import normalize
 
 from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.start import StartVectors
-from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast
+from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast, text_hashes
 from c2v_rag.identity import hash_tensors
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer
@@ -42,21 +43,23 @@ class StageVectors:
     `encoder`: of the model's encoder, by what it reads (its prompt and the text). It has no vectors but only the texts
     if the encoder is trained and is no teacher. `teachers`: one entry per teacher other than "start", empty without
     distillation. `lexical`: the vectors of `LexicalEmbedder` where the loss has `words`, else None. `start`: the
-    vectors of the model before the stage where it is a teacher, else None.
+    vectors of the model before the stage where it is a teacher, else None. `bm25`: where the loss reads its scores.
     """
 
     encoder: TextVectors
     teachers: Sequence[TextVectors]
     lexical: TextVectors | None
     start: StartVectors | None = None
+    bm25: BatchBM25 | None = None
 
 
 class TrainingModule(Causal2VecModule):
     """`Causal2VecModule` for one stage: it tokenises at the stage's lengths and adds cached vectors to the features.
 
-    Features besides those of the base class: "rows" (B,), the index of each text in `texts`; "pooled" (B, 1, E), the
-    encoder's vectors, where the encoder is frozen; "teacher" (B, K), the teachers' vectors; "target" (B, D), the
-    target of the EOS half, where the loss has `words`.
+    Features besides those of the base class: "rows" (B,), the index of each text in `texts`; "text_hash" (B,), equal
+    for equal texts; "pooled" (B, 1, E), the encoder's vectors, where the encoder is frozen; "teacher" (B, K), the
+    teachers' vectors; "target" (B, D), the target of the EOS half, where the loss has `words`; "bm25_row" (B,), the
+    number of each text in `StageVectors.bm25`.
 
     Raises ValueError when the loss has `words` and the stage's pooling has no EOS half.
     """
@@ -71,6 +74,7 @@ class TrainingModule(Causal2VecModule):
         self._start = vectors.start
         self._encoder_is_frozen = encoder_is_frozen(stage)
         self._lexical = vectors.lexical
+        self._bm25 = vectors.bm25
         self._mean_eos = torch.empty(0)
         if self._lexical is not None:
             if self.pooling not in ("context_eos", "eos"):
@@ -98,6 +102,7 @@ class TrainingModule(Causal2VecModule):
         features = to_features(tokenized.collate(range(len(inputs))))
         prompted = [self.model.config.encoder_prompt(prompt or "") + text for text in inputs]
         features["rows"] = self._prompted.rows(prompted)
+        features["text_hash"] = text_hashes(inputs)
         if self._encoder_is_frozen:
             features["pooled"] = self._prompted(features["rows"]).unsqueeze(1)
         taught = [t(t.rows(prompted if t is self._prompted else inputs)) for t in self._teachers]
@@ -105,6 +110,8 @@ class TrainingModule(Causal2VecModule):
             taught.append(self._start(prompt or "", inputs))
         if taught:
             features["teacher"] = concatenate_teachers(taught)
+        if self._bm25 is not None:
+            features["bm25_row"] = self._bm25.rows(inputs)
         if self._lexical is not None:
             share = self._stage.loss.words_share
             lexical = self._lexical(self._lexical.rows(inputs))
@@ -140,15 +147,7 @@ def stage_vectors(
     Vectors of the encoder and of other teachers are kept in files under `work`; only missing ones are computed, by each
     process its share.
     """
-    processes = PartialState()
-    shared: dict[str, int] = {"process": processes.process_index, "num_processes": processes.num_processes}
-    plain = dataclasses.replace(model.config, encoder_query_prompt="", encoder_document_prompt="")
-    tokenizer = stage_tokenizer(model, stage.max_length, plain)  # the texts it gets have their prompts already
-    encoder = EncoderEmbedder(model, tokenizer)
-
-    def embed_with_encoder(texts: Sequence[str]) -> np.ndarray:
-        with autocast(model.device):
-            return encoder.encode_document(texts, on_truncate="ignore", show_progress=True)
+    shared = _shared()
 
     def embed_with_teacher(name: str, texts: Sequence[str]) -> np.ndarray:
         teacher = SentenceTransformer(name, device=str(model.device))
@@ -158,8 +157,7 @@ def stage_vectors(
         return np.asarray(vectors, dtype=np.float32)
 
     folder = work / "vectors"
-    digest = hash_tensors(model.encoder.state_dict())[:8]  # an earlier stage may have trained the encoder
-    of_encoder = TextVectors(folder / f"encoder-{digest}-{stage.max_length}", embed_with_encoder, **shared)
+    of_encoder = encoder_vectors(model, stage.max_length, work)
     by_prompt = prompted if prompted is not None else {"": texts}
     read = [model.config.encoder_prompt(prompt) + text for prompt, group in by_prompt.items() for text in group]
     teachers = recipe.teachers if stage.loss.needs_teacher else []
@@ -187,6 +185,24 @@ def stage_vectors(
         vectors[name].prepare(texts)
     lexical = vectors[LEXICAL] if stage.loss.words else None
     return StageVectors(of_encoder, [vectors[name] for name in teachers], lexical, start)
+
+
+def encoder_vectors(model: Causal2Vec, max_length: int, work: Path) -> TextVectors:
+    """An empty table of the encoder's vectors; its texts have their prompts already and are cut at `max_length`."""
+    plain = dataclasses.replace(model.config, encoder_query_prompt="", encoder_document_prompt="")
+    encoder = EncoderEmbedder(model, stage_tokenizer(model, max_length, plain))
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        with autocast(model.device):
+            return encoder.encode_document(texts, on_truncate="ignore", show_progress=True)
+
+    digest = hash_tensors(model.encoder.state_dict())[:8]  # an earlier stage may have trained the encoder
+    return TextVectors(work / "vectors" / f"encoder-{digest}-{max_length}", embed, **_shared())
+
+
+def _shared() -> dict[str, int]:
+    processes = PartialState()
+    return {"process": processes.process_index, "num_processes": processes.num_processes}
 
 
 def encoder_is_frozen(stage: Stage) -> bool:

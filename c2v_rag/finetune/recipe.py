@@ -80,14 +80,29 @@ class Data(_Strict):
     or to weight and instruction.
 
     A set is drawn in proportion to its weight times the square root of its rows, or with `sizes: proportional` times
-    its rows. More bad rows than the share
-    `max_bad_rows` are an error; fewer are left out and counted.
+    its rows. More bad rows than the share `max_bad_rows` are an error; fewer are left out and counted.
+
+    `batches`: "random", or "neighbours", which makes negatives harder: the share `neighbour_share` of a batch has
+    similar queries, drawn among the `neighbour_pool` x batch size nearest ones of a random query by the vectors of the
+    model's encoder before the stage.
     """
 
     folder: Path | None = None
     sets: Annotated[dict[str, PositiveFloat | SetOptions], Field(min_length=1)]
     sizes: Literal["root", "proportional"] = "root"
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.05
+    batches: Literal["random", "neighbours"] = "random"
+    neighbour_share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    neighbour_pool: PositiveFloat = 2.0
+
+    @model_validator(mode="after")
+    def _pool_holds_the_share(self) -> Data:
+        if self.neighbour_pool < self.neighbour_share:
+            raise ValueError(
+                f"'neighbour_pool' must be at least 'neighbour_share', got {self.neighbour_pool} and "
+                f"{self.neighbour_share}: neighbours are drawn from the pool"
+            )
+        return self
 
     def options(self, name: str) -> SetOptions:
         given = self.sets[name]
@@ -117,6 +132,10 @@ class Stage(_Strict):
     of their memory and costs about a third more time. `max_length`: longest text in tokens, for both tokenizers.
     `num_negatives`: hard negatives per pair. `minutes`: the stage ends after so many minutes of training (scoring does
     not count), even if it has not reached its `steps`; the learning rates then follow the time.
+
+    `keep`: the stage ends with start + keep x (trained - start) of its trained weights, an average of those before and
+    after it. Below 1 the model keeps more of what it could do, and often generalises better (WiSE-FT, arXiv
+    2109.01903). Development scores are those of the average.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
@@ -132,6 +151,7 @@ class Stage(_Strict):
     learning_rate: dict[TrainedPart, PositiveFloat]
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     loss: LossWeights = LossWeights()
 
     @model_validator(mode="after")
@@ -172,7 +192,8 @@ class Recipe(_Strict):
     `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "start" (the
     model before the stage, so that it forgets less), "lexical" (`LexicalEmbedder`), or the name of a
     sentence-transformers model. `optimizer`: a name of transformers' `OptimizerNames`, such as "adamw_torch" or
-    "adamw_8bit" (needs bitsandbytes).
+    "adamw_8bit" (needs bitsandbytes). `workers`: processes that tokenise the next batches while a GPU computes, for
+    each training process; 0 tokenises in the training process itself.
     """
 
     base: BaseModels
@@ -184,6 +205,7 @@ class Recipe(_Strict):
     optimizer: str = "adamw_torch_fused"
     seed: int = 0
     save_steps: PositiveInt = 50
+    workers: NonNegativeInt = 0
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] | None = None
     output: Path | None = None
 

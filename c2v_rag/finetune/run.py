@@ -26,10 +26,19 @@ from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchS
 from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference, weights
+from c2v_rag.finetune.averaging import StartAverage
+from c2v_rag.finetune.batches import PreparedBatches, in_neighbour_batches
+from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.data import WITH_NEGATIVES, PairSet, draw_stage, read_pair_set
 from c2v_rag.finetune.dev import DevSet, prepare_dev
 from c2v_rag.finetune.loss import Causal2VecLoss
-from c2v_rag.finetune.module import StageVectors, TrainingModule, encoder_is_frozen, stage_vectors
+from c2v_rag.finetune.module import (
+    StageVectors,
+    TrainingModule,
+    encoder_is_frozen,
+    encoder_vectors,
+    stage_vectors,
+)
 from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.opening import new_model
 from c2v_rag.finetune.recipe import Recipe, Stage
@@ -114,12 +123,26 @@ def train(
         )
         prompts = {name: model.config.prompt(instruction) for name, instruction in instructions.items()}
         vectors = stage_vectors(model, recipe, stage, work, texts_of(datasets), prompted_texts(datasets, prompts))
+        if stage.loss.needs_bm25:
+            vectors = dataclasses.replace(vectors, bm25=BatchBM25(texts_of(datasets), documents_of(datasets)))
+        if recipe.data.batches == "neighbours":
+            datasets = in_neighbour_batches(
+                datasets,
+                encoder_vectors(model, stage.max_length, work),
+                {one: model.config.encoder_prompt(prompts[one.removesuffix(WITH_NEGATIVES)]) for one in datasets},
+                batch_size=stage.batch_size,
+                share=recipe.data.neighbour_share,
+                pool=recipe.data.neighbour_pool,
+                seed=seed,
+                device=model.device,
+            )
         # The trainer reads tensorboard's folder from the environment only.
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tensorboard" / stage.name)
         log[stage.name] = run_stage(
             model, stage, datasets, instructions, vectors, work / f"{number}-{stage.name}",
             seed=seed, save_steps=recipe.save_steps, resume=resume, optimizer=recipe.optimizer,
             dev=scored.get(stage.name), report_to=report_to,
+            batches_are_prepared=recipe.data.batches == "neighbours", workers=recipe.workers,
         )  # fmt: skip
         if processes.is_main_process:
             unfinished = finished.with_suffix(".part")
@@ -143,14 +166,21 @@ def texts_of(datasets: Mapping[str, Dataset]) -> list[str]:
     return [text for column in columns for text in column]
 
 
-def prompted_texts(datasets: Mapping[str, Dataset], prompts: Mapping[str, str]) -> dict[str, list[str]]:
-    """The texts of a stage's datasets by the prompt before them: "" for documents; `prompts` by the name of a set."""
-    found: dict[str, list[str]] = {"": []}
+def documents_of(datasets: Mapping[str, Dataset]) -> dict[str, list[str]]:
+    """The documents of a stage's datasets by the name of their set, with repetitions."""
+    found: dict[str, list[str]] = {}
     for name, dataset in datasets.items():
-        found.setdefault(prompts[name.removesuffix(WITH_NEGATIVES)], []).extend(dataset["query"])
         for column in dataset.column_names:
             if column not in ("query", "scores"):
-                found[""].extend(dataset[column])
+                found.setdefault(name.removesuffix(WITH_NEGATIVES), []).extend(dataset[column])
+    return found
+
+
+def prompted_texts(datasets: Mapping[str, Dataset], prompts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The texts of a stage's datasets by the prompt before them: "" for documents; `prompts` by the name of a set."""
+    found = {"": [text for documents in documents_of(datasets).values() for text in documents]}
+    for name, dataset in datasets.items():
+        found.setdefault(prompts[name.removesuffix(WITH_NEGATIVES)], []).extend(dataset["query"])
     return found
 
 
@@ -168,10 +198,14 @@ def run_stage(
     optimizer: str = "adamw_torch_fused",
     dev: DevCallback | None = None,
     report_to: Sequence[str] = (),
+    batches_are_prepared: bool = False,
+    workers: int = 0,
 ) -> list[dict[str, float]]:
     """Train one stage in place; returns one row per step: step, loss, grad_norm, learning_rate, `Monitor.values`.
 
     With `dev` the model has the weights of `dev.kept_step` afterwards. `report_to`: names of trackers.
+    `batches_are_prepared`: each `batch_size` consecutive rows of a dataset are a batch; otherwise the trainer draws
+    batches without equal texts. `workers`: see `Recipe`.
 
     `instructions`: by the name of a data set. With `resume`, training goes on from the last complete checkpoint in
     `folder`. Raises FloatingPointError when the loss is not finite; the batch is then in a file in `folder`.
@@ -185,6 +219,7 @@ def run_stage(
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in stage.train)
+    average = StartAverage(model, stage.keep)
     use_checkpointing(model, stage)
     module = TrainingModule(model, stage, vectors)
     on_cpu = model.device.type == "cpu"
@@ -207,7 +242,7 @@ def run_stage(
         dataloader_drop_last=num_processes > 1,
         ddp_find_unused_parameters=False,
         seed=seed,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        batch_sampler=PreparedBatches if batches_are_prepared else BatchSamplers.NO_DUPLICATES,
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
         prompts={
             name: {"query": model.config.prompt(instructions[name.removesuffix(WITH_NEGATIVES)])} for name in datasets
@@ -221,11 +256,12 @@ def run_stage(
         disable_tqdm=True,
         report_to=list(report_to) or "none",
         dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=workers,
     )
     use_one_gpu(arguments)
     loaded = SentenceTransformer(modules=[module], device=str(model.device))
     loss_weights = stage.loss if module.pooling == "context_eos" else stage.loss.model_copy(update={"halves": 0.0})
-    loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size)
+    loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size, vectors.bm25)
     progress = ProgressCallback(stage.name)
     paused = (lambda: dev.seconds) if dev is not None else (lambda: 0.0)
     monitor = Monitor(model, loss, part_of, paused=paused, minutes=stage.minutes)
@@ -238,6 +274,7 @@ def run_stage(
     if dev is not None:
         dev.save_best = lambda: save_file(trained_tensors(model), best)
         dev.log = trainer.log
+        dev.applied = average.applied
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     model.eval()
     if trainer.state.global_step < stage.steps and monitor.time_share < 1 and not (dev and dev.is_patience_over):
@@ -249,6 +286,8 @@ def run_stage(
         PartialState().wait_for_everyone()
         load_trained(model, best)
         logger.info("Stage %s ends with the weights of step %d, its best.", stage.name, dev.kept_step)
+    else:
+        average.apply()
     return [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
 
 

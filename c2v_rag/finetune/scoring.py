@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class DevCallback(TrainerCallback):
 
     Scores are kept in `path`, a JSON file, so that a resumed stage goes on with them. `history`: the scores by step.
     `seconds`: the time that scoring took. `is_patience_over`: whether it ended the stage.
-    Set before training: `save_best`, which is called with the best weights in memory; `log`, which gets the means.
+    Set before training: `save_best`, which is called with the best weights in memory; `log`, which gets the means;
+    `applied`, a context in which the model has the weights that a stage would end with.
     """
 
     def __init__(self, model: Causal2Vec, sets: Sequence[DevSet], dev: Dev, path: Path) -> None:
@@ -61,6 +63,7 @@ class DevCallback(TrainerCallback):
         self._path = path
         self.save_best: Callable[[], None] = lambda: None
         self.log: Callable[[dict[str, float]], None] = lambda values: None
+        self.applied: Callable[[], AbstractContextManager[None]] = nullcontext
         self.seconds = 0.0
         self.is_patience_over = False
         self.history: dict[int, Scores] = {}
@@ -97,6 +100,15 @@ class DevCallback(TrainerCallback):
 
     def _score(self, state: Any, control: Any) -> None:
         started = time.perf_counter()
+        with self.applied():
+            means = self._score_weights(state)
+        self.seconds += time.perf_counter() - started
+        log_this_step = control.should_log
+        self.log(means)
+        control.should_log = log_this_step  # logging resets it, and the loss of this step is not logged yet
+
+    def _score_weights(self, state: Any) -> dict[str, float]:
+        """Score the weights in memory, and save them if they are the best; returns the means to log."""
         # Every process computes the scores, because a sharded model needs all of them; those of process 0 count.
         scores = {dev.name: score(self._model, dev) for dev in self._sets}
         (scores,) = broadcast_object_list([scores])
@@ -107,11 +119,7 @@ class DevCallback(TrainerCallback):
             unfinished = self._path.with_suffix(".part")
             unfinished.write_text(json.dumps(self.history), encoding="utf-8")
             unfinished.replace(self._path)
-        means = {f"dev_{name}": float(np.mean(one)) for name, one in scores.items()}
-        self.seconds += time.perf_counter() - started
-        log_this_step = control.should_log
-        self.log({**means, "dev": mean_score(scores)})
-        control.should_log = log_this_step  # logging resets it, and the loss of this step is not logged yet
+        return {f"dev_{name}": float(np.mean(one)) for name, one in scores.items()} | {"dev": mean_score(scores)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
+from c2v_rag.finetune.data import WITH_NEGATIVES
+from c2v_rag.finetune.loss import Causal2VecLoss
 from c2v_rag.finetune.module import TrainingModule
 from c2v_rag.finetune.monitor import Monitor
 from c2v_rag.finetune.recipe import TrainedPart
@@ -145,6 +147,8 @@ class StageTrainer(SentenceTransformerTrainer):
     ) -> Any:
         self.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
         rows = {name.removesuffix("_rows"): rows for name, rows in inputs.items() if name.endswith("_rows")}
+        if isinstance(self.loss, Causal2VecLoss):
+            self.loss.data_set = inputs.get("dataset_name", "").removesuffix(WITH_NEGATIVES)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         value = loss[0] if isinstance(loss, tuple) else loss
         if not torch.isfinite(value):

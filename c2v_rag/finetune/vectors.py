@@ -150,6 +150,11 @@ class LexicalEmbedder:
             yield np.unique(np.array(ids[: self._max_length], dtype=np.int64), return_counts=True)
 
 
+def text_hashes(texts: Sequence[str]) -> Tensor:
+    """(n,) int64: equal for equal texts, in every process."""
+    return torch.tensor([int.from_bytes(_key(text)[:8], "little", signed=True) for text in texts])
+
+
 def _key(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 

@@ -90,9 +90,7 @@ class LexicalIndex:
         return total
 
     def _tokenize(self, texts: list[str], *, return_ids: bool) -> Any:
-        import bm25s
-
-        return bm25s.tokenize(texts, stopwords="en", stemmer=self._stemmer, return_ids=return_ids, show_progress=False)
+        return tokenize_words(texts, self._stemmer, return_ids=return_ids)
 
     def save(self, folder: Path, version: str) -> None:
         """Write the index into `folder`, which is replaced; `version` is that of the collection."""
@@ -115,6 +113,13 @@ class LexicalIndex:
         ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
         saved = folder / "bm25"
         return cls(ids, bm25s.BM25.load(saved, mmap=True) if saved.is_dir() else None)
+
+
+def tokenize_words(texts: list[str], stemmer: Any, *, return_ids: bool) -> Any:
+    """Stems of the words of texts, without English stop words: ids and their vocabulary, or a list for each text."""
+    import bm25s
+
+    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False)
 
 
 def ids_hash(ids: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """The page in a real browser with the default model: search, compare, upload, cancel, map.
 
-Screenshots are saved in build/screenshots.
+Screenshots are saved in build/screenshots; `make screenshots` copies some of them to docs/images.
 """
 
 from __future__ import annotations
