@@ -159,3 +159,45 @@ def test_a_batch_of_other_makers_gets_its_encoder_slices_from_its_mask() -> None
     assert bare.encoder_slices is None
     assert bare.with_encoder_order().encoder_slices == batch.encoder_slices
     torch.testing.assert_close(model.embed(bare), model.embed(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("instruction", ["", INSTRUCTION])
+def test_cuda_is_not_waited_for_until_a_result_is_fetched(instruction: str) -> None:
+    model = tiny_model().to("cuda")
+    expected = model.encode(TEXTS, instruction=instruction, on_truncate="ignore")
+    tokenized = model.tokenize(TEXTS, instruction)
+    positions = list(range(len(TEXTS)))
+    with model.encoding_state.encode_call():
+        model.encoding_state.once_per_encode(lambda: prefix.weights_state(model.llm))  # waits, once in a call
+        first = running.start_batch(model, tokenized, positions, model.embedding_dim)
+        assert first is not None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = running.start_batch(model, tokenized, positions, model.embedding_dim)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert second is not None
+    for fetch in (first, second):
+        np.testing.assert_allclose(fetch(), expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_two_copies_on_one_gpu_give_the_vectors_of_one() -> None:
+    model, texts = tiny_model().to("cuda"), passages(120)
+    expected = model.encode_query(texts)
+    np.testing.assert_allclose(
+        model.encode_query(texts, devices=["cuda", "cuda:0"], batch_tokens=300), expected, atol=1e-4
+    )
+
+
+@pytest.mark.gpu
+def test_on_cuda_documents_run_in_flash_attention() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = tiny_model().to("cuda", torch.bfloat16)
+    batch = model.tokenize(TEXTS).collate(range(len(TEXTS))).to(torch.device("cuda"))
+    pooled = model.pooled_by_length(batch)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises if a forward cannot use it
+        vectors = model.embed_with_prefix(None, batch, pooled=pooled, pooling=model.config.pooling)
+    assert torch.isfinite(vectors).all()
