@@ -21,6 +21,7 @@ TARGET_SECONDS = 1.0
 START_CHARACTERS = 32_768  # of a batch, before any time is known
 LEAST_CHARACTERS, MOST_CHARACTERS = 2_048, 4_000_000
 MAX_BATCH_TEXTS = 2_048
+TEXT_CHARACTERS = 64  # count for each text in addition to its own: its special tokens and its row cost time too
 
 
 def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **options: Any) -> Future[np.ndarray]:
@@ -49,7 +50,7 @@ def batches_of(embedder: Embedder, texts: Sequence[str]) -> Iterator[Sequence[st
     while start < len(texts):
         end, characters, most = start, 0, queue.max_characters
         while end < len(texts) and end - start < MAX_BATCH_TEXTS and (end == start or characters < most):
-            characters += len(texts[end])
+            characters += _characters(texts[end])
             end += 1
         yield texts[start:end]
         start = end
@@ -101,7 +102,7 @@ class _Queue:
             started = time.perf_counter()
             if _embed(running):
                 self._seconds = self._seconds / 2 + time.perf_counter() - started
-                self._characters = self._characters / 2 + sum(len(request.text) for request in running)
+                self._characters = self._characters / 2 + sum(_characters(request.text) for request in running)
 
     def _next_batch(self) -> list[_Request] | None:
         """The oldest request and those that can share its batch; None, and the thread ends, if no request waits."""
@@ -110,17 +111,21 @@ class _Queue:
                 self._has_thread = False
                 return None
             first = self._waiting.popleft()
-            batch, not_in_batch, characters = [first], deque[_Request](), len(first.text)
+            batch, not_in_batch, characters = [first], deque[_Request](), _characters(first.text)
             most = self.max_characters
             for request in self._waiting:
-                fits = len(batch) < MAX_BATCH_TEXTS and characters + len(request.text) <= most
+                fits = len(batch) < MAX_BATCH_TEXTS and characters + _characters(request.text) <= most
                 if fits and request.can_share_batch(first):
                     batch.append(request)
-                    characters += len(request.text)
+                    characters += _characters(request.text)
                 else:
                     not_in_batch.append(request)
             self._waiting = not_in_batch
             return batch
+
+
+def _characters(text: str) -> int:
+    return TEXT_CHARACTERS + len(text)
 
 
 def _embed(batch: list[_Request]) -> bool:

@@ -86,6 +86,7 @@ def test_a_call_has_one_kind_and_one_set_of_options_and_a_limited_size(monkeypat
 
 def test_a_call_has_a_limited_number_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gatherer._Queue, "max_characters", 10)
+    monkeypatch.setattr(gatherer, "TEXT_CHARACTERS", 0)
     embedder, first = paused_embedder("first")
     rest = [gather(embedder, "query", "x" * length) for length in (4, 6, 20, 5)]
     embedder.released.set()
@@ -117,7 +118,7 @@ class TimedEmbedder(PausedEmbedder):
 
     def _encode(self, kind: str, texts: Iterable[str], options: dict[str, Any]) -> np.ndarray:
         rows = super()._encode(kind, texts, options)
-        self.now += self.seconds * sum(len(text) for text in self.calls[-1][1])
+        self.now += self.seconds * sum(gatherer._characters(text) for text in self.calls[-1][1])
         return rows
 
 
@@ -126,7 +127,7 @@ def test_the_size_of_a_batch_follows_from_the_time_that_batches_took(
     seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedder = TimedEmbedder(seconds, monkeypatch)
-    texts = ["x" * 1000] * 5000
+    texts = ["x" * (1000 - gatherer.TEXT_CHARACTERS)] * 5000
     first = next(gatherer.batches_of(embedder, texts))
     assert len(first) == 33, "before any time is known"
     for _ in range(2):
