@@ -24,6 +24,7 @@ import torch
 
 from c2v_rag import Causal2Vec, checkpoint
 from c2v_rag.encoder import EncoderEmbedder
+from c2v_rag.parts import Part
 from c2v_rag.sources import python_docs
 
 DEFAULT, PEER, OWN = "default", "encoder, sentence-transformers", "encoder, EncoderEmbedder"
@@ -43,29 +44,36 @@ def folder_bytes(*folders: Path) -> int:
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
 
 
-def open_system(name: str, model_name: str, device: str | None, dtype: str | None) -> System:
-    """Open one system. Raises ModuleNotFoundError for sentence-transformers where it is not installed."""
-    model = Causal2Vec.from_pretrained(model_name, device=device, dtype=dtype)
-    return system_of(name, model)
+def part_folder(model: Causal2Vec, part: Part) -> Path:
+    """The folder that a part was read from. `Causal2Vec.base_folder` would open the part again to compare weights."""
+    base = model.weights_record.parts[part].base
+    assert base is not None
+    return base.folder
 
 
 def system_of(name: str, model: Causal2Vec) -> System:
-    encoder_folder = model.base_folder("encoder")
+    """One system around an open model. Raises ModuleNotFoundError for sentence-transformers if it is not installed."""
+    encoder_folder = part_folder(model, "encoder")
     if name == DEFAULT:
-        folders = checkpoint.locate(model.name), encoder_folder, model.base_folder("llm")
-        return System(name, model.encode_document, model.encode_query, folder_bytes(*folders))
+        disk_bytes = folder_bytes(checkpoint.locate(model.name), encoder_folder, part_folder(model, "llm"))
+        return System(name, model.encode_document, model.encode_query, disk_bytes)
     if name == OWN:
         own = EncoderEmbedder(model)
         return System(name, own.encode_document, own.encode_query, folder_bytes(encoder_folder))
+    return peer_system(encoder_folder, model.config.encoder_max_length, str(model.device), model.dtype)
+
+
+def peer_system(folder: Path, max_length: int, device: str, dtype: torch.dtype) -> System:
+    """The encoder in sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
-    peer = SentenceTransformer(str(encoder_folder), device=str(model.device), model_kwargs={"dtype": model.dtype})
-    peer.max_seq_length = model.config.encoder_max_length
+    peer = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
+    peer.max_seq_length = max_length
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         return np.asarray(peer.encode(list(texts), normalize_embeddings=True, show_progress_bar=False))
 
-    return System(name, embed, embed, folder_bytes(encoder_folder))
+    return System(PEER, embed, embed, folder_bytes(folder))
 
 
 def available(model: Causal2Vec) -> list[System]:
@@ -128,11 +136,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
-def peak_in_its_own_process(name: str, model: str, device: str, dtype: str, count: int) -> float:
-    """Peak memory in MiB of a process that opens only this system and embeds the passages."""
-    settings = json.dumps([name, model, device, dtype, count])
-    done = subprocess.run([sys.executable, __file__, settings], check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.splitlines()[-1])
+def peak_in_its_own_process(name: str, model: Causal2Vec, num_passages: int) -> float:
+    """Peak memory in MiB of a process that opens only this system and embeds the passages.
+
+    `EncoderEmbedder` belongs to a whole model, so its process has the decoder in memory too.
+    """
+    settings = {
+        "name": name,
+        "model": model.name,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "encoder_folder": str(part_folder(model, "encoder")),
+        "max_length": model.config.encoder_max_length,
+        "passages": num_passages,
+    }
+    command = [sys.executable, __file__, json.dumps(settings)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def compare(
@@ -141,21 +160,35 @@ def compare(
     """The figures of all systems, for the output of `throughput.py`."""
     texts = passages(num_passages)
     rows = measure(available(model), texts, queries, rounds, model.device)
-    dtype = str(model.dtype).removeprefix("torch.")
     for name, row in rows.items() if with_memory else ():
-        row["peak_mib"] = peak_in_its_own_process(name, model.name, str(model.device), dtype, num_passages)
+        row["peak_mib"] = peak_in_its_own_process(name, model, num_passages)
     return {"passages": len(texts), "queries": len(queries), "rounds": rounds, "rows": rows}
 
 
+def resident_peak_mib() -> float:
+    """Peak memory of this process. Linux's ru_maxrss contains the parent's peak, so VmHWM is read there."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
 def main() -> None:
-    name, model, device, dtype, count = json.loads(sys.argv[1])
-    system = open_system(name, model, device, dtype)
-    system.embed_passages(passages(count))
+    settings = json.loads(sys.argv[1])
+    name, device = settings["name"], settings["device"]
+    if name == PEER:
+        dtype = getattr(torch, settings["dtype"])
+        system = peer_system(Path(settings["encoder_folder"]), settings["max_length"], device, dtype)
+    else:
+        model = Causal2Vec.from_pretrained(settings["model"], device=device, dtype=settings["dtype"])
+        system = system_of(name, model)
+    system.embed_passages(passages(settings["passages"]))
     if torch.device(device).type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(kib / 2 ** (20 if sys.platform == "darwin" else 10))
+        print(resident_peak_mib())
 
 
 if __name__ == "__main__":
