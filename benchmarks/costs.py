@@ -1,9 +1,10 @@
-"""What embedding costs: the model, its encoder in sentence-transformers, and its encoder in our own path, side by side.
+"""What embedding costs: the model ("distilled" beside the default), and its encoder in two paths, side by side.
 
-`throughput.py` runs it and writes its figures. Every round runs each system once, one after the other: all passages in
-one call, then each query alone. Passages/s and queries/s are medians over the rounds, with the lowest and the highest;
-p50 and p99 are over the single queries of all rounds. The peak memory is that of a new process that opens only this
-system and embeds the passages once: of the device on CUDA, of the process elsewhere.
+The encoder runs in sentence-transformers and in our own path. `throughput.py` runs this and writes the figures. Every
+round runs each system once, one after the other: all passages in one call, then each query alone. Passages/s and
+queries/s are medians over the rounds, with the lowest and the highest; p50 and p99 are over the single queries of all
+rounds. The peak memory is that of a new process that opens only this system and embeds the passages once: of the device
+on CUDA, of the process elsewhere.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.parts import Part
 from c2v_rag.sources import python_docs
 
-DEFAULT, PEER, OWN = "default", "encoder, sentence-transformers", "encoder, EncoderEmbedder"
+DEFAULT, DISTILLED, PEER, OWN = "default", "distilled", "encoder, sentence-transformers", "encoder, EncoderEmbedder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,9 @@ def part_folder(model: Causal2Vec, part: Part) -> Path:
 def system_of(name: str, model: Causal2Vec) -> System:
     """One system around an open model. Raises ModuleNotFoundError for sentence-transformers if it is not installed."""
     encoder_folder = part_folder(model, "encoder")
-    if name == DEFAULT:
+    if name == DISTILLED and model.name != DISTILLED:
+        model = Causal2Vec.from_pretrained(DISTILLED, device=model.device, dtype=model.dtype)
+    if name in (DEFAULT, DISTILLED):
         disk_bytes = folder_bytes(checkpoint.locate(model.name), encoder_folder, part_folder(model, "llm"))
         return System(name, model.encode_document, model.encode_query, disk_bytes)
     if name == OWN:
@@ -79,7 +82,7 @@ def peer_system(folder: Path, max_length: int, device: str, dtype: torch.dtype) 
 def available(model: Causal2Vec) -> list[System]:
     """All systems; sentence-transformers only where it is installed."""
     systems = []
-    for name in (DEFAULT, PEER, OWN):
+    for name in (DEFAULT, *([DISTILLED] if model.name == DEFAULT else []), PEER, OWN):
         try:
             systems.append(system_of(name, model))
         except ModuleNotFoundError as error:
@@ -143,7 +146,7 @@ def peak_in_its_own_process(name: str, model: Causal2Vec, num_passages: int) -> 
     """
     settings = {
         "name": name,
-        "model": model.name,
+        "model": DISTILLED if name == DISTILLED else model.name,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "encoder_folder": str(part_folder(model, "encoder")),

@@ -70,6 +70,22 @@ def evaluation() -> str:
     return markdown(header, rows) + LEGEND + made_by(result)
 
 
+def distilled_curve() -> str:
+    training = json.loads((ROOT / "c2v_rag" / "models" / "distilled" / "training.json").read_text(encoding="utf-8"))
+    sets = ("Cranfield", "XQuAD-en")
+    rows = [
+        [f"{row['minutes']:.1f}", f"{row['pairs']:,.0f}"]
+        + [f"{row[name + part]:.1f}" for name in sets for part in (" context", " eos", "", " 384")]
+        for row in training["curve"]
+    ]
+    header = [
+        "minutes",
+        "pairs",
+        *(f"{marked(name)}: {part}" for name in sets for part in ("C", "EOS", "both", "384 columns")),
+    ]
+    return markdown(header, rows) + f"\nnDCG@10, x 100, on one {training['device']}; `recipes/distil.py`.\n"
+
+
 def python_docs() -> str:
     result = read("python_docs_quality")
     rows = [
@@ -294,6 +310,7 @@ def interval(low: float, high: float) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
+    "distilled-curve": distilled_curve,
     "python-docs": python_docs,
     "throughput": throughput,
     "costs": costs,

@@ -29,16 +29,18 @@ from c2v_rag.config import CONFIG_FILE
 BASE_FILE = "base.json"
 IDENTITY_FILE = "c2v_identity.json"
 DEFAULT = "default"
+_PACKAGED = Path(__file__).parent / "models"
+PACKAGED = (DEFAULT, "distilled")  # names of the models whose trained parts come with this package
 
 
 def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a Causal2Vec checkpoint; `name_or_path` is "default", a local folder, or a hub id.
+    """The folder of a Causal2Vec checkpoint; `name_or_path` is one of `PACKAGED`, a local folder, or a hub id.
 
     Raises FileNotFoundError if it is none of these.
     """
     name = os.fspath(name_or_path)
-    if name == DEFAULT:
-        return Path(__file__).parent / "models" / DEFAULT
+    if name in PACKAGED:
+        return _PACKAGED / name
     if Path(name).is_dir():
         return Path(name)
     return hub_folder(name, revision)

@@ -194,6 +194,7 @@ def test_async_calls_that_wait_are_embedded_in_one_batch(folder: str, monkeypatc
 
     monkeypatch.setattr(Causal2Vec, "encode_query", wait_for_all)
     monkeypatch.setattr("langchain_c2v.embeddings.gather", counted)
+    monkeypatch.setattr("c2v_rag.gatherer._Queue.max_characters", 1_000_000)  # it follows the time of earlier batches
 
     async def run() -> list[list[float]]:
         return await asyncio.gather(*(embeddings.aembed_query(question) for question in questions))

@@ -1,6 +1,6 @@
-"""Train the default model: its encoder, projector and decoder learn the vectors of larger embedding models.
+"""Train the model "distilled": encoder, projector and decoder learn the vectors of a larger embedding model.
 
-    python recipes/distil_default.py --data TRAIN --teacher all-mpnet-base-v2 --output default --minutes 9 \\
+    python recipes/distil.py --data TRAIN --teacher all-mpnet-base-v2 --output distilled \\
         --dev eval/Cranfield eval/XQuAD-en
 
 TRAIN holds NAME.parquet (columns query and positive; see SETS). The target of every text is one vector: the teacher's
@@ -9,7 +9,7 @@ The Contextual half and EOS's half each regress the first D axes (LEAF, arXiv 25
 mean are compared with the target's within batches of neighbours (KL divergence). Labels are only used to make batches.
 
 `c2v-rag train` trains any model on pairs. This script is for one GPU and one task: it packs texts without padding
-(torch's varlen_attn), which made it several times faster there. On a CPU it runs, padded, for tests.
+(torch's varlen_attn). On a CPU it pads them, which is for tests only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -513,11 +514,13 @@ def main() -> None:
     parser.add_argument("--teacher", nargs="+", required=True, help="sentence-transformers models with mean pooling")
     parser.add_argument("--dev", type=Path, nargs="*", default=[], help="retrieval folders, scored eight times")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--minutes", type=float, default=8.3)
     parser.add_argument("--steps", type=int, default=1_000_000, help="the most steps, for a dry run")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--rates", type=float, nargs=3, default=[5e-4, 3e-4, 5e-4], help="projector, encoder, decoder")
+    parser.add_argument(
+        "--rates", type=float, nargs=3, default=[5e-4, 3e-4, 1.5e-3], help="projector, encoder, decoder"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="folder that keeps tokens and vectors for the next run")
@@ -585,8 +588,9 @@ def main() -> None:
     )
     weights.save(model.eval(), arguments.output, trained_dtype=torch.float16, further_bases=FURTHER_BASES)
     about = {
-        "command": shlex.join(["python", "recipes/distil_default.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "recipes/distil.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "date": date.today().isoformat(),
         "pairs in the sets": pairs,
         "curve": curve,
     }
