@@ -72,7 +72,7 @@ def size(folder: Path) -> int:
 
 def check_demo(printed: str) -> None:
     """SystemExit if `make demo` does not print the first answer to each question that the README shows."""
-    (block,) = re.findall(r"`make demo` then prints.*?```\n(.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"`make demo`\s+then prints.*?```\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines():
         question, name, *_ = re.split(r"\s{2,}|, ", line)
         table = printed.partition(question)[2].partition("└")[0]
