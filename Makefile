@@ -9,7 +9,7 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app first-steps test test-slow test-all four-bits check lint docs screenshots wheel lowest release audit bench quality clean
+.PHONY: demo demo-app first-steps test test-slow four-bits check lint docs screenshots wheel lowest release audit bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -28,17 +28,13 @@ test: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"
 
-# Both in one run, which shares the start of the processes.
-test-all: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
-
 # Training in 4 bits. bitsandbytes is not in .venv: peft imports it, and every process would start three seconds later.
 four-bits: .venv/test
 	$(PIP) --no-deps --upgrade --target build/bitsandbytes bitsandbytes
 	PYTHONPATH=build/bitsandbytes $(BIN)/python -c "import bitsandbytes"
 	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest tests/test_training.py -k four_bits
 
-check: test-all four-bits lint docs wheel lowest audit
+check: test test-slow four-bits lint docs wheel lowest audit
 
 lint: .venv/test
 	$(BIN)/ruff check .
