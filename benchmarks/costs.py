@@ -14,11 +14,11 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.parts import Part
 from c2v_rag.sources import python_docs
 
+Item = TypeVar("Item")
 DEFAULT, DISTILLED, PEER, OWN = "default", "distilled", "encoder, sentence-transformers", "encoder, EncoderEmbedder"
 
 
@@ -98,30 +99,39 @@ def passages(count: int) -> list[str]:
     return texts[:: max(1, len(texts) // count)][:count]
 
 
+def in_rounds(items: Sequence[Item], rounds: int, device: torch.device, label: str = "") -> Iterator[tuple[bool, Item]]:
+    """Each item once a round, and whether the round counts: one more goes before them, to warm up.
+
+    The device has finished all earlier work when an item is given.
+    """
+    synchronize = torch.get_device_module(device).synchronize
+    for number in range(rounds + 1):
+        print(f"{label}round {number} of {rounds}" if number else f"{label}warm-up", file=sys.stderr)
+        for item in items:
+            synchronize()
+            yield number > 0, item
+
+
 def measure(
     systems: Sequence[System], texts: Sequence[str], queries: Sequence[str], rounds: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """The figures of each system but its memory. Every result is fetched, so that the device has finished."""
-    synchronize = torch.get_device_module(device).synchronize
     passage_rates: dict[str, list[float]] = {system.name: [] for system in systems}
     query_rates: dict[str, list[float]] = {system.name: [] for system in systems}
     latencies: dict[str, list[float]] = {system.name: [] for system in systems}
-    for number in range(rounds + 1):
-        print(f"costs: round {number} of {rounds}" if number else "costs: warm-up", file=sys.stderr)
-        for system in systems:
-            synchronize()
+    for counts, system in in_rounds(systems, rounds, device, "costs: "):
+        start = perf_counter()
+        system.embed_passages(texts)
+        seconds = perf_counter() - start
+        times = []
+        for query in queries:
             start = perf_counter()
-            system.embed_passages(texts)
-            seconds = perf_counter() - start
-            times = []
-            for query in queries:
-                start = perf_counter()
-                system.embed_queries([query])
-                times.append(perf_counter() - start)
-            if number:
-                passage_rates[system.name].append(len(texts) / seconds)
-                query_rates[system.name].append(len(queries) / sum(times))
-                latencies[system.name] += times
+            system.embed_queries([query])
+            times.append(perf_counter() - start)
+        if counts:
+            passage_rates[system.name].append(len(texts) / seconds)
+            query_rates[system.name].append(len(queries) / sum(times))
+            latencies[system.name] += times
     figures = {}
     for system in systems:
         p50, p99 = (1000 * float(value) for value in np.percentile(latencies[system.name], (50, 99)))

@@ -261,15 +261,12 @@ def measure(rows: Sequence[Row], rounds: int, device: torch.device) -> dict[str,
     """Seconds of every row in every round but the first, which warms up."""
     synchronize = torch.get_device_module(device).synchronize
     seconds: dict[str, list[float]] = {row.name: [] for row in rows}
-    for number in range(rounds + 1):
-        print(f"round {number} of {rounds}" if number else "warm-up", file=sys.stderr)
-        for row in rows:
-            synchronize()
-            start = perf_counter()
-            row.run()
-            synchronize()
-            if number:
-                seconds[row.name].append(perf_counter() - start)
+    for counts, row in costs.in_rounds(rows, rounds, device):
+        start = perf_counter()
+        row.run()
+        synchronize()
+        if counts:
+            seconds[row.name].append(perf_counter() - start)
     return seconds
 
 
