@@ -69,11 +69,12 @@ def mine(
             if pair.document:
                 row["document"] = pair.document
             cosines = passages.vectors @ vector
-            words = passages.lexical.scores(pair.query) if passages.lexical is not None else None
+            lexical = passages.lexical
+            words, max_score = (None, 0.0) if lexical is None else lexical.scores_and_max(pair.query)
             answers = [passages.rows[text] for text in {*positives[pair.query], pair.query} if text in passages.rows]
             candidates = _candidates(cosines, words if bm25 else None, answers, range_min, range_max)
             positive = passages.rows[pair.positive]
-            scores = scorer(pair.query, [positive, *candidates], cosines, words)
+            scores = scorer(pair.query, [positive, *candidates], cosines, words, max_score)
             limit = scores[0] - relative_margin * abs(scores[0])  # scores of a hybrid search can be negative
             usable = [
                 (candidate, score)
@@ -130,7 +131,6 @@ class _Scorer:
 
     def __init__(self, teacher: str, passages: _Passages, model: Causal2Vec) -> None:
         self._teacher = teacher
-        self._passages = passages
         if teacher not in (MODEL, HYBRID):
             from sentence_transformers import SentenceTransformer
 
@@ -139,14 +139,15 @@ class _Scorer:
                 passages.texts, normalize_embeddings=True, show_progress_bar=True
             )
 
-    def __call__(self, query: str, rows: Sequence[int], cosines: np.ndarray, words: np.ndarray | None) -> np.ndarray:
-        """The scores of the passages at `rows`; `cosines` and BM25's `words` (N,) are known already."""
+    def __call__(
+        self, query: str, rows: Sequence[int], cosines: np.ndarray, words: np.ndarray | None, max_score: float
+    ) -> np.ndarray:
+        """The scores of the passages at `rows`; `cosines` and BM25's `words` (N,) and `max_score` are known already."""
         if self._teacher == MODEL:
             return cosines[rows]
         if self._teacher == HYBRID:
             assert words is not None
-            assert self._passages.lexical is not None
-            return hybrid_scores(cosines[rows], words[rows], cosines, self._passages.lexical.max_score(query))
+            return hybrid_scores(cosines[rows], words[rows], cosines, max_score)
         vector = self._model.encode_query([query], normalize_embeddings=True, show_progress_bar=False)[0]
         return np.asarray(self._vectors[rows] @ vector)
 
