@@ -11,10 +11,12 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from c2v_rag.config import Causal2VecConfig
 from c2v_rag.model import Causal2Vec
+from c2v_rag.tokenization import TokenBatch
 
 # tests/data holds the vectors that version 0.1 computed for these texts, so the texts must not change.
 TEXTS = [
@@ -174,3 +176,11 @@ def tiny_model(
     with torch.no_grad():
         model.projector.start_at_norm(float(table(torch.arange(100)).norm(dim=-1).mean()))
     return model.eval()
+
+
+def projector_gradient(model: Causal2Vec, batch: TokenBatch) -> Tensor:
+    """The gradient of the projector's output weights, from the first columns of a batch's embeddings."""
+    model(batch)[:, :5].sum().backward()
+    gradient = model.projector.output.weight.grad
+    assert gradient is not None
+    return gradient
