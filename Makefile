@@ -9,7 +9,7 @@ FAST_TESTS := tests/test_model.py tests/test_checkpoint.py tests/test_inference.
     tests/test_sources.py tests/integrations/test_chroma.py tests/integrations/test_llama_index.py \
     tests/integrations/test_same_numbers.py
 
-.PHONY: demo demo-app first-steps test test-slow four-bits check lint docs screenshots wheel lowest release audit bench quality clean
+.PHONY: demo demo-app first-steps test test-slow four-bits check lint docs screenshots wheel lowest release audit bench clean
 
 demo: .venv/demo
 	$(BIN)/python demos/quickstart.py --store $(STORE)
@@ -84,9 +84,6 @@ bench: .venv/test
 	for name in throughput serving efficiency scale; do \
 	    $(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json || exit; done
 	$(BIN)/python benchmarks/tables.py
-
-quality: .venv/test
-	$(BIN)/python benchmarks/python_docs_quality.py --output benchmarks/results/python_docs_quality.json
 
 # torch first, from the constraints: a later step would install another build of it.
 .venv/demo: pyproject.toml constraints.txt

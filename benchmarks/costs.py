@@ -1,4 +1,4 @@
-"""What embedding costs: the model ("distilled" beside the default), and its encoder in two paths, side by side.
+"""What embedding costs: the model, and its encoder in two paths, side by side.
 
 The encoder runs in sentence-transformers and in our own path. `throughput.py` runs this and writes the figures. Every
 round runs each system once, one after the other: all passages in one call, then each query alone. Passages/s and
@@ -29,7 +29,7 @@ from c2v_rag.parts import Part
 from c2v_rag.sources import python_docs
 
 Item = TypeVar("Item")
-DEFAULT, DISTILLED, PEER, OWN = "default", "distilled", "encoder, sentence-transformers", "encoder, EncoderEmbedder"
+MODEL, PEER, OWN = "default", "encoder, sentence-transformers", "encoder, EncoderEmbedder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,7 @@ def part_folder(model: Causal2Vec, part: Part) -> Path:
 def system_of(name: str, model: Causal2Vec) -> System:
     """One system around an open model. Raises ModuleNotFoundError for sentence-transformers if it is not installed."""
     encoder_folder = part_folder(model, "encoder")
-    if name == DISTILLED and model.name != DISTILLED:
-        model = Causal2Vec.from_pretrained(DISTILLED, device=model.device, dtype=model.dtype)
-    if name in (DEFAULT, DISTILLED):
+    if name == MODEL:
         disk_bytes = folder_bytes(checkpoint.locate(model.name), encoder_folder, part_folder(model, "llm"))
         return System(name, model.encode_document, model.encode_query, disk_bytes)
     if name == OWN:
@@ -83,7 +81,7 @@ def peer_system(folder: Path, max_length: int, device: str, dtype: torch.dtype) 
 def available(model: Causal2Vec) -> list[System]:
     """All systems; sentence-transformers only where it is installed."""
     systems = []
-    for name in (DEFAULT, *([DISTILLED] if model.name == DEFAULT else []), PEER, OWN):
+    for name in (MODEL, PEER, OWN):
         try:
             systems.append(system_of(name, model))
         except ModuleNotFoundError as error:
@@ -156,7 +154,7 @@ def peak_in_its_own_process(name: str, model: Causal2Vec, num_passages: int) -> 
     """
     settings = {
         "name": name,
-        "model": DISTILLED if name == DISTILLED else model.name,
+        "model": model.name,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "encoder_folder": str(part_folder(model, "encoder")),

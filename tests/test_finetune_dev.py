@@ -373,7 +373,7 @@ def test_workers_make_the_same_batches_with_the_same_cached_vectors(
     for workers in (0, 2):
         processes.clear()
         values = recipe_for(checkpoint, steps=3, dev="none", teachers=["encoder", "start"], workers=workers)
-        values["stages"][0]["loss"] = {"info_nce": 1.0, "distill": 0.5, "words": 0.5, "residual": 0.5}
+        values["stages"][0]["loss"] = {"info_nce": 1.0, "distill": 0.5, "residual": 0.5}
         train(Recipe.model_validate(values), data, tmp_path / str(workers), device="cpu")
         log = json.loads((tmp_path / f"{workers}.training" / "log.json").read_text())["steps"]["full"]
         found[workers] = [row["loss"] for row in log]

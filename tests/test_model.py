@@ -47,9 +47,9 @@ def by_hand(model: Causal2Vec, text: str, instruction: str = "") -> Tensor:
     hidden = model.llm(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state[0]
     eos = hidden[-1]
     if config.pooling == "context_eos":
-        return normalize(torch.stack([hidden[place], eos], dim=1).flatten(), dim=0)
+        return normalize(torch.stack([hidden[place], eos], dim=1).flatten()[: config.truncate_dim], dim=0)
     vector = {"eos": eos, "context": hidden[place or 0], "mean": hidden[-len(body) :].mean(dim=0)}[config.pooling]
-    return normalize(vector, dim=0)
+    return normalize(vector[: config.truncate_dim], dim=0)
 
 
 def assert_same(vectors: Any, others: Any, at_least: float = 0.9999) -> None:

@@ -14,9 +14,7 @@ from c2v_rag.cli.shared import err, out
 
 
 def download(
-    model: Annotated[
-        str, typer.Argument(help='"default", "distilled", a checkpoint folder, or a Hugging Face Hub id.')
-    ] = "default",
+    model: Annotated[str, typer.Argument(help='"default", a checkpoint folder, or a Hugging Face Hub id.')] = "default",
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the pip commands that are needed, and run nothing.")
     ] = False,

@@ -16,12 +16,10 @@ Store = Annotated[
     ),
 ]
 Collection = Annotated[str, typer.Option(help="Name of the Chroma collection.")]
-ModelName = Annotated[str, typer.Option(help='"default", "distilled", a checkpoint folder, or a Hugging Face Hub id.')]
+ModelName = Annotated[str, typer.Option(help='"default", a checkpoint folder, or a Hugging Face Hub id.')]
 EmbedderName = Annotated[
     str,
-    typer.Option(
-        "--model", help='"default", "distilled", a checkpoint folder, a Hugging Face Hub id, or the URL of a server.'
-    ),
+    typer.Option("--model", help='"default", a checkpoint folder, a Hugging Face Hub id, or the URL of a server.'),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; unless given, the first of them that is available.")

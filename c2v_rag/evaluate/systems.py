@@ -14,6 +14,7 @@ from mteb.models.search_wrappers import SearchEncoderWrapper
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
+from c2v_rag.bases import package_base
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
 from c2v_rag.model import Causal2Vec
@@ -115,7 +116,8 @@ class HybridSystem:
 
 def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     """The model first, then each baseline: "encoder" (the one inside the model), "contextual" and "eos" (one half of
-    the embedding alone), "bm25", "hybrid" (the model and BM25 fused), or a sentence-transformers folder or hub id.
+    the embedding alone), "bm25", "hybrid" (the model and BM25 fused), or a sentence-transformers model: a folder, an
+    installed package, or a hub id.
 
     All run in the model's dtype, and tokens are the model's own for all of them, so that tokens/s compare.
     """
@@ -140,6 +142,8 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
         elif name == HYBRID:
             found.append(HybridSystem(ours))
         else:
-            other = SentenceTransformer(name, device=str(model.device), model_kwargs={"dtype": model.dtype})
+            package = package_base(name)
+            source = name if package is None else str(package.folder)
+            other = SentenceTransformer(source, device=str(model.device), model_kwargs={"dtype": model.dtype})
             found.append(DenseSystem(name.rstrip("/").split("/")[-1], name, other, count_tokens=model.count_tokens))
     return found

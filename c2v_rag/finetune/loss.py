@@ -1,4 +1,4 @@
-"""The training loss: InfoNCE and distillation, on the embedding and on each half, and words for EOS's half.
+"""The training loss: InfoNCE and distillation, on the embedding and on each half.
 
 B queries, M documents of which the first B are the queries' positives, D and K columns.
 """
@@ -14,12 +14,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_world_size
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, mse_loss, normalize, softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, normalize, softmax
 
 from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.masks import batch_statistics, equal_answers, false_negatives
 
-_TARGETS = ("teacher", "target", "text_hash", "bm25_row")  # features that the loss reads
+_TARGETS = ("teacher", "text_hash", "bm25_row")  # features that the loss reads
 Texts = tuple[Tensor, Tensor]  # numbers of the queries (B,) and of the documents (M,), equal for equal texts
 _COSINE_SHARE = 0.7  # in a fused score; BM25 has the rest
 _EPSILON = 1e-8
@@ -29,12 +29,9 @@ _MASKED = -1e4  # a finite logit whose probability is 0: a row of -inf alone wou
 class LossWeights(BaseModel):
     """Weights of the loss terms; the loss is their sum.
 
-    All terms but `words` act on the whole embedding. `halves` is the weight of the same terms on the Contextual half
+    All terms act on the whole embedding. `halves` is the weight of the same terms on the Contextual half
     and on the EOS half alone. For each number in `matryoshka_dims` they are added on that many first columns, for
     embeddings that will be truncated.
-
-    `words` is the weight of 1 - cosine between the EOS half and its target. The target is the sum of the mean EOS
-    direction of all texts and, with the share `words_share` of the squared length, the text's lexical vector.
 
     `symmetric`: InfoNCE is the mean of both directions, from queries to documents and from positives to queries.
 
@@ -61,8 +58,6 @@ class LossWeights(BaseModel):
     halves: NonNegativeFloat = 0.0
     temperature: PositiveFloat = 0.05
     matryoshka_dims: tuple[PositiveInt, ...] = ()
-    words: NonNegativeFloat = 0.0
-    words_share: Annotated[float, Field(gt=0, le=1)] = 0.4
     symmetric: bool = False
     mask_margin: NonNegativeFloat | None = None
     mask_similar_documents: Annotated[float, Field(gt=-1, lt=1)] | None = None
@@ -296,21 +291,15 @@ def candidates_left_out(
     return probable if equal is None else probable | equal
 
 
-def words_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
-    """Mean of 1 - cosine between the EOS half and its target; `embeddings` (N, 2 D) or, of EOS alone, (N, D)."""
-    eos = embeddings[:, 1::2] if embeddings.shape[1] == 2 * targets.shape[1] else embeddings
-    return (1 - cosine_similarity(eos, targets, dim=1)).mean()
-
-
 class Causal2VecLoss(CachedLossMixin, nn.Module):
     """`combined_loss` for sentence-transformers' trainer: columns query, positive, and any number of negatives.
 
     With several processes the loss is the one of the whole step: each process gathers the embeddings of all, with
     gradient. DDP's mean over the processes is then the gradient of a single process with the whole batch.
 
-    The teachers' vectors come as the feature "teacher" (B, K) of each column, the targets of `words_loss` as "target"
-    (B, D), numbers that are equal for equal texts as "text_hash" (B,), the texts' numbers in `bm25` as "bm25_row" (B,),
-    the scores of positive and negatives as the labels (B, 1 + negatives). With `bm25`, set `data_set` to the name of
+    The teachers' vectors come as the feature "teacher" (B, K) of each column, numbers that are equal for equal texts as
+    "text_hash" (B,), the texts' numbers in `bm25` as "bm25_row" (B,), the scores of positive and negatives as the
+    labels (B, 1 + negatives). With `bm25`, set `data_set` to the name of
     the batch's data set before each batch. `statistics` describes the last batch as `masks.batch_statistics` does. With
     `mini_batch_size`, activations of so many texts are in memory at a time (GradCache, arXiv 2101.06983; the
     library's), whatever the batch size.
@@ -349,7 +338,7 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
         return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in features], targets)
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
-        """From the embeddings of each column, in slices; `labels`: the columns' teacher vectors, targets and scores.
+        """From the embeddings of each column, in slices; `labels`: the columns' teacher vectors and scores.
 
         The mixin calls it too, and hands `labels` through as they are.
         """
@@ -377,9 +366,6 @@ class Causal2VecLoss(CachedLossMixin, nn.Module):
             with torch.no_grad():
                 left_out = candidates_left_out(*sides, self.weights, texts)
                 self.statistics = batch_statistics(queries, documents, left_out)
-            if self.weights.words:
-                targets = torch.cat([column["target"] for column in labels])
-                loss = loss + self.weights.words * words_loss(torch.cat(embeddings), targets)
         if with_backward:
             torch.autograd.backward(loss)
             return loss.detach()

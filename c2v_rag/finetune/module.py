@@ -1,4 +1,4 @@
-"""What the model sees in a training stage: its sequences, the cached vectors, and the targets of the loss.
+"""What the model sees in a training stage: its sequences and the cached vectors.
 
 B texts, E encoder width, D decoder width, K columns of a teacher.
 """
@@ -11,29 +11,27 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune.bm25 import BatchBM25
 from c2v_rag.finetune.recipe import Recipe, Stage
 from c2v_rag.finetune.start import StartVectors
-from c2v_rag.finetune.vectors import LexicalEmbedder, TextVectors, autocast, text_hashes
+from c2v_rag.finetune.vectors import TextVectors, autocast, text_hashes
 from c2v_rag.identity import hash_tensors
 from c2v_rag.model import Causal2Vec
 from c2v_rag.tokenization import TextTokenizer
 from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_token_batch
 
-# Names among a recipe's teachers: the encoder inside the model, `LexicalEmbedder`, and `StartVectors`.
-ENCODER, LEXICAL, START = "encoder", "lexical", "start"
-_EOS_SAMPLE = 256  # texts whose EOS states are averaged
+# Names among a recipe's teachers: the encoder inside the model, and `StartVectors`.
+ENCODER, START = "encoder", "start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +40,12 @@ class StageVectors:
 
     `encoder`: of the model's encoder, by what it reads (its prompt and the text). It has no vectors but only the texts
     if the encoder is trained and is no teacher. `teachers`: one entry per teacher other than "start", empty without
-    distillation. `lexical`: the vectors of `LexicalEmbedder` where the loss has `words`, else None. `start`: the
-    vectors of the model before the stage where it is a teacher, else None. `bm25`: where the loss reads its scores.
+    distillation. `start`: the vectors of the model before the stage where it is a teacher, else None. `bm25`: where the
+    loss reads its scores.
     """
 
     encoder: TextVectors
     teachers: Sequence[TextVectors]
-    lexical: TextVectors | None
     start: StartVectors | None = None
     bm25: BatchBM25 | None = None
 
@@ -58,10 +55,7 @@ class TrainingModule(Causal2VecModule):
 
     Features besides those of the base class: "rows" (B,), the index of each text in `texts`; "text_hash" (B,), equal
     for equal texts; "pooled" (B, 1, E), the encoder's vectors, where the encoder is frozen; "teacher" (B, K), the
-    teachers' vectors; "target" (B, D), the target of the EOS half, where the loss has `words`; "bm25_row" (B,), the
-    number of each text in `StageVectors.bm25`.
-
-    Raises ValueError when the loss has `words` and the stage's pooling has no EOS half.
+    teachers' vectors; "bm25_row" (B,), the number of each text in `StageVectors.bm25`.
     """
 
     def __init__(self, model: Causal2Vec, stage: Stage, vectors: StageVectors) -> None:
@@ -73,25 +67,7 @@ class TrainingModule(Causal2VecModule):
         self._teachers = vectors.teachers
         self._start = vectors.start
         self._encoder_is_frozen = encoder_is_frozen(stage)
-        self._lexical = vectors.lexical
         self._bm25 = vectors.bm25
-        self._mean_eos = torch.empty(0)
-        if self._lexical is not None:
-            if self.pooling not in ("context_eos", "eos"):
-                raise ValueError(f"'words' is a loss of EOS's half, and pooling {self.pooling!r} has none.")
-            self._mean_eos = self._compute_mean_eos()
-
-    @torch.no_grad()
-    def _compute_mean_eos(self) -> Tensor:
-        """(D,) of length 1: the mean direction of the EOS states over a sample of texts, before the stage."""
-        assert self._lexical is not None
-        texts = self._lexical.texts
-        sample = texts[:: max(1, len(texts) // _EOS_SAMPLE)][:_EOS_SAMPLE]
-        batch = self._stage_tokenizer(sample).collate(range(len(sample))).to(self.model.device)
-        with autocast(self.model.device):
-            embeddings = self.model(batch)
-        eos = embeddings[:, 1::2] if self.pooling == "context_eos" else embeddings
-        return normalize(normalize(eos.float().cpu(), dim=1).mean(dim=0), dim=0)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         tokenized = self._stage_tokenizer(inputs, prompt or "")
@@ -112,10 +88,6 @@ class TrainingModule(Causal2VecModule):
             features["teacher"] = concatenate_teachers(taught)
         if self._bm25 is not None:
             features["bm25_row"] = self._bm25.rows(inputs)
-        if self._lexical is not None:
-            share = self._stage.loss.words_share
-            lexical = self._lexical(self._lexical.rows(inputs))
-            features["target"] = math.sqrt(1 - share) * self._mean_eos + math.sqrt(share) * lexical
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -172,19 +144,12 @@ def stage_vectors(
         start = StartVectors(model, stage_tokenizer(model, stage.max_length), trained, folder, **shared)
         start.prepare(by_prompt)
         teachers = [name for name in teachers if name != START]
-    for name in {*teachers, *([LEXICAL] if stage.loss.words else [])} - {ENCODER}:
-        if name == LEXICAL:
-            table = cast(Tensor, model.llm.get_input_embeddings().weight)
-            vectors[name] = TextVectors(
-                None, LexicalEmbedder(table, model.tokenizer.llm, texts, stage.max_length), **shared
-            )
-        else:
-            name_hash = hashlib.sha256(name.encode()).hexdigest()[:8]
-            embed = functools.partial(embed_with_teacher, name)
-            vectors[name] = TextVectors(folder / f"teacher-{name_hash}-{stage.max_length}", embed, **shared)
+    for name in set(teachers) - {ENCODER}:
+        name_hash = hashlib.sha256(name.encode()).hexdigest()[:8]
+        embed = functools.partial(embed_with_teacher, name)
+        vectors[name] = TextVectors(folder / f"teacher-{name_hash}-{stage.max_length}", embed, **shared)
         vectors[name].prepare(texts)
-    lexical = vectors[LEXICAL] if stage.loss.words else None
-    return StageVectors(of_encoder, [vectors[name] for name in teachers], lexical, start)
+    return StageVectors(of_encoder, [vectors[name] for name in teachers], start)
 
 
 def encoder_vectors(model: Causal2Vec, max_length: int, work: Path) -> TextVectors:

@@ -52,7 +52,7 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
         .. code-block:: python
 
-            1152
+            768
 
     Embed multiple text:
         .. code-block:: python
