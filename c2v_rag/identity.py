@@ -31,7 +31,7 @@ def sample_weights(module: nn.Module) -> bytes:
     # Offloaded tensors (meta) have no values in memory.
     held = chain.from_iterable(chain(part._parameters.values(), part._buffers.values()) for part in walk(module))
     unique = {id(tensor): tensor for tensor in held if tensor is not None}
-    tensors = [tensor for tensor in unique.values() if tensor.device.type != "meta"]
+    tensors = [_local(tensor) for tensor in unique.values() if tensor.device.type != "meta"]
     addresses: list[tuple[object, ...]] = [
         (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride()) for tensor in tensors
     ]
@@ -48,6 +48,12 @@ def sample_weights(module: nn.Module) -> bytes:
         cached = addresses, list(groups.values())
         _views[module] = cached
     return b"".join(_bytes(torch.cat(samples)) for samples in cached[1])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The tensor, or of one that is divided over processes (a DTensor) this process's share."""
+    share: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return share
 
 
 def walk(module: nn.Module) -> Iterator[nn.Module]:

@@ -26,6 +26,7 @@ from c2v_rag.finetune.memory import activation_bytes, step_memory
 from c2v_rag.finetune.opening import new_model
 from c2v_rag.finetune.recipe import BaseModels, Recipe
 from c2v_rag.finetune.run import train, use_checkpointing
+from c2v_rag.finetune.sharding import check_sharding
 from c2v_rag.finetune.trainer import last_complete_checkpoint, part_of, use_one_gpu
 from c2v_rag.finetune.vectors import TextVectors
 from c2v_rag.projector import mean_token_norm
@@ -361,7 +362,7 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
     """With and without GradCache, each for two steps, with hard negatives, BM25 and a teacher.
 
     With a trained encoder in neighbour batches that workers tokenise; with a frozen one with masks, scores in the data
-    and the start teacher.
+    and the start teacher; with a decoder that is divided over the processes, and development scores.
     """
     write_pairs(tmp_path, negatives=True)
     write_pairs(tmp_path, "plain")
@@ -380,12 +381,16 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
                 values["data"]["batches"] = "neighbours"
                 values["workers"] = 1
             recipes[f"{next(iter(rates))}-{mini_batch_size}"] = values
-    (tmp_path / "recipes.json").write_text(json.dumps(recipes))
+    options = {"mini_batch_size": 3, "learning_rate": TRAINED, "steps": 2, "gradient_checkpointing": True}
+    recipes["divided"] = recipe_for(base, **options).model_dump(mode="json")
+    recipes["divided"]["dev"] = {"every": 1, "max_queries": 3, "max_documents": 5}
     script = tmp_path / "one_step.py"
     script.write_text(ONE_STEP)
     gradients = {}
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()
+        recipes["divided"]["base"]["shard"] = count > 1
+        (tmp_path / "recipes.json").write_text(json.dumps(recipes))
         arguments = [str(script), str(tmp_path / "recipes.json"), str(tmp_path), str(tmp_path / str(count))]
         if count == 1:
             with monkeypatch.context() as patch:
@@ -395,7 +400,7 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
         else:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
             done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=280)
-            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.returncode == 0, done.stderr[-9000:]
         for name in recipes:
             for step in (0, 1):
                 gradients[count, name, step] = torch.load(tmp_path / str(count) / f"{name}.training-{step}.pt")
@@ -407,6 +412,23 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
             assert max(float(gradient.norm()) for gradient in expected.values()) > 1e-4
             for parameter, gradient in expected.items():
                 torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-5)
+    whole, divided = (Causal2Vec.from_pretrained(tmp_path / str(count) / "divided", device="cpu") for count in (1, 2))
+    np.testing.assert_allclose(divided.encode(["a heap", "yeast"]), whole.encode(["a heap", "yeast"]), atol=1e-3)
+    scores = json.loads((tmp_path / "2" / "divided.training" / "dev.json").read_text())
+    assert [row["step"] for row in scores["history"]] == [0, 1, 2]
+
+
+def test_a_recipe_that_cannot_be_divided_is_an_error(base: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base | {"shard": True}, gradient_checkpointing=True).model_copy(update={"teachers": ["start"]})
+    with pytest.raises(ValueError, match=r"divides the decoder over several processes, and this is one"):
+        train(recipe, data, tmp_path / "out", device="cpu")
+    with pytest.raises(ValueError, match=r"The teacher 'start' cannot be used with base.shard"):
+        check_sharding(recipe, 2)
+    with pytest.raises(ValueError, match=r"base.shard needs gradient_checkpointing: true in every stage"):
+        check_sharding(recipe.model_copy(update={"stages": recipe_for(base).stages}), 2)
+    quantised = recipe.base.model_copy(update={"llm_kwargs": {"quantization_config": {"load_in_4bit": True}}})
+    with pytest.raises(ValueError, match="A quantised decoder cannot be divided"):
+        check_sharding(recipe.model_copy(update={"base": quantised}), 2)
 
 
 def test_a_batch_that_processes_cannot_share_is_an_error(
@@ -495,7 +517,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "checkpointing": {"mini_batch_size": 4, "gradient_checkpointing": True},
     "encoder": {"learning_rate": {"projector": 1e-3, "encoder": 1e-3}, "gradient_checkpointing": True},
     "encoder_adapter": {"learning_rate": {"encoder_adapter": 1e-3}},
-    "words": {"learning_rate": {"llm_adapter": 1e-3}, "loss": {"distill": 0.0, "info_nce": 0.0, "words": 1.0}},
     "distilled": {"loss": {"distill": 1.0, "info_nce": 0.0}},
     "bm25": {"loss": {"distill": 0.0, "info_nce": 0.1, "residual": 1.0, "fused_distill": 1.0}, "mini_batch_size": 4},
     "neighbours": {"learning_rate": {"encoder": 1e-3}, "keep": 0.5},

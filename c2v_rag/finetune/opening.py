@@ -50,7 +50,7 @@ def new_model(recipe: Recipe, *, device: str | None = None, model_class: type[Ca
     if len({*getattr(model.llm, "hf_device_map", {}).values()}) > 1:
         raise ValueError(
             "base.llm_kwargs.device_map puts the decoder on several devices, which cannot be trained here. Leave it "
-            "out: every process of torchrun holds a whole model."
+            "out: every process of torchrun holds a whole model, or its share of one with base.shard."
         )
     if getattr(model.llm, "is_quantized", False):
         # Checkpointing is a setting of each stage.

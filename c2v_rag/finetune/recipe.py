@@ -41,7 +41,8 @@ class BaseModels(_Strict):
 
     `dtype` is the dtype of frozen weights; trained ones are float32. Unless given, it is bfloat16 on a GPU that
     computes in it, and float32 elsewhere. `llm_kwargs` are passed to the decoder's `AutoModel.from_pretrained`:
-    `attn_implementation`, `device_map`, `quantization_config` (`{load_in_4bit: true}` for QLoRA), ...
+    `attn_implementation`, `quantization_config` (`{load_in_4bit: true}` for QLoRA), ... `shard` divides the decoder's
+    frozen weights over the GPUs (FSDP2), for one that does not fit into each of them.
     """
 
     checkpoint: str | None = None
@@ -55,6 +56,7 @@ class BaseModels(_Strict):
     initial_token_scale: PositiveFloat = INITIAL_TOKEN_SCALE
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     llm_kwargs: dict[str, Any] = {}
+    shard: bool = False
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> BaseModels:
@@ -190,10 +192,10 @@ class Recipe(_Strict):
     while the run goes on; unless given, tensorboard if it is installed.
 
     `teachers`: the mean of their similarities is distilled. Each is "encoder" (the one inside the model), "start" (the
-    model before the stage, so that it forgets less), "lexical" (`LexicalEmbedder`), or the name of a
-    sentence-transformers model. `optimizer`: a name of transformers' `OptimizerNames`, such as "adamw_torch" or
-    "adamw_8bit" (needs bitsandbytes). `workers`: processes that tokenise the next batches while a GPU computes, for
-    each training process; 0 tokenises in the training process itself.
+    model before the stage, so that it forgets less), or the name of a sentence-transformers model. `optimizer`: a name
+    of transformers' `OptimizerNames`, such as "adamw_torch" or "adamw_8bit" (needs bitsandbytes). `workers`: processes
+    that tokenise the next batches while a GPU computes, for each training process; 0 tokenises in the training process
+    itself.
     """
 
     base: BaseModels

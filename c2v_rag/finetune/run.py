@@ -40,10 +40,11 @@ from c2v_rag.finetune.module import (
     stage_vectors,
 )
 from c2v_rag.finetune.monitor import Monitor
-from c2v_rag.finetune.opening import new_model
-from c2v_rag.finetune.recipe import Recipe, Stage
+from c2v_rag.finetune.opening import frozen_dtype, new_model
+from c2v_rag.finetune.recipe import BaseModels, Recipe, Stage
 from c2v_rag.finetune.reports import plot_losses, trackers
 from c2v_rag.finetune.scoring import DevCallback, DevReport
+from c2v_rag.finetune.sharding import check_sharding, shard_decoder, sharded_names
 from c2v_rag.finetune.trainer import (
     ProgressCallback,
     StageTrainer,
@@ -98,12 +99,12 @@ def train(
     if processes.is_main_process:
         _claim_folder(work, recipe, sets, dev_sets, resume)
     processes.wait_for_everyone()
-    model = new_model(recipe, device=device or str(processes.device))
+    model = _open(recipe, torch.device(device or processes.device))
     instructions = _instructions(sets, model)
     log: dict[str, list[dict[str, float]]] = {}
     scored: dict[str, DevCallback] = {}
     for number, stage in enumerate(recipe.stages, start=1):
-        finished = work / f"{number}-{stage.name}.safetensors"
+        finished = _weights_file(work, number, stage)
         rows_file = finished.with_suffix(".json")
         if recipe.dev != "none" and dev_sets:
             scored[stage.name] = DevCallback(model, dev_sets, recipe.dev, finished.with_suffix(".dev.json"))
@@ -156,7 +157,29 @@ def train(
         plot_losses(log, work / "loss.png")
         if scored:
             DevReport.of_stages(dev_sets, scored).save(work / "dev.json")
-        write_checkpoint(model, recipe, output)
+    if recipe.base.shard:  # the weights are spread over the processes: open the model again
+        model = new_model(recipe, device="cpu")
+        for number, stage in enumerate(recipe.stages, start=1):
+            load_trained(model, _weights_file(work, number, stage))
+    if processes.is_main_process:
+        write_checkpoint(model, recipe.base, output)
+    return model
+
+
+def _weights_file(work: Path, number: int, stage: Stage) -> Path:
+    """The file of a finished stage's trained weights."""
+    return work / f"{number}-{stage.name}.safetensors"
+
+
+def _open(recipe: Recipe, device: torch.device) -> Causal2Vec:
+    """The recipe's model on `device`, or with `base.shard` this process's share of it."""
+    if not recipe.base.shard:
+        return new_model(recipe, device=str(device))
+    check_sharding(recipe, PartialState().num_processes)
+    dtype = str(frozen_dtype(recipe.base, device)).removeprefix("torch.")
+    base = recipe.base.model_copy(update={"dtype": dtype})
+    model = new_model(recipe.model_copy(update={"base": base}), device="cpu")
+    shard_decoder(model, device)
     return model
 
 
@@ -260,6 +283,7 @@ def run_stage(
     )
     use_one_gpu(arguments)
     loaded = SentenceTransformer(modules=[module], device=str(model.device))
+    vars(loaded)["_ddp_params_and_buffers_to_ignore"] = sharded_names(loaded)  # read by DDP
     loss_weights = stage.loss if module.pooling == "context_eos" else stage.loss.model_copy(update={"halves": 0.0})
     loss = Causal2VecLoss(loaded, loss_weights, stage.mini_batch_size, vectors.bm25)
     progress = ProgressCallback(stage.name)
@@ -300,13 +324,13 @@ def use_checkpointing(model: Causal2Vec, stage: Stage) -> None:
             part.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
 
 
-def write_checkpoint(model: Causal2Vec, recipe: Recipe, output: Path) -> None:
-    """Save the trained model: projector and adapters in float16, with the recipe's further sources of its bases."""
+def write_checkpoint(model: Causal2Vec, base: BaseModels, output: Path) -> None:
+    """Save the trained model: projector and adapters in float16, with the further sources of its bases."""
     weights.save(
         model,
         output,
         trained_dtype=torch.float16,
-        further_bases={"encoder": recipe.base.encoder_also, "llm": recipe.base.llm_also},
+        further_bases={"encoder": base.encoder_also, "llm": base.llm_also},
     )
 
 
