@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from chromadb.api.models.Collection import Collection
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.index import remove_vanished, stored_stamp, stored_stamps
+from c2v_rag.index import KnownFiles, remove_vanished, stored_stamp, stored_stamps
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import read_sources
@@ -236,6 +236,53 @@ def test_a_file_whose_state_cannot_be_read_has_not_vanished(
     monkeypatch.setattr(Path, "stat", stat)
     assert remove_vanished(index, tmp_path / "notes", prune=True) == 0
     assert len(index) == 2
+
+
+def test_a_known_file_is_not_parsed_again(tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("Bread needs yeast.", encoding="utf-8")
+    (folder / "empty.txt").write_text("", encoding="utf-8")
+    (folder / "table.csv").write_text("text,other\na heap,x\na queue,y\n", encoding="utf-8")
+    (folder / "broken.csv").write_bytes(b"text\nrow 0\n\xff\n")
+    index = VectorIndex(tmp_path / "store", model)
+
+    def update(text_column: str = "text") -> tuple[list[str], int]:
+        """The names of the files that were parsed, and the number of chunks of the others."""
+        parsed: set[str] = set()
+        unread: list[Path] = []
+        known = KnownFiles(index, [folder], text_column)
+        documents = read_sources(
+            [folder], text_column=text_column, on_error=lambda path, error: unread.append(path), skip=known.paths
+        )
+        index.add(document for document in documents if not parsed.add(Path(document.source).name))
+        known.save(unread)
+        return sorted(parsed | {path.name for path in unread}), known.num_chunks
+
+    everything = ["broken.csv", "empty.txt", "notes.txt", "table.csv"]
+    assert update() == (everything, 0)
+    assert update() == (["broken.csv"], 3), "only the file that could not be read"
+    (folder / "notes.txt").write_text("Bread needs flour.", encoding="utf-8")
+    assert update() == (["broken.csv", "notes.txt"], 2)
+    index.delete(str((folder / "table.csv").resolve()))
+    assert update() == (["broken.csv", "table.csv"], 1), "its chunks are gone: it is read again"
+    assert len(index) == 3
+    assert update("other")[0] == everything, "another column of the tables"
+    (file,) = (tmp_path / "store").rglob("files.json")
+    file.write_text("[]", encoding="utf-8")
+    assert update("other")[0] == everything
+
+    (folder / "notes.txt").write_text("A third text.", encoding="utf-8")
+    known = KnownFiles(index, [folder], "other")
+    documents = stop_after(read_sources([folder], on_error=lambda path, error: None, skip=known.paths))
+    with pytest.raises(RuntimeError, match="stopped"):  # a run that stops records nothing
+        index.add(documents)
+    assert "notes.txt" in update("other")[0]
+
+
+def stop_after(documents: Iterable[Document]) -> Iterator[Document]:
+    yield from documents
+    raise RuntimeError("stopped")
 
 
 def test_a_source_that_cannot_be_read_any_more_keeps_its_chunks(tmp_path: Path, model: Counting) -> None:

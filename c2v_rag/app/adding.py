@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from c2v_rag.app.task import Task
-from c2v_rag.index import IndexReport, VectorIndex, remove_vanished
+from c2v_rag.index import IndexReport, KnownFiles, VectorIndex, remove_vanished
 from c2v_rag.sources import PYTHON_DOCS, Document, files_below, python_docs, read_sources
 
 UPLOAD = "upload/"  # prefix of an upload's source
@@ -52,7 +52,10 @@ def add(
     empty: list[str] = []
     read_uploads: dict[str, str] = {}  # source -> file name
 
+    unread: list[Path] = []
+
     def leave_out(path: Path, error: Exception) -> None:
+        unread.append(path)
         # Visitors need not know in which temporary folder an upload is.
         message = str(error).replace(str(path), path.name) if path in uploads else str(error)
         left_out.append(message if path.name in message else f"{path.name}: {message}")
@@ -68,7 +71,7 @@ def add(
                     yield dataclasses.replace(document, source=source, metadata={**document.metadata, FILE_NAME: name})
             except (OSError, ValueError) as error:  # the file was deleted, or its type cannot be read
                 leave_out(path, error)
-        yield from read_sources(sources, on_error=leave_out)
+        yield from read_sources(sources, on_error=leave_out, skip=known.paths)
 
     def documents_with_empty_noted() -> Iterator[Document]:
         for document in documents():
@@ -85,6 +88,8 @@ def add(
     total = len(uploads) + sum(
         len(python_docs()) if source == PYTHON_DOCS else sum(1 for _ in files_below(Path(source))) for source in sources
     )
+    task.report("Looking for files that have changed …")
+    known = KnownFiles(index, sources)
     while True:
         try:
             report = index.add(documents_with_empty_noted(), on_progress=report_progress, write_every=WRITE_EVERY)
@@ -94,12 +99,14 @@ def add(
                 raise
             task.report(f"Waiting for another run to end. {error}")
             task.wait(WAIT_S)
+    known.save(unread)
     removed = sum(remove_vanished(index, Path(source)) for source in sources if Path(source).is_dir())
     earlier = _earlier_uploads(index, read_uploads)
     if replace_uploads:
         removed += sum(index.delete(source) for source in earlier)
     kept = [] if replace_uploads else sorted({source.rpartition("/")[2] for source in earlier})
-    return Added(dataclasses.replace(report, removed=removed), left_out, empty, kept)
+    report = dataclasses.replace(report, removed=removed, unchanged=report.unchanged + known.num_chunks)
+    return Added(report, left_out, empty, kept)
 
 
 def upload_source(path: Path) -> str:

@@ -74,7 +74,7 @@ def index(
     read is reported, and its chunks stay in the index. How documents are cut is a setting of the collection: give it
     when the collection is new.
     """
-    from c2v_rag.index import ChunkSettings, VectorIndex, remove_vanished
+    from c2v_rag.index import ChunkSettings, KnownFiles, VectorIndex, remove_vanished
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
 
     given: dict[str, Any] = {"splitter": splitter, "max_tokens": chunk_tokens, "overlap": overlap, "header": header}
@@ -101,13 +101,13 @@ def index(
         _print_report(report, store, collection, unread, json_output)
         return
 
-    left_out: list[str] = []
+    left_out: list[Path] = []
 
     def leave_out(path: Path, error: Exception) -> None:
-        left_out.append(str(path))
+        left_out.append(path)
         err.print(f"Left out: {error}", style="yellow", markup=False)
 
-    documents = read_sources(sources, limit=limit, text_column=text_column, on_error=leave_out)
+    read_sources(sources, limit=0)  # a wrong path is reported before the model is opened
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
     total = min(total, limit) if total and limit else total
     embedder = open_embedder(model, device, dtype)
@@ -115,14 +115,18 @@ def index(
     if given:
         chunking = dataclasses.replace(vectors.chunking, **given)
         vectors = VectorIndex(store, embedder, collection, chunking=chunking)
-    # With a limit some documents were not read, so it is unknown which are gone.
+    # With a limit some documents are not read, so it is unknown which are gone.
+    known = KnownFiles(vectors, sources, text_column) if limit is None else None
+    skip = () if known is None else known.paths
+    documents = read_sources(sources, limit=limit, text_column=text_column, on_error=leave_out, skip=skip)
     report = vectors.add(documents, prune=limit is None, total=total, show_progress=True)
-    if limit is None:
+    if known is not None:
+        known.save(left_out)
         removed = sum(
             remove_vanished(vectors, Path(source), prune=prune) for source in sources if Path(source).is_dir()
         )
-        report = dataclasses.replace(report, removed=removed)
-    _print_report(report, store, collection, left_out, json_output)
+        report = dataclasses.replace(report, removed=removed, unchanged=report.unchanged + known.num_chunks)
+    _print_report(report, store, collection, [str(path) for path in left_out], json_output)
 
 
 def _print_report(report: IndexReport, store: str, collection: str, left_out: list[str], json_output: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from c2v_rag.index.chroma_server import ChromaServer
 from c2v_rag.index.chunking import Chunk, Present, new_chunks
+from c2v_rag.index.known_files import KnownFiles
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.query import DEFAULT_MODE, Hit, Reranker, SearchMode, SearchOptions, check_mode, location
 from c2v_rag.index.settings import ChunkSettings, stored_settings
@@ -23,6 +24,7 @@ __all__ = [
     "ChunkSettings",
     "Hit",
     "IndexReport",
+    "KnownFiles",
     "LexicalIndex",
     "Present",
     "Reranker",

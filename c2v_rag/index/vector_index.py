@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -171,7 +172,7 @@ class VectorIndex:
         return self._lexical_index(self.version)
 
     def _lexical_index(self, version: str) -> LexicalIndex:
-        folder = self._store.folder_for(f"lexical-{self._name}")
+        folder = self.folder_for("lexical")
         ids = (id for page in self._pages([]) for id in page["ids"])
         return self._cache.lexical(version, folder, ids, self.chunks())
 
@@ -237,6 +238,20 @@ class VectorIndex:
         """The sources of all chunks."""
         return {str(metadata["source"]) for page in self._pages(["metadatas"]) for metadata in page["metadatas"]}
 
+    def num_chunks(self, sources: Sequence[str]) -> dict[str, int]:
+        """The number of chunks of each of these sources."""
+        found = dict.fromkeys(sources, 0)
+        names = list(found)
+        for start in range(0, len(names), PAGE_SIZE):
+            for page in self._pages(["metadatas"], {"source": {"$in": names[start : start + PAGE_SIZE]}}):
+                for metadata in page["metadatas"]:
+                    found[str(metadata["source"])] += 1
+        return found
+
+    def folder_for(self, name: str) -> Path:
+        """The folder for files of this kind that belong to the collection; it may not exist yet."""
+        return self._store.folder_for(f"{name}-{self._name}")
+
     def chunks(self, *, embeddings: bool = False) -> Iterator[Chunk]:
         """All chunks; with `embeddings=True`, also their embeddings."""
         for page in self._pages(["documents", "metadatas", *(["embeddings"] if embeddings else [])]):
@@ -275,14 +290,14 @@ class VectorIndex:
                 return None
             return next(_chunks_of(collection.get(ids=[id], include=["documents", "metadatas"])), None)
 
-    def _pages(self, include: Any) -> Iterator[Any]:
-        """The collection's columns, a thousand chunks at a time."""
+    def _pages(self, include: Any, where: Any = None) -> Iterator[Any]:
+        """The collection's columns, a thousand chunks at a time; `where`: Chroma's metadata filter."""
         for start in count(step=PAGE_SIZE):
             with self._store.reading():
                 collection = self._find()
                 if collection is None:
                     return
-                page = collection.get(limit=PAGE_SIZE, offset=start, include=include)
+                page = collection.get(limit=PAGE_SIZE, offset=start, include=include, where=where)
             yield page
             if len(page["ids"]) < PAGE_SIZE:
                 return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def read_sources(
     limit: int | None = None,
     text_column: str = "text",
     on_error: OnError | None = None,
+    skip: Collection[Path] = (),
 ) -> Iterator[Document]:
     """Documents of files, folders (with their subfolders) and "python-docs", in the order given.
 
@@ -33,7 +34,7 @@ def read_sources(
     .jsonl .csv .parquet, one document per row, with a column `text_column`. A document's source is its file's absolute
     path; the other columns of a table become metadata, and a column "title" the title.
     An empty file gives one empty document, so that an index deletes its earlier text. `limit`: stop after this many
-    documents.
+    documents. `skip`: files that are not read, because an index knows them (`c2v_rag.index.KnownFiles`).
 
     A file that cannot be read to its end gives no document. `on_error` is called with its path and the error, and the
     next file is read. Without `on_error`, the error is raised: an OSError, an ImportError that names the missing
@@ -49,7 +50,7 @@ def read_sources(
         if path.is_file() and path.suffix.lower() not in READERS | TABLES:
             known = " ".join(sorted(READERS | TABLES))
             raise ValueError(f"{path}: cannot read {path.suffix or 'a file without a suffix'}; known: {known}.")
-    return islice(_read(sources, text_column, on_error), limit)
+    return islice(_read(sources, text_column, on_error, skip), limit)
 
 
 def files_below(path: Path) -> Iterator[Path]:
@@ -63,12 +64,22 @@ def files_below(path: Path) -> Iterator[Path]:
             yield found
 
 
-def _read(sources: Sequence[str | Path], text_column: str, on_error: OnError | None) -> Iterator[Document]:
+def source_of(path: Path) -> str:
+    """The source of a file's documents: its absolute path."""
+    # A file name may be invalid UTF-8, but stores accept only valid UTF-8.
+    return path.resolve().as_posix().encode("utf-8", "replace").decode("utf-8")
+
+
+def _read(
+    sources: Sequence[str | Path], text_column: str, on_error: OnError | None, skip: Collection[Path]
+) -> Iterator[Document]:
     for source in sources:
         if str(source) == PYTHON_DOCS:
             yield from python_docs()
             continue
         for path in files_below(Path(source)):
+            if path in skip:
+                continue
             with tempfile.SpooledTemporaryFile(_BYTES_IN_MEMORY) as copy:
                 try:
                     for document in _read_file(path, text_column):
@@ -93,8 +104,7 @@ def _with_path(path: Path, error: Exception) -> Exception:
 
 
 def _read_file(path: Path, text_column: str) -> Iterator[Document]:
-    # A file name may be invalid UTF-8, but stores accept only valid UTF-8.
-    suffix, source = path.suffix.lower(), path.resolve().as_posix().encode("utf-8", "replace").decode("utf-8")
+    suffix, source = path.suffix.lower(), source_of(path)
     if suffix in READERS:
         part = None
         for part in READERS[suffix](path):
