@@ -1,6 +1,6 @@
 """Speed of the index: chunks/s while documents are added, and latency and memory of a search.
 
-    python benchmarks/indexing.py [--chunks N ...] [--columns D] [--skip add|search] [--output FILE.json]
+    python benchmarks/indexing.py [--chunks N ...] [--columns D] [--skip add|search|hnsw] [--output FILE.json]
 
 Adding: each load with steps one after the other (an empty queue) and at the same time, in turn, `--rounds` times. "CPU"
 is the default model. "fast device" is an embedder that sleeps for 30 ms a batch of 256, as a GPU would compute, and
@@ -9,6 +9,10 @@ returns random vectors; texts are tokenised with the default model's tokenizers.
 Searching: N chunks with random unit vectors (the hardest case for HNSW) and 40 words each, drawn by Zipf's law. Every
 mode is measured in a process of its own: time of the first search, which loads the index, and of `--queries` more;
 memory is that of the process after the searches, without what it had before the first one. Queries are not embedded.
+
+HNSW: settings of Chroma's approximate index over `--hnsw-chunks` random unit vectors, whose variance falls from column
+to column, as in an embedding, and over their first 256 columns: time of writing, recall@10 against exact search,
+latency, and memory of a process that searches.
 
 With --skip, the part that is not measured stays in FILE.json as it is there.
 """
@@ -32,10 +36,18 @@ from typing import Any
 import numpy as np
 
 from c2v_rag import Document, VectorIndex
-from c2v_rag.index import CHUNKS_WRITTEN_AT_ONCE, Chunk, check_mode, writing
+from c2v_rag.index import CHUNKS_WRITTEN_AT_ONCE, Chunk, HnswSettings, check_mode, writing
 
 VOCABULARY, WORDS, QUERY_WORDS = 50_000, 40, 6
 MODES = ("dense", "lexical", "hybrid")
+HNSW = "hnsw"
+HNSW_SETTINGS = {
+    "Chroma's settings": HnswSettings(),
+    "ef_search=30": HnswSettings(ef_search=30),
+    "ef_search=300": HnswSettings(ef_search=300),
+    "ef_construction=200, max_neighbors=32": HnswSettings(ef_construction=200, max_neighbors=32),
+}
+SPECTRUM, FIRST_COLUMNS = 1024, 256
 DEVICE_SECONDS = 0.030  # for a batch of CHUNKS_WRITTEN_AT_ONCE
 ONE_AFTER_THE_OTHER, AT_THE_SAME_TIME = "one after the other", "at the same time"
 
@@ -176,6 +188,48 @@ def search_rows(chunks: int, columns: int, queries: int, keep: Path | None) -> d
     return row
 
 
+def decaying(number: int, columns: int, seed: int) -> np.ndarray:
+    """(number, columns) float32 of length 1; the standard deviation of column k is 1 / sqrt(k + 1)."""
+    rows = np.random.default_rng(seed).standard_normal((number, SPECTRUM), dtype=np.float32)[:, :columns]
+    rows /= np.sqrt(np.arange(1, columns + 1, dtype=np.float32))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def hnsw_row(settings: HnswSettings, chunks: int, columns: int, queries: int) -> dict[str, float]:
+    """Write the vectors with these settings, and search them in a process of its own."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as store:
+        embedder = RandomEmbedder(columns)
+        index = VectorIndex(store, embedder, hnsw=settings)
+        rows = decaying(chunks, columns, 0)
+        started = time.perf_counter()
+        for start in range(0, chunks, CHUNKS_WRITTEN_AT_ONCE):
+            part = rows[start : start + CHUNKS_WRITTEN_AT_ONCE]
+            embedder.encode_document = lambda texts, part=part: part  # type: ignore[method-assign]
+            index.write([Chunk(str(start + i), "x", {"source": "random"}) for i in range(len(part))])
+        seconds = time.perf_counter() - started
+        command = [sys.executable, __file__, "--mode", HNSW, "--store", store, "--columns", str(columns)]
+        command += ["--hnsw-chunks", str(chunks), "--queries", str(queries)]
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(f"{settings}, {columns} columns: {seconds:.0f} s, {found}", file=sys.stderr, flush=True)
+    return {"writing_s_per_1000": 1000 * seconds / chunks, **found}
+
+
+def measure_hnsw(store: str, chunks: int, columns: int, queries: int) -> dict[str, float]:
+    """Recall, latency and memory of a store that `hnsw_row` wrote; called in a new process."""
+    index = VectorIndex(store, RandomEmbedder(columns))
+    asked = decaying(queries, columns, 1)
+    index.search_by_vector(asked[0], 10)
+    took, found = [], []
+    for query in asked:
+        started = time.perf_counter()
+        found.append({int(hit.id) for hit in index.search_by_vector(query, 10)})
+        took.append(time.perf_counter() - started)
+    memory = resident_mib()
+    exact = np.argsort(-(asked @ decaying(chunks, columns, 0).T), axis=1)[:, :10]
+    recall = float(np.mean([len(ids & set(row.tolist())) / 10 for ids, row in zip(found, exact, strict=True)]))
+    return {"recall_at_10": recall, "p50_s": float(np.percentile(took, 50)), "memory_mib": memory}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, nargs="+", default=[100_000], help="sizes of the searched collections")
@@ -184,13 +238,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of adding; the median is reported")
     parser.add_argument("--documents", type=int, default=3000, help="that are added with the fast device")
     parser.add_argument("--cpu-documents", type=int, default=300, help="docstrings that the model embeds; 0: none")
-    parser.add_argument("--skip", choices=("add", "search"), action="append", default=[])
+    parser.add_argument("--hnsw-chunks", type=int, default=30_000)
+    parser.add_argument("--skip", choices=("add", "search", "hnsw"), action="append", default=[])
     parser.add_argument("--keep", type=Path, help="folder for the searched stores; another run goes on with them")
-    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--mode", choices=(*MODES, HNSW), help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
+    if arguments.mode == HNSW:
+        print(json.dumps(measure_hnsw(arguments.store, arguments.hnsw_chunks, arguments.columns, arguments.queries)))
+        return
     if arguments.mode:
         found = measure_search(arguments.store, arguments.mode, arguments.queries, arguments.columns)
         print(json.dumps(found))
@@ -211,6 +269,13 @@ def main() -> None:
             for chunks in arguments.chunks
         }
         result["search"] = {**made, "rows": rows}
+    if HNSW not in arguments.skip:
+        rows = {
+            f"{name}, {columns} columns": hnsw_row(settings, arguments.hnsw_chunks, columns, arguments.queries)
+            for columns in dict.fromkeys([arguments.columns, FIRST_COLUMNS])
+            for name, settings in HNSW_SETTINGS.items()
+        }
+        result[HNSW] = {**made, "chunks": arguments.hnsw_chunks, "rows": rows}
     text = json.dumps(result, indent=2) + "\n"
     print(text)
     if output:

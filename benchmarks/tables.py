@@ -312,6 +312,22 @@ def searching() -> str:
     return markdown(["", "first search", "p50", "p99", "memory"], rows) + made_by(result)
 
 
+def hnsw() -> str:
+    result = read("indexing")["hnsw"]
+    rows = [
+        [
+            name,
+            f"{row['writing_s_per_1000']:.2f} s",
+            f"{100 * row['recall_at_10']:.1f} %",
+            f"{1000 * row['p50_s']:.1f} ms",
+            f"{row['memory_mib']:.0f} MiB",
+        ]
+        for name, row in result["rows"].items()
+    ]
+    header = [f"{result['chunks']:,} vectors", "to write 1,000", "recall@10", "a search", "memory of the process"]
+    return markdown(header, rows) + made_by(result)
+
+
 def interval(low: float, high: float) -> str:
     """Both ends of an interval of a difference, x 100."""
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
@@ -329,6 +345,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ray": ray,
     "adding": adding,
     "searching": searching,
+    "hnsw": hnsw,
     "retrieval": retrieval,
     "held-out": held_out,
     "choose": choose,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from chromadb.api.models.Collection import Collection
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.index import KnownFiles, remove_vanished, stored_stamp, stored_stamps
+from c2v_rag.index import HnswSettings, KnownFiles, open_store, remove_vanished, stored_stamp, stored_stamps
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import read_sources
@@ -238,6 +239,21 @@ def test_a_file_whose_state_cannot_be_read_has_not_vanished(
     assert len(index) == 2
 
 
+def test_hnsw_settings_belong_to_the_collection(tmp_path: Path, model: Counting) -> None:
+    settings = HnswSettings(ef_construction=60, max_neighbors=8, ef_search=40)
+    VectorIndex(tmp_path, model, "fast", hnsw=settings).add([Document("a heap", "heap.txt")])
+    stored = open_store(tmp_path).client().get_collection("fast", embedding_function=None).configuration["hnsw"]
+    assert {name: stored[name] for name in dataclasses.asdict(settings)} == dataclasses.asdict(settings)
+    assert stored["space"] == "cosine"
+    assert len(VectorIndex(tmp_path, model, "fast")) == len(VectorIndex(tmp_path, model, "fast", hnsw=settings)) == 1
+    with pytest.raises(
+        ValueError, match=r"(?s)'fast' was made with other settings:\n- ef_construction: 60 in the index, 100"
+    ):
+        VectorIndex(tmp_path, model, "fast", hnsw=HnswSettings())
+    with pytest.raises(ValueError, match="max_neighbors must be at least 2; got 1"):
+        HnswSettings(max_neighbors=1)
+
+
 def test_a_known_file_is_not_parsed_again(tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
@@ -249,13 +265,14 @@ def test_a_known_file_is_not_parsed_again(tmp_path: Path, model: Counting, monke
 
     def update(text_column: str = "text") -> tuple[list[str], int]:
         """The names of the files that were parsed, and the number of chunks of the others."""
-        parsed: set[str] = set()
         unread: list[Path] = []
         known = KnownFiles(index, [folder], text_column)
         documents = read_sources(
             [folder], text_column=text_column, on_error=lambda path, error: unread.append(path), skip=known.paths
         )
-        index.add(document for document in documents if not parsed.add(Path(document.source).name))
+        read = list(documents)
+        parsed = {Path(document.source).name for document in read}
+        index.add(read)
         known.save(unread)
         return sorted(parsed | {path.name for path in unread}), known.num_chunks
 

@@ -1,11 +1,11 @@
-"""How a collection cuts documents into chunks. The settings are stored in the collection."""
+"""How a collection cuts documents into chunks, and how Chroma indexes them: settings that a collection stores."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 CHUNKING_KEY = "c2v_chunking"
 
@@ -40,8 +40,32 @@ class ChunkSettings:
             raise ValueError('header=True needs splitter="structure", which finds the headings.')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HnswSettings:
+    """Chroma's approximate index of nearest neighbours (HNSW); the defaults are Chroma's.
+
+    Larger values find more of the true neighbours. `ef_construction`: candidates that are considered when a chunk is
+    written; costs time of writing. `max_neighbors`: links of each chunk; costs time of writing, and memory.
+    `ef_search`: candidates that are considered by a search; costs time of searching.
+
+    Raises ValueError for values below 2.
+    """
+
+    ef_construction: int = 100
+    max_neighbors: int = 16
+    ef_search: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 2:
+                raise ValueError(f"{name} must be at least 2; got {value}.")
+
+
 # Of collections that store no settings: those of version 0.1.
 FIRST = ChunkSettings(splitter="characters", header=False)
+
+
+Settings = TypeVar("Settings", ChunkSettings, HnswSettings)
 
 
 def stored_settings(metadata: Mapping[str, Any] | None) -> ChunkSettings:
@@ -58,13 +82,21 @@ def stored_settings(metadata: Mapping[str, Any] | None) -> ChunkSettings:
     return ChunkSettings(**values)
 
 
-def check_settings(stored: ChunkSettings, given: ChunkSettings | None, collection: str) -> None:
+def stored_hnsw(configuration: Mapping[str, Any]) -> HnswSettings:
+    """The settings in the configuration of a Chroma collection. Raises ValueError for one without an HNSW index."""
+    hnsw = configuration.get("hnsw")
+    if hnsw is None:
+        raise ValueError("The collection has no HNSW index, so it has no settings of one.")
+    return HnswSettings(**{field.name: hnsw[field.name] for field in dataclasses.fields(HnswSettings)})
+
+
+def check_settings(stored: Settings, given: Settings | None, collection: str) -> None:
     """Raise ValueError, with the settings that differ, if a collection is opened with other settings than it has."""
     if given is None or given == stored:
         return
     old, new = dataclasses.asdict(stored), dataclasses.asdict(given)
     lines = [f"- {name}: {old[name]!r} in the index, {new[name]!r} given" for name in old if old[name] != new[name]]
     raise ValueError(
-        f"The collection {collection!r} was made with other chunk settings:\n" + "\n".join(lines) + "\n"
+        f"The collection {collection!r} was made with other settings:\n" + "\n".join(lines) + "\n"
         "Leave the settings out to use the collection's own, or index the documents into another collection."
     )

@@ -21,7 +21,14 @@ from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.query import Hit, SearchMode, SearchOptions, check_mode, check_options
 from c2v_rag.index.search_cache import SearchCache
 from c2v_rag.index.searching import search_collection
-from c2v_rag.index.settings import CHUNKING_KEY, ChunkSettings, check_settings, stored_settings
+from c2v_rag.index.settings import (
+    CHUNKING_KEY,
+    ChunkSettings,
+    HnswSettings,
+    check_settings,
+    stored_hnsw,
+    stored_settings,
+)
 from c2v_rag.index.stamp import STAMP_KEY, check_stamp, read_stamp
 from c2v_rag.index.stores import (
     DEFAULT_COLLECTION,
@@ -54,13 +61,13 @@ class VectorIndex:
 
     `store`: a folder (without a server), the http(s) URL of a Chroma server, or a `ChromaServer`, which also takes
     headers. `model`: any `Embedder`. Distances are cosines. One process at a time may write to a folder; any number may
-    search it, and these see every write.
+    search it, and these see every write. `chunking`, `hnsw`: settings of a new collection; an existing one has its own.
 
     Only writing creates a folder or a collection. An index that does not exist yet has length 0, no sources and no
     chunks; searching it raises FileNotFoundError, so that a mistyped path is not mistaken for an empty index.
 
-    Raises ValueError when the collection was made with another model or without c2v_rag, ConnectionError when no
-    server answers, PermissionError from a writing method while another process writes.
+    Raises ValueError when the collection was made with another model, other settings or without c2v_rag,
+    ConnectionError when no server answers, PermissionError from a writing method while another process writes.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class VectorIndex:
         collection: str = DEFAULT_COLLECTION,
         *,
         chunking: ChunkSettings | None = None,
+        hnsw: HnswSettings | None = None,
     ) -> None:
         if not _COLLECTION_NAME.fullmatch(collection):
             raise ValueError(
@@ -81,6 +89,7 @@ class VectorIndex:
         self._name = collection
         self._model = model
         self._chunking = chunking
+        self._hnsw = hnsw
         self._cache = SearchCache()
         with self._store.reading():
             self._find()
@@ -320,22 +329,25 @@ class VectorIndex:
     def _find_or_create(self) -> Collection:
         if (found := self._find()) is not None:
             return found
+        configuration: Any = {"hnsw": {"space": "cosine", **dataclasses.asdict(self._hnsw or HnswSettings())}}
         collection = self._store.client().get_or_create_collection(  # another writer may have created it on the server
             self._name,
             metadata={
                 STAMP_KEY: json.dumps(self._model.stamp, sort_keys=True),
                 CHUNKING_KEY: json.dumps(dataclasses.asdict(self._chunking or ChunkSettings())),
             },
-            configuration={"hnsw": {"space": "cosine"}},
+            configuration=configuration,
             embedding_function=None,
         )
         self._check(collection)
         return collection
 
     def _check(self, collection: Collection) -> None:
-        """Raise ValueError if the collection was made with another model or other chunk settings."""
+        """Raise ValueError if the collection was made with another model or other settings."""
         check_stamp(read_stamp(collection.metadata, self._name), self._model.stamp, self._name)
         check_settings(stored_settings(collection.metadata), self._chunking, self._name)
+        if self._hnsw is not None:
+            check_settings(stored_hnsw(collection.configuration), self._hnsw, self._name)
 
     def _writer(self) -> CollectionWriter:
         collection = self._find_or_create()
