@@ -66,7 +66,7 @@ def embed(walk: Walk, name: str, python: Path, program: str) -> None:
     """Run a program outside the source tree, so that only installed packages can be imported."""
     walk.step(
         f"{name} embeds a text",
-        *(python, "-I", "-c", program + "\nassert len(vector) == 768, len(vector)"),
+        *(python, "-I", "-c", program + "\nassert len(vector) == 384, len(vector)"),
         cwd=ENVIRONMENTS,
     )
 

@@ -1,7 +1,7 @@
 """What `c2v-rag adapt` gains on questions that people wrote, for several writers and times.
 
     python benchmarks/adaptation.py --minutes 20 60 --writers headings default --output adaptation.json
-    python benchmarks/adaptation.py --folder eval/Cranfield --folder eval/SciFact --general eval/STS --output more.json
+    python benchmarks/adaptation.py --folder eval/Cranfield --general eval/XQuAD-en --output more.json
 
 Without --folder: Python's own documentation, with the 60 questions beside this file, one passage a source counted. With
 it: the corpus of each folder (as `c2v-rag evaluate` reads it) and its own questions. No writer and no training sees

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -101,8 +102,9 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "version": __version__,
-        "command": f"python benchmarks/finetuning.py --data eval/{arguments.data.name} --minutes {arguments.minutes:g}",
+        "command": shlex.join(["python", "benchmarks/finetuning.py", *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "model": Causal2Vec.from_pretrained(arguments.model).stamp,
         "data": arguments.data.name,
         "minutes": arguments.minutes,
         "sizes": sizes,

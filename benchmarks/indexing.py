@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from c2v_rag import Document, VectorIndex
+from c2v_rag import Causal2Vec, Document, VectorIndex
 from c2v_rag.index import CHUNKS_WRITTEN_AT_ONCE, Chunk, HnswSettings, check_mode, writing
 
 VOCABULARY, WORDS, QUERY_WORDS = 50_000, 40, 6
@@ -93,7 +93,6 @@ def add_seconds(model: Any, documents: list[Document], queued: int) -> tuple[flo
 
 
 def measure_adding(rounds: int, fast_documents: int, cpu_documents: int, columns: int) -> dict[str, Any]:
-    from c2v_rag.model import Causal2Vec
     from c2v_rag.sources import python_docs
 
     queued = writing.QUEUED_BATCHES
@@ -233,7 +232,7 @@ def measure_hnsw(store: str, chunks: int, columns: int, queries: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, nargs="+", default=[100_000], help="sizes of the searched collections")
-    parser.add_argument("--columns", type=int, default=768, help="columns of the random vectors")
+    parser.add_argument("--columns", type=int, default=384, help="columns of the random vectors")
     parser.add_argument("--queries", type=int, default=200, help="searches for each mode")
     parser.add_argument("--rounds", type=int, default=3, help="of adding; the median is reported")
     parser.add_argument("--documents", type=int, default=3000, help="that are added with the fast device")
@@ -262,7 +261,7 @@ def main() -> None:
     result = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else {}
     if "add" not in arguments.skip:
         rows = measure_adding(arguments.rounds, arguments.documents, arguments.cpu_documents, arguments.columns)
-        result["adding"] = {**made, "rows": rows}
+        result |= {"model": Causal2Vec.from_pretrained("default").stamp, "adding": {**made, "rows": rows}}
     if "search" not in arguments.skip:
         rows = {
             str(chunks): search_rows(chunks, arguments.columns, arguments.queries, arguments.keep)

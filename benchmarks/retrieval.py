@@ -53,7 +53,7 @@ FIXED_WEIGHTS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 TIMED = 60  # queries that are searched one by one for the milliseconds
 SPLITS = 300
 COMPARED = ("dense", "hybrid", "0.7 z + 0.3 z")  # the model with the encoder
-FIRST_COLUMNS = (256, 384)
+FIRST_COLUMNS = (128, 256)
 
 Gains = Mapping[str, float]
 

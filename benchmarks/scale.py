@@ -41,7 +41,7 @@ WAYS = {
     "Ray, 1 worker": ["--ray", "auto", "--workers", "1"],
     "Ray, 2 workers": ["--ray", "auto", "--workers", "2"],
 }
-DIMENSIONS = 768
+DIMENSIONS = 384
 
 
 @contextmanager

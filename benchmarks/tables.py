@@ -65,9 +65,9 @@ def evaluation() -> str:
         measure = "nDCG@10" if metric == "ndcg_at_10" else "Spearman"
         rows.append(
             [f"{marked(name)}, {measure}", scores["model"], scores[MINILM], interval(lead["low"], lead["high"])]
-            + [scores.get(system, "-") for system in ("contextual", "eos", "bm25")]
+            + [scores.get(system, "-") for system in ("bm25", "hybrid")]
         )
-    header = ["x 100", "default", "MiniLM", "difference, 95 %", "columns of C", "columns of EOS", "BM25"]
+    header = ["x 100", "default", "MiniLM", "difference, 95 %", "BM25", "default and BM25, rank fusion"]
     return markdown(header, rows) + LEGEND + made_by(result)
 
 
@@ -237,6 +237,44 @@ def retrieval() -> str:
     return markdown(header, lines) + LEGEND + made_by(result)
 
 
+def leads() -> str:
+    """The default minus MiniLM in the same kind of search."""
+    found = read("retrieval")["against encoder"]
+    modes = {"dense": "vectors", "hybrid": "hybrid search", "0.7 z + 0.3 z": "0.7 z + 0.3 z"}
+    rows = [
+        [
+            title + (", chunk headers" if headed else ""),
+            *(f"{100 * value:+.1f} ({interval(low, high)})" for value, low, high in found[mode + headed].values()),
+        ]
+        for mode, title in modes.items()
+        for headed in ("", ", headers")
+    ]
+    names = [marked(name, DEVELOPMENT_OF_HYBRID) for name in found["dense"]]
+    return markdown(["default - MiniLM, nDCG@10 x 100", *names], rows) + LEGEND
+
+
+def columns() -> str:
+    """The default's and MiniLM's vectors, shortened to their first columns."""
+    result = read("retrieval")
+    rows = [
+        [
+            _SYSTEMS[label],
+            f"{number}",
+            *(f"{100 * found['rows'][row]['ndcg_at_10']:.1f}" for found in result["sets"].values()),
+        ]
+        for label, number, row in (
+            ("model", 384, "model, dense, headers"),
+            ("model", 256, "model, dense, 256 columns, headers"),
+            ("model", 128, "model, dense, 128 columns, headers"),
+            ("encoder", 384, "encoder, dense, headers"),
+            ("encoder", 256, "encoder, dense, 256 columns, headers"),
+            ("encoder", 128, "encoder, dense, 128 columns, headers"),
+        )
+    ]
+    names = [marked(name, DEVELOPMENT_OF_HYBRID) for name in result["sets"]]
+    return markdown(["nDCG@10, x 100, chunk headers", "columns", *names], rows) + LEGEND
+
+
 def retrieval_rows() -> list[tuple[str, str, str]]:
     """(system, mode, suffix) of the rows that are shown."""
     fusions = ["rank fusion", "0.7 z + 0.3 z"]
@@ -347,6 +385,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "searching": searching,
     "hnsw": hnsw,
     "retrieval": retrieval,
+    "leads": leads,
+    "columns": columns,
     "held-out": held_out,
     "choose": choose,
     "finetuning": finetuning,

@@ -43,7 +43,7 @@ class Causal2Vec(nn.Module):
         >>> documents = model.encode_document(["A heap keeps its smallest item first.", "Bread needs yeast."])
         >>> queries = model.encode_query(["priority queue"])
         >>> documents.shape
-        (2, 768)
+        (2, 384)
         >>> int((queries @ documents.T).argmax())
         0
 

@@ -41,7 +41,7 @@ def main() -> None:
         workers=Workers(count=arguments.workers, gpus=arguments.num_gpus_per_worker),
     )
 
-    # A million float16 vectors of 768 columns are 1.5 GB: read one partition at a time, and keep the best.
+    # A million float16 vectors of 384 columns are 0.8 GB: read one partition at a time, and keep the best.
     query = shared_model(arguments.model).encode_query([arguments.query])[0]
     best: list[tuple[float, str]] = []
     for partition in sorted(arguments.output.glob("part-*.parquet")):

@@ -108,7 +108,7 @@ SETS = {
     "wiki_vital_title_summary": 1.0,
     "wikisplit_paraphrase": 1.0,
 }
-COLUMNS = 768  # of an embedding; the axes behind them hold next to nothing of the teachers
+COLUMNS = 384  # of the saved model: the first of C, which score as all of C and EOS together
 MAX_ROWS, MAX_CHARACTERS = 50_000, 1_600  # of a set, of a text
 ENCODER_TOKENS, DECODER_TOKENS = 256, 320
 BATCH, POOL, NEIGHBOURS = 512, 2.0, 0.6  # pairs; a batch's neighbours come from the POOL x BATCH nearest queries
@@ -309,7 +309,9 @@ class Texts:
 
 def new_model(device: str, *, layers: int, rank: int, seed: int) -> Causal2Vec:
     """The untrained model with an adapter in its encoder and one in its decoder."""
-    config = Causal2VecConfig(num_llm_layers=layers, encoder_max_length=ENCODER_TOKENS, truncate_dim=COLUMNS)
+    config = Causal2VecConfig(
+        pooling="context", num_llm_layers=layers, encoder_max_length=ENCODER_TOKENS, truncate_dim=COLUMNS
+    )
     model = Causal2Vec.from_parts(
         str(BASE.encoder), str(BASE.llm), config=config, device=device, dtype=torch.float32, seed=seed
     )

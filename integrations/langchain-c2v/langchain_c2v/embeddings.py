@@ -52,7 +52,7 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
         .. code-block:: python
 
-            768
+            384
 
     Embed multiple text:
         .. code-block:: python

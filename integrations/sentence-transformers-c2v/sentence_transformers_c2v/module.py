@@ -28,7 +28,7 @@ class Causal2VecModule(InputModule):
         >>> from sentence_transformers_c2v import Causal2VecModule
         >>> model = SentenceTransformer(modules=[Causal2VecModule(Causal2Vec.from_pretrained("default"))])
         >>> model.encode(["Bread needs yeast."]).shape
-        (1, 768)
+        (1, 384)
 
     A model that is built like this has no prompts, so queries get no instruction. `load` sets the prompts.
     Prompt and text are tokenised separately, as instruction and text are in `Causal2Vec.encode_query`.

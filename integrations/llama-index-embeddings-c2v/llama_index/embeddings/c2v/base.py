@@ -22,7 +22,7 @@ class Causal2VecEmbedding(BaseEmbedding):
         >>> from llama_index.embeddings.c2v import Causal2VecEmbedding
         >>> embed_model = Causal2VecEmbedding()
         >>> len(embed_model.get_query_embedding("What keeps its smallest item first?"))
-        768
+        384
 
     `model_name`: "default", a checkpoint folder, or a Hugging Face Hub id. Instead, `model` takes a loaded embedder.
     The model is loaded when the object is created, because the stamp of its weights is a field of the object, and
