@@ -1,4 +1,4 @@
-"""What embedding costs: the model, and its encoder in two paths, side by side.
+"""What embedding costs: the model, the same with EOS, and its encoder in two paths, side by side.
 
 The encoder runs in sentence-transformers and in our own path. `throughput.py` runs this and writes the figures. Every
 round runs each system once, one after the other: all passages in one call, then each query alone. Passages/s and
@@ -29,7 +29,8 @@ from c2v_rag.parts import Part
 from c2v_rag.sources import python_docs
 
 Item = TypeVar("Item")
-MODEL, PEER, OWN = "default", "encoder, sentence-transformers", "encoder, EncoderEmbedder"
+MODEL, BOTH = "default", "default with EOS"
+PEER, OWN = "encoder, sentence-transformers", "encoder, EncoderEmbedder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,21 @@ def part_folder(model: Causal2Vec, part: Part) -> Path:
     return base.folder
 
 
+def with_both_states(model: Causal2Vec) -> Causal2Vec:
+    """The same weights, embedding with the Contextual token and EOS, so that the decoder reads the text."""
+    config = dataclasses.replace(model.config, pooling="context_eos", truncate_dim=None)
+    other = Causal2Vec(config, model.encoder, model.llm, model.tokenizer.encoder, model.tokenizer.llm).eval()
+    other.projector.load_state_dict(model.projector.state_dict())
+    other.name, other.weights_record = model.name, model.weights_record
+    return other.to(model.device)
+
+
 def system_of(name: str, model: Causal2Vec) -> System:
     """One system around an open model. Raises ModuleNotFoundError for sentence-transformers if it is not installed."""
     encoder_folder = part_folder(model, "encoder")
-    if name == MODEL:
+    if name == BOTH:
+        model = with_both_states(model)
+    if name in (MODEL, BOTH):
         disk_bytes = folder_bytes(checkpoint.locate(model.name), encoder_folder, part_folder(model, "llm"))
         return System(name, model.encode_document, model.encode_query, disk_bytes)
     if name == OWN:
@@ -81,7 +93,7 @@ def peer_system(folder: Path, max_length: int, device: str, dtype: torch.dtype) 
 def available(model: Causal2Vec) -> list[System]:
     """All systems; sentence-transformers only where it is installed."""
     systems = []
-    for name in (MODEL, PEER, OWN):
+    for name in (MODEL, BOTH, PEER, OWN):
         try:
             systems.append(system_of(name, model))
         except ModuleNotFoundError as error:

@@ -37,6 +37,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from costs import with_both_states
 from throughput import QUESTIONS, Row, cut_texts, decoder_tokens, machine, measure, print_table, run_each
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, MistralConfig
@@ -72,8 +73,8 @@ class Way:
 
 
 def load(decoder: str, device: str | None, dtype: str | None) -> Causal2Vec:
-    """The default model, or its encoder and tokenizers with a random decoder of another shape."""
-    model = Causal2Vec.from_pretrained("default", device=device, dtype=dtype)
+    """The default model with both states, or its encoder and tokenizers with a random decoder of another shape."""
+    model = with_both_states(Causal2Vec.from_pretrained("default", device=device, dtype=dtype))
     if decoder == "default":
         return model
     with torch.device(model.device):
@@ -171,7 +172,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(model),
         "decoder": arguments.decoder,
-        **({"model": model.stamp} if arguments.decoder == "default" else {}),
+        **({"model": Causal2Vec.from_pretrained("default").stamp} if arguments.decoder == "default" else {}),
         "rounds": arguments.rounds,
         "loads": {},
     }

@@ -4,7 +4,7 @@
         [--quick] [--only costs|path]
 
 First `costs.py`: the model, its encoder in sentence-transformers and its encoder in our own path, in passages/s,
-queries/s, memory and disk. Then the path itself:
+queries/s, memory and disk. Then the path of a model with both states, whose decoder reads the text:
 
 Two sets of N texts are cut from the standard library's docstrings: mixed lengths, log-uniform from 8 tokens to the
 longest that the model reads, and uniform ones of the mixed texts' mean length. Tokens are the decoder's in every row,
@@ -406,7 +406,9 @@ def main() -> None:
         )
         report_costs(figures)
     if arguments.only != "costs":
-        figures |= path_figures(model, arguments.texts or (16 if quick else 1024), rounds, quick=quick)
+        figures |= path_figures(
+            costs.with_both_states(model), arguments.texts or (16 if quick else 1024), rounds, quick=quick
+        )
         report(figures)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
