@@ -158,7 +158,7 @@ def train(
         if scored:
             DevReport.of_stages(dev_sets, scored).save(work / "dev.json")
     if recipe.base.shard:  # the weights are spread over the processes: open the model again
-        model = new_model(recipe, device="cpu")
+        model = _open_whole(recipe, model.device)
         for number, stage in enumerate(recipe.stages, start=1):
             load_trained(model, _weights_file(work, number, stage))
     if processes.is_main_process:
@@ -176,11 +176,16 @@ def _open(recipe: Recipe, device: torch.device) -> Causal2Vec:
     if not recipe.base.shard:
         return new_model(recipe, device=str(device))
     check_sharding(recipe, PartialState().num_processes)
-    dtype = str(frozen_dtype(recipe.base, device)).removeprefix("torch.")
-    base = recipe.base.model_copy(update={"dtype": dtype})
-    model = new_model(recipe.model_copy(update={"base": base}), device="cpu")
+    model = _open_whole(recipe, device)
     shard_decoder(model, device)
     return model
+
+
+def _open_whole(recipe: Recipe, device: torch.device) -> Causal2Vec:
+    """The recipe's model in the CPU's memory, with the dtype that it has on `device`."""
+    dtype = str(frozen_dtype(recipe.base, device)).removeprefix("torch.")
+    base = recipe.base.model_copy(update={"dtype": dtype})
+    return new_model(recipe.model_copy(update={"base": base}), device="cpu")
 
 
 def texts_of(datasets: Mapping[str, Dataset]) -> list[str]:
