@@ -159,7 +159,7 @@ def test_without_the_packages_the_hub_is_asked_and_without_both_the_error_says_w
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 # Results of earlier default models, or without the identity of theirs. Measure them again, and remove them here.
-OUTDATED = {"efficiency", "scale", "serving"}
+OUTDATED = {"efficiency", "scale"}
 OF_OTHER_MODELS = {"ablation"}  # trains its own
 
 
