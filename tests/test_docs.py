@@ -76,7 +76,10 @@ def test_the_examples_in_the_langchain_docstring_print_the_shown_output() -> Non
     assert len(blocks) == 6
 
 
-def test_the_first_example_of_the_readme_prints_the_shown_output() -> None:
+def test_the_first_example_of_the_readme_prints_the_shown_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     shown_output = re.search(r"^# (.*)$", code, re.MULTILINE)
     assert shown_output

@@ -84,4 +84,4 @@ def test_the_real_decoder_embeds_and_continues_a_text() -> None:
     ids = model.tokenizer.llm("The capital of France is", return_tensors="pt").input_ids
     written = whole.generate(ids, max_new_tokens=4, do_sample=False)
     assert "Paris" in model.tokenizer.llm.decode(written[0])
-    assert shared_bytes(model, whole) > 0.35 * sum(p.numel() * 4 for p in whole.parameters())
+    assert shared_bytes(model, whole) > 0.25 * sum(p.numel() * 4 for p in whole.parameters())

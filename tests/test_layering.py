@@ -75,6 +75,7 @@ CORE = {
     "index.__init__": {
         "index.chroma_server",
         "index.chunking",
+        "index.known_files",
         "index.lexical",
         "index.query",
         "index.settings",
@@ -106,6 +107,7 @@ CORE = {
     "index.stamp": {"index.stores", "protocols"},
     "index.stores": {"hashes", "index.chroma_server", "protocols"},
     "index.vanished": {"index.vector_index"},
+    "index.known_files": {"hashes", "index.vector_index", "sources"},
     "index.vector_index": {
         "index.chunking",
         "index.lexical",
@@ -143,6 +145,7 @@ ABOVE = {
         "trainer": {"data", "loss", "module", "monitor", "recipe"},
         "opening": {"recipe"},
         "memory": {"recipe"},
+        "sharding": {"recipe", "trainer"},
         "run": {
             "averaging",
             "batches",
@@ -156,6 +159,7 @@ ABOVE = {
             "recipe",
             "reports",
             "scoring",
+            "sharding",
             "trainer",
         },
     },
