@@ -284,6 +284,22 @@ def retrieval_rows() -> list[tuple[str, str, str]]:
     return shown + [("model", fusion, "") for fusion in fusions]
 
 
+def search_costs() -> str:
+    """Size of the largest measured index, and the time of a search in it."""
+    sets = read("retrieval")["sets"]
+    name, found = max(sets.items(), key=lambda one: int(one[1]["model index, headers"]["chunks"]))
+    rows = [
+        [
+            _SYSTEMS[label],
+            f"{found[f'{label} index, headers']['bytes'] / 1e6:.0f}",
+            *(f"{found['rows'][f'{label}, {mode}, headers']['ms_per_query']:.0f}" for mode in _MODES),
+        ]
+        for label in _SYSTEMS
+    ]
+    title = f"{name}, {found['model index, headers']['chunks']:,} chunks"
+    return markdown([title, "MB on disk", *(f"ms a query, {mode}" for mode in _MODES)], rows)
+
+
 def held_out() -> str:
     found = read("retrieval")["held-out halves"]
     row = [
@@ -387,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval": retrieval,
     "leads": leads,
     "columns": columns,
+    "search-costs": search_costs,
     "held-out": held_out,
     "choose": choose,
     "finetuning": finetuning,
