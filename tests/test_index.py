@@ -403,14 +403,22 @@ def test_any_embedder_can_be_used(tmp_path: Path, tiny: Causal2Vec) -> None:
 
 
 KILLED = """
-import sys, time
+import sys, threading, time
 from c2v_rag import VectorIndex
+from c2v_rag.index.writing import CollectionWriter
 from tests.plain import Letters, numbered
+stored = threading.Semaphore(0)
+store = CollectionWriter.store
+def store_and_count(*arguments):
+    store(*arguments)
+    stored.release()
+CollectionWriter.store = store_and_count
 class Stuck(Letters):
     calls = 0
     def encode_document(self, texts):
         self.calls += 1
         if self.calls == 3:
+            stored.acquire()  # the first batch is stored, and perhaps the second one
             print("stuck", flush=True)
             time.sleep(600)
         return super().encode_document(texts)

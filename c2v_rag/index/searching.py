@@ -5,6 +5,7 @@ N chunks of the collection, D embedding columns.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +38,17 @@ def search_collection(
 ) -> list[Hit]:
     """The hits of one query: dense without `lexical`, lexical without `sample`, else hybrid.
 
-    `vector` (D,) is needed by a dense and a hybrid search. `sample` as in `hybrid_hits`.
+    `vector` (D,) is needed by a dense and a hybrid search. `sample` as in `HybridRanking`.
     """
     where, mmr, first = options.get("where"), options.get("mmr"), options.get("offset", 0)
-
-    def best(number: int) -> list[Hit]:
-        if lexical is None:
-            return dense_hits(collection, vector, number, where)
-        if sample is None:
-            return lexical_hits(collection, lexical, query, number, where)
-        return hybrid_hits(collection, lexical, query, vector, sample, number, where)
-
+    best: Callable[[int], list[Hit]]
+    if lexical is None:
+        best = functools.partial(dense_hits, collection, vector, where=where)
+    elif sample is None:
+        best = functools.partial(lexical_hits, collection, lexical, query, where=where)
+    else:
+        assert vector is not None
+        best = HybridRanking(collection, lexical, query, vector, sample, where).best
     wanted, total, reranker = first + top_k, collection.count(), options.get("rerank")
     ranked = best
     if reranker is not None and total:
@@ -85,12 +86,12 @@ def select(best: Callable[[int], list[Hit]], total: int, wanted: int, options: S
 
 def _diverse(collection: Collection, hits: Sequence[Hit], mmr: float, number: int, *, is_cosine: bool) -> list[Hit]:
     """`number` of the hits, chosen by maximal marginal relevance; those deleted meanwhile are left out."""
-    by_id = _get(collection, [hit.id for hit in hits])
+    by_id = _get_embeddings(collection, [hit.id for hit in hits])
     hits = [hit for hit in hits if hit.id in by_id]
     if not hits:
         return []
     scores = np.array([hit.score for hit in hits])
-    embeddings = np.stack([by_id[hit.id][2] for hit in hits])
+    embeddings = np.stack([by_id[hit.id] for hit in hits])
     return [hits[at] for at in mmr_order(scores if is_cosine else scaled(scores), embeddings, mmr, number)]
 
 
@@ -119,46 +120,66 @@ def lexical_hits(
         Hit(id, float(scores[row]), text, metadata, {"bm25": float(scores[row])})
         for row in rows
         if (id := lexical.ids[row]) in by_id
-        for text, metadata, _ in [by_id[id]]
+        for text, metadata in [by_id[id]]
     ]
 
 
-def hybrid_hits(
-    collection: Collection,
-    lexical: LexicalIndex,
-    query: str,
-    vector: np.ndarray | None,
-    sample: np.ndarray,
-    number: int,
-    where: Mapping[str, Any] | None,
-) -> list[Hit]:
-    """Candidates of both kinds, best first by `hybrid_scores`. `vector` is (D,).
+class HybridRanking:
+    """The candidates of both kinds for one query, best first by `hybrid_scores`. `vector` is (D,).
 
-    Mean and deviation of the query's cosines are estimated from `sample` (S, D), embeddings of random chunks.
+    Mean and deviation of the query's cosines are estimated from `sample` (S, D), embeddings of random chunks. Ids are
+    ranked once; texts and metadata are read only of the chunks that `best` returns.
     """
-    assert vector is not None
-    depth = max(CANDIDATES, number)
-    dense = {hit.id: hit for hit in dense_hits(collection, vector, depth, where)}
-    words, max_score = lexical.scores_and_max(query)
-    allowed = _allowed_scores(collection, lexical, words, where)
-    best = [lexical.ids[row] for row in np.argsort(-allowed, kind="stable")[:depth] if allowed[row] > 0]
-    by_id = _get(collection, [id for id in best if id not in dense])
-    found: list[tuple[str, str, dict[str, Any], float, float]] = []
-    for id in dict.fromkeys([*dense, *by_id]):
-        if id in dense:
-            text, metadata, cosine = dense[id].text, dense[id].metadata, dense[id].score
-        else:
-            text, metadata, embedding = by_id[id]
-            cosine = float(embedding @ vector)
-        bm25 = float(words[lexical.rows[id]]) if id in lexical.rows else 0.0
-        found.append((id, text, metadata, cosine, bm25))
-    cosines, bm25_scores = (np.array([row[column] for row in found]) for column in (3, 4))
-    scores = hybrid_scores(cosines, bm25_scores, sample @ vector, max_score)
-    hits = [
-        Hit(id, float(score), text, metadata, {"cosine": cosine, "bm25": bm25})
-        for (id, text, metadata, cosine, bm25), score in zip(found, scores, strict=True)
-    ]
-    return sorted(hits, key=lambda hit: -hit.score)[:number]
+
+    def __init__(
+        self,
+        collection: Collection,
+        lexical: LexicalIndex,
+        query: str,
+        vector: np.ndarray,
+        sample: np.ndarray,
+        where: Mapping[str, Any] | None,
+    ) -> None:
+        self._collection = collection
+        self._lexical = lexical
+        self._vector = vector
+        self._where = where
+        self._sample = sample
+        self._words, self._max_score = lexical.scores_and_max(query)
+        self._allowed = _allowed_scores(collection, lexical, self._words, where)
+        self._depth = 0
+        self._ranked: list[tuple[str, float, dict[str, float]]] = []
+        self._texts: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def best(self, number: int) -> list[Hit]:
+        """The first `number` hits, without those that are deleted meanwhile."""
+        if (depth := max(CANDIDATES, number)) > self._depth:
+            self._depth = depth
+            self._ranked = self._rank(depth)
+        ranked = self._ranked[:number]
+        missing = [id for id, _, _ in ranked if id not in self._texts]
+        self._texts |= _get(self._collection, missing)
+        return [Hit(id, score, *self._texts[id], parts) for id, score, parts in ranked if id in self._texts]
+
+    def _rank(self, depth: int) -> list[tuple[str, float, dict[str, float]]]:
+        """(id, score, its parts) of the `depth` best chunks by vectors and of the `depth` best by words."""
+        query: Any = self._vector[None]
+        found: Any = self._collection.query(
+            query_embeddings=query, n_results=depth, include=["distances"], where=_filter(self._where)
+        )
+        cosines = {id: 1.0 - distance for id, distance in zip(found["ids"][0], found["distances"][0], strict=True)}
+        best = np.argsort(-self._allowed, kind="stable")[:depth]
+        by_words = [self._lexical.ids[row] for row in best if self._allowed[row] > 0]
+        others = _get_embeddings(self._collection, [id for id in by_words if id not in cosines])
+        cosines |= {id: float(embedding @ self._vector) for id, embedding in others.items()}
+        rows = self._lexical.rows
+        bm25 = [float(self._words[rows[id]]) if id in rows else 0.0 for id in cosines]
+        scores = hybrid_scores(
+            np.array([*cosines.values()]), np.array(bm25), self._sample @ self._vector, self._max_score
+        )
+        parts = [{"cosine": cosine, "bm25": words} for cosine, words in zip(cosines.values(), bm25, strict=True)]
+        ranked = zip(cosines, scores.tolist(), parts, strict=True)
+        return sorted(ranked, key=lambda one: -one[1])
 
 
 def hybrid_scores(cosines: np.ndarray, bm25: np.ndarray, all_cosines: np.ndarray, max_score: float) -> np.ndarray:
@@ -205,11 +226,18 @@ def _allowed_scores(
     return allowed
 
 
-def _get(collection: Collection, ids: list[str]) -> dict[str, tuple[str, dict[str, Any], np.ndarray]]:
-    """Text, metadata and embedding by id."""
+def _get(collection: Collection, ids: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Text and metadata by id."""
     if not ids:
         return {}
-    include: Any = ["documents", "metadatas", "embeddings"]
-    page = collection.get(ids=ids, include=include)
-    columns: Any = zip(page["ids"], page["documents"], page["metadatas"], page["embeddings"], strict=True)  # type: ignore[arg-type]
-    return {id: (text, _shown(metadata), np.asarray(embedding)) for id, text, metadata, embedding in columns}
+    page: Any = collection.get(ids=ids, include=["documents", "metadatas"])
+    columns = zip(page["ids"], page["documents"], page["metadatas"], strict=True)
+    return {id: (text, _shown(metadata)) for id, text, metadata in columns}
+
+
+def _get_embeddings(collection: Collection, ids: list[str]) -> dict[str, np.ndarray]:
+    """Embeddings (D,) by id."""
+    if not ids:
+        return {}
+    page: Any = collection.get(ids=ids, include=["embeddings"])
+    return {id: np.asarray(embedding) for id, embedding in zip(page["ids"], page["embeddings"], strict=True)}
