@@ -15,7 +15,7 @@ DOCUMENTS = [
     "The battery lasts for eleven hours of video.",
     "Gift cards can be used for any product and never expire.",
 ]
-QUESTIONS = ["How long can I send something back?", "When will my order be shipped?", "Do vouchers run out?"]
+QUESTIONS = ["How long can I send something back?", "When will my order be shipped?", "Does a gift voucher run out?"]
 
 
 def main() -> None:
