@@ -208,9 +208,9 @@ def finetuning() -> str:
         ]
         for name, system in result["systems"].items()
     ]
-    title = f"{result['data']}, nDCG@10 x 100"
+    title = f"{marked(result['data'])}, nDCG@10 x 100"
     header = [title, "before", "after", "difference, 95 %", "pairs trained on", "tokens/s", "peak MiB"]
-    return markdown(header, rows) + made_by(result)
+    return markdown(header, rows) + LEGEND + made_by(result)
 
 
 _SYSTEMS = {"encoder": "MiniLM", "model": "default"}
