@@ -167,6 +167,14 @@ def measure_search(store: str, mode: str, queries: int, columns: int) -> dict[st
     }
 
 
+def in_its_own_process(mode: str, store: str, columns: int, queries: int, *options: str) -> dict[str, float]:
+    """The figures of one mode, measured by a new process that opens the store."""
+    command = [sys.executable, __file__, "--mode", mode, "--store", store, "--columns", str(columns)]
+    command += ["--queries", str(queries), *options]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
+
+
 def search_rows(chunks: int, columns: int, queries: int, keep: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         store = str(keep / f"{chunks}-{columns}") if keep else temporary
@@ -180,9 +188,7 @@ def search_rows(chunks: int, columns: int, queries: int, keep: Path | None) -> d
             "disk_mib": sum(file.stat().st_size for file in Path(store).rglob("*") if file.is_file()) / 2**20,
         }
         for mode in MODES:
-            command = [sys.executable, __file__, "--mode", mode, "--store", store, "--columns", str(columns)]
-            command += ["--queries", str(queries)]
-            row[mode] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            row[mode] = in_its_own_process(mode, store, columns, queries)
             print(f"{chunks} chunks, {mode}: {row[mode]}", file=sys.stderr, flush=True)
     return row
 
@@ -206,9 +212,7 @@ def hnsw_row(settings: HnswSettings, chunks: int, columns: int, queries: int) ->
             embedder.encode_document = lambda texts, part=part: part  # type: ignore[method-assign]
             index.write([Chunk(str(start + i), "x", {"source": "random"}) for i in range(len(part))])
         seconds = time.perf_counter() - started
-        command = [sys.executable, __file__, "--mode", HNSW, "--store", store, "--columns", str(columns)]
-        command += ["--hnsw-chunks", str(chunks), "--queries", str(queries)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        found = in_its_own_process(HNSW, store, columns, queries, "--hnsw-chunks", str(chunks))
     print(f"{settings}, {columns} columns: {seconds:.0f} s, {found}", file=sys.stderr, flush=True)
     return {"writing_s_per_1000": 1000 * seconds / chunks, **found}
 

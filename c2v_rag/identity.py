@@ -31,7 +31,7 @@ def sample_weights(module: nn.Module) -> bytes:
     # Offloaded tensors (meta) have no values in memory.
     held = chain.from_iterable(chain(part._parameters.values(), part._buffers.values()) for part in walk(module))
     unique = {id(tensor): tensor for tensor in held if tensor is not None}
-    tensors = [_local(tensor) for tensor in unique.values() if tensor.device.type != "meta"]
+    tensors = [tensor for tensor in unique.values() if tensor.device.type != "meta"]
     addresses: list[tuple[object, ...]] = [
         (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride()) for tensor in tensors
     ]
@@ -39,7 +39,7 @@ def sample_weights(module: nn.Module) -> bytes:
     if cached is None or cached[0] != addresses:
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
-            flat = tensor.detach().reshape(-1)
+            flat = _local(tensor).detach().reshape(-1)
             is_view = flat.data_ptr() == tensor.data_ptr()
             step = max(1, len(flat) // _SAMPLED_ELEMENTS)
             groups.setdefault((tensor.device, tensor.dtype), []).append(flat[::step])

@@ -152,16 +152,15 @@ def train(
             rows_file.write_text(json.dumps(log[stage.name]), encoding="utf-8")
             shutil.rmtree(work / f"{number}-{stage.name}")
         processes.wait_for_everyone()
-    if processes.is_main_process:
-        (work / "log.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "steps": log}, indent=1))
-        plot_losses(log, work / "loss.png")
-        if scored:
-            DevReport.of_stages(dev_sets, scored).save(work / "dev.json")
     if recipe.base.shard:  # the weights are spread over the processes: open the model again
         model = _open_whole(recipe, model.device)
         for number, stage in enumerate(recipe.stages, start=1):
             load_trained(model, _weights_file(work, number, stage))
     if processes.is_main_process:
+        (work / "log.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "steps": log}, indent=1))
+        plot_losses(log, work / "loss.png")
+        if scored:
+            DevReport.of_stages(dev_sets, scored).save(work / "dev.json")
         write_checkpoint(model, recipe.base, output)
     return model
 

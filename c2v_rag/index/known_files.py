@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -35,9 +34,9 @@ class KnownFiles:
         for source in sources:
             for path in files_below(Path(source)) if str(source) != PYTHON_DOCS else ():
                 with suppress(OSError):  # reading it will report the error
-                    settings = f"{_READERS_VERSION}:{text_column}:{hashes.sha256(path)}"
-                    self._hashes[source_of(path)] = hashlib.sha256(settings.encode()).hexdigest()[:32]
-                    paths[source_of(path)] = path
+                    name = source_of(path)
+                    self._hashes[name] = f"{_READERS_VERSION}:{text_column}:{hashes.sha256(path)}"
+                    paths[name] = path
         equal = [name for name, digest in self._hashes.items() if self._recorded.get(name, ["", 0])[0] == digest]
         stored = index.num_chunks(equal)
         known = [name for name in equal if stored[name] == self._recorded[name][1]]
