@@ -1,13 +1,15 @@
 """What `c2v-rag adapt` gains on questions that people wrote, for several writers and times.
 
-    python benchmarks/adaptation.py --minutes 20 60 --writers headings default --output adaptation.json
-    python benchmarks/adaptation.py --folder eval/Cranfield --general eval/XQuAD-en --output more.json
+    python benchmarks/adaptation.py --minutes 20 60 --writers headings default --output FILE.json
+    python benchmarks/adaptation.py --folder eval/Cranfield --general eval/XQuAD-en --output FILE.json
 
 Without --folder: Python's own documentation, with the 60 questions beside this file, one passage a source counted. With
 it: the corpus of each folder (as `c2v-rag evaluate` reads it) and its own questions. No writer and no training sees
 these questions. "headings" is the control: questions made without a model. Scores: recall@10, nDCG@10 and MRR over the
 whole corpus by vectors, before and after, with the 95 % interval of a paired bootstrap over questions. `--passages`
 reduces the corpus that is searched to the answers and a random rest, for a short run.
+
+The rows of another run of the same model stay in FILE.json; a row of the same corpus, writer and time is replaced.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     benchmarks = [folder_benchmark(folder) for folder in arguments.folder] or [python_docs_benchmark()]
-    results: list[dict[str, Any]] = []
+    results = earlier(arguments.output, arguments.model)
     with tempfile.TemporaryDirectory() as temporary:
         for full in benchmarks:
             benchmark = reduced(full, arguments.passages) if arguments.passages else full
@@ -139,8 +141,11 @@ def main() -> None:
                     report = run(full, Path(temporary), arguments, writer, minutes)
                     seconds = time.perf_counter() - started
                     after = scores(benchmark, Causal2Vec.from_pretrained(report.model)) if report.model else before
+                    results = [row for row in results if key(row) != (benchmark.name, writer, minutes)]
                     results.append(
                         {
+                            "command": shlex.join(["python", *sys.argv]),
+                            "date": datetime.date.today().isoformat(),
                             "benchmark": benchmark.name,
                             "documents": len(benchmark.documents),
                             "questions": len(benchmark.queries),
@@ -154,6 +159,19 @@ def main() -> None:
                     show(results)
                     if arguments.output:
                         save(arguments.output, arguments.model, results)
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, float]:
+    return row["benchmark"], row["writer"], row["minutes"]
+
+
+def earlier(path: Path | None, model: str) -> list[dict[str, Any]]:
+    """The rows in the file, if they are of the same model."""
+    if path is None or not path.is_file():
+        return []
+    value = json.loads(path.read_text(encoding="utf-8"))
+    same = value["model"] == Causal2Vec.from_pretrained(model).stamp
+    return list(value["results"]) if same else []
 
 
 def compared(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Comparison]:
@@ -176,8 +194,6 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 def save(path: Path, model: str, results: Sequence[dict[str, Any]]) -> None:
     value = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
         "model": Causal2Vec.from_pretrained(model).stamp,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
         "versions": {"c2v-rag": __version__, "torch": torch.__version__},

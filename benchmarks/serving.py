@@ -4,8 +4,9 @@
 
 Two servers in turn, each a process of its own: as it is, and one that embeds one text a call. Clients send questions of
 about ten words to /v1/embeddings, in base64, and measure from sending to the parsed answer; p50 and p99 are over all
-clients. "gain": queries a second beside the one-by-one server with as many clients. Clients and server share the
-machine's cores, and the clients take some of them.
+clients. "gain": queries a second beside the one-by-one server with as many clients. "of encode": beside `encode_query`
+of 64 such questions a call, without a server, measured before it and again behind it. Clients and server share the
+machine's cores: "clients' CPU" is the share of all cores that the clients take.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx
 import numpy as np
 from throughput import QUESTIONS, print_table
+
+from c2v_rag import Causal2Vec
 
 CLIENTS = (1, 8, 64)
 GATHERED, ONE_BY_ONE = "gathered", "one by one"
@@ -53,11 +57,26 @@ def serve(model: str, *, one_by_one: bool) -> Iterator[str]:
             process.terminate()
 
 
+def questions() -> Iterator[str]:
+    """Endless, and no two are equal."""
+    asked = [json.loads(line)["question"] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    return (f"{asked[number % len(asked)]} ({number})" for number in count())
+
+
+def encode_per_s(model: Causal2Vec, seconds: float) -> float:
+    """Questions that `encode_query` embeds in a second, as many a call as there are clients at most."""
+    texts, number = questions(), 0
+    model.encode_query(list(islice(texts, CLIENTS[-1])))
+    started = time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        number += len(model.encode_query(list(islice(texts, CLIENTS[-1]))))
+    return number / elapsed
+
+
 async def load(url: str, clients: int, seconds: float) -> list[float]:
     """The time of every answer that came before the end."""
-    questions = [json.loads(line)["question"] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     took: list[float] = []
-    numbers = count()
+    texts = questions()
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
@@ -65,9 +84,7 @@ async def load(url: str, clients: int, seconds: float) -> list[float]:
 
         async def ask() -> None:
             while (started := time.perf_counter()) < end:
-                number = next(numbers)
-                text = f"{questions[number % len(questions)]} ({number})"
-                body = {"model": f"{model}:query", "input": text, "encoding_format": "base64"}
+                body = {"model": f"{model}:query", "input": next(texts), "encoding_format": "base64"}
                 (await client.post("/v1/embeddings", json=body)).raise_for_status().json()
                 took.append(time.perf_counter() - started)
 
@@ -85,31 +102,40 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows: dict[str, dict[str, float]] = {}
-    stamp: dict[str, Any] = {}
+    model = Causal2Vec.from_pretrained(arguments.model)
+    encoded_per_s = [encode_per_s(model, arguments.seconds)]
     for way in (GATHERED, ONE_BY_ONE):
         with serve(arguments.model, one_by_one=way == ONE_BY_ONE) as url:
-            stamp = httpx.get(f"{url}/v1/models").json()["data"][0]["stamp"]
             for clients in CLIENTS:
                 asyncio.run(load(url, clients, arguments.seconds / 4))
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), time.process_time()
                 took = asyncio.run(load(url, clients, arguments.seconds))
-                elapsed = time.perf_counter() - started
+                elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu_started
                 p50, p99 = (float(value) for value in np.percentile(took, (50, 99)))
-                rows[f"{way}, {clients} clients"] = {"queries_per_s": len(took) / elapsed, "p50_s": p50, "p99_s": p99}
+                rows[f"{way}, {clients} clients"] = {
+                    "queries_per_s": len(took) / elapsed,
+                    "p50_s": p50,
+                    "p99_s": p99,
+                    "clients_cpu": cpu / elapsed / (os.cpu_count() or 1),
+                }
+    encoded_per_s.append(encode_per_s(model, arguments.seconds))
     for clients in CLIENTS:
         alone = rows[f"{ONE_BY_ONE}, {clients} clients"]["queries_per_s"]
         for way in (GATHERED, ONE_BY_ONE):
             row = rows[f"{way}, {clients} clients"]
             row["gain"] = row["queries_per_s"] / alone
-    forms = {"queries/s": "{:,.1f}", "p50": "{:.3f} s", "p99": "{:.3f} s", "gain": "{:.2f} x"}
+            row["of_encode"] = row["queries_per_s"] / fmean(encoded_per_s)
+    forms = {"queries/s": "{:,.1f}", "p50": "{:.3f} s", "p99": "{:.3f} s", "clients' CPU": "{:.0%}"}
+    forms |= {"gain": "{:.2f} x", "of encode": "{:.0%}"}
     print_table(forms, {name: dict(zip(forms, row.values(), strict=True)) for name, row in rows.items()})
     if arguments.output:
         figures: dict[str, Any] = {
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "model": stamp,
+            "model": model.stamp,
             "seconds_a_row": arguments.seconds,
+            "encode_per_s": encoded_per_s,
             "rows": rows,
         }
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

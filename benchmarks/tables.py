@@ -175,9 +175,12 @@ def serving() -> str:
                 f"{single['queries_per_s']:.0f}",
                 f"{single['p50_s']:.2f} s",
                 f"{together['gain']:.1f} x",
+                f"{100 * together['of_encode']:.0f} %",
+                f"{100 * together['clients_cpu']:.0f} %",
             ]
         )
     header = ["clients", "queries/s", "p50", "p99", "one text a call: queries/s", "p50", "gain"]
+    header += ["of `encode_query`", "clients' CPU"]
     return markdown(header, lines) + made_by(read("serving"))
 
 
@@ -194,6 +197,14 @@ def ray() -> str:
         for name, row in result["rows"].items()
     ]
     header = [f"{result['documents']} docstrings", "whole command", "start", "chunks/s", "time, of one process"]
+    return markdown(header, rows) + made_by(result)
+
+
+def upserts() -> str:
+    result = read("scale")
+    server = result["chroma_server"]
+    rows = [[name, f"{row['per_s']:,.0f}", f"{row['bytes_each']:,.0f}"] for name, row in server["rows"].items()]
+    header = [f"{server['vectors']:,} vectors of {server['columns']} columns", "upserts/s", "bytes of memory each"]
     return markdown(header, rows) + made_by(result)
 
 
@@ -397,6 +408,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "efficiency": efficiency,
     "serving": serving,
     "ray": ray,
+    "upserts": upserts,
     "adding": adding,
     "searching": searching,
     "hnsw": hnsw,

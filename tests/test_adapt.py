@@ -30,7 +30,7 @@ from c2v_rag.adapt.report import compare_scores, judge
 from c2v_rag.adapt.scoring import Comparison, compare, metric_values
 from c2v_rag.adapt.training import recipe_for, steps_within, write_pairs
 from c2v_rag.adapt.work import Work
-from c2v_rag.adapt.writers import DecoderWriter, EndpointWriter
+from c2v_rag.adapt.writers import DecoderWriter, EndpointWriter, can_be_asked
 from c2v_rag.app.about import facts
 from c2v_rag.finetune.recipe import Recipe
 from c2v_rag.index import Chunk, ChunkSettings, stored_stamps
@@ -257,7 +257,7 @@ def test_too_few_passages_and_one_giant_file_are_errors_and_write_nothing(checkp
     (unreadable / "empty.txt").write_text("")
     (unreadable / "binary.txt").write_bytes(bytes(range(256)) * 40)
     for folder, message in (
-        (few, "There are 5 passages of at least 5 words, which is too few"),
+        (few, "There are 5 passages of at least 5 words that a question can be written for"),
         (giant, r"passages are of 1 document\(s\): .*all.txt"),
         (unreadable, "There are 0 passages"),
     ):
@@ -447,6 +447,18 @@ def test_rows_of_a_table_are_documents_and_repeated_or_short_passages_are_left_o
     assert len(drawn) == 20
     assert len({passage.document for passage in drawn}) == 20
     assert drawn[0].document.startswith("faq.csv#")
+
+
+def test_the_control_draws_only_passages_that_have_a_heading_and_a_rest() -> None:
+    """Of two thousand docstrings, half have a summary line alone: they would use up the number of questions."""
+    chunks = [
+        Chunk(str(n), f"Sentence {n} stands alone here." + " This is the rest of it." * (n % 2), {"source": str(n)})
+        for n in range(40)
+    ]
+    assert len(draw_passages(chunks, 15, 0, PLAIN, can_be_asked("headings"))) == 15
+    assert [int(one.id) % 2 for one in draw_passages(chunks, 40, 0, PLAIN, can_be_asked("headings"))] == [1] * 20
+    for writer in ("default", None):
+        assert len(draw_passages(chunks, 40, 0, PLAIN, can_be_asked(writer))) == 40
 
 
 @pytest.mark.parametrize("sizes", [[10] * 3, [1, 1, 28], [2, 14, 14], [1] * 30, [1] * 4 + [26], [3] * 40])

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby, islice
 from typing import Any, Literal, get_args
 
 from c2v_rag.index import Chunk, ChunkSettings, Present, new_chunks
@@ -51,51 +51,40 @@ def chunks_of(documents: Iterable[Document], model: object) -> Iterator[Chunk]:
         yield from chain.from_iterable(new_chunks(part, model, ChunkSettings(), None, present, counts))
 
 
-def draw_passages(chunks: Iterable[Chunk], number: int, seed: int, settings: ChunkSettings) -> list[Passage]:
+def draw_passages(
+    chunks: Iterable[Chunk],
+    number: int,
+    seed: int,
+    settings: ChunkSettings,
+    usable: Callable[[Passage], bool] = lambda _: True,
+) -> list[Passage]:
     """At most `number` passages: one of each document, then a second one of each, and so on.
 
-    Which passages and documents come first is random, and the same for equal seeds. Passages with fewer than five words
-    and repeated texts are left out. Only `number` passages are in memory. The result is in the order of the chunks.
-    `settings`: those of the chunks, which say whether they are embedded behind headers.
+    Which passages and documents come first is random, and the same for equal seeds. Repeated texts, passages with fewer
+    than five words, and those that are not `usable` are left out. Only `number` passages are in memory. The result is
+    in the order of the chunks. `settings`: those of the chunks, which say whether they are embedded behind headers.
     """
-    drawn = heapq.nsmallest(number, _with_priority(chunks, seed), key=lambda item: item[:3])
-    first: dict[str, tuple[int, Chunk]] = {}  # by text
-    for _, _, position, chunk in drawn:
-        first.setdefault(chunk.text, (position, chunk))
-    return [
-        Passage(
-            chunk.id,
-            chunk.text,
-            document_of(chunk.metadata),
-            chunk.metadata,
-            chunk_header(chunk.text, chunk.metadata) if settings.header else "",
-        )
-        for _, chunk in sorted(first.values(), key=lambda item: item[0])
-    ]
+    passages = (_passage(chunk, settings) for chunk in chunks)
+    fitting = (passage for passage in passages if len(passage.body.split()) >= MIN_WORDS and usable(passage))
+    drawn = heapq.nsmallest(number, _with_priority(fitting, seed), key=lambda item: item[:3])
+    first: dict[str, tuple[int, Passage]] = {}  # by text
+    for _, _, position, passage in drawn:
+        first.setdefault(passage.body, (position, passage))
+    return [passage for _, passage in sorted(first.values(), key=lambda item: item[0])]
 
 
-def _with_priority(chunks: Iterable[Chunk], seed: int) -> Iterator[tuple[int, str, int, Chunk]]:
-    """(number of earlier passages of the document, random key, position, chunk); the lowest are drawn."""
+def _passage(chunk: Chunk, settings: ChunkSettings) -> Passage:
+    header = chunk_header(chunk.text, chunk.metadata) if settings.header else ""
+    return Passage(chunk.id, chunk.text, document_of(chunk.metadata), chunk.metadata, header)
+
+
+def _with_priority(passages: Iterable[Passage], seed: int) -> Iterator[tuple[int, str, int, Passage]]:
+    """(number of earlier passages of the document, random key, position, passage); the lowest are drawn."""
     earlier: Counter[str] = Counter()
-    for document, of_document in _by_document(chunks):
-        for position, chunk in sorted(of_document, key=lambda item: _random_key(seed, item[1].id)):
-            yield earlier[document], _random_key(seed, document), position, chunk
+    for document, of_document in groupby(enumerate(passages), key=lambda item: item[1].document):
+        for position, passage in sorted(of_document, key=lambda item: _random_key(seed, item[1].id)):
+            yield earlier[document], _random_key(seed, document), position, passage
             earlier[document] += 1
-
-
-def _by_document(chunks: Iterable[Chunk]) -> Iterator[tuple[str, list[tuple[int, Chunk]]]]:
-    """Neighbouring chunks of one document with their positions."""
-    document, waiting = "", list[tuple[int, Chunk]]()
-    for position, chunk in enumerate(chunks):
-        if len(chunk.text.split()) < MIN_WORDS:
-            continue
-        if waiting and document_of(chunk.metadata) != document:
-            yield document, waiting
-            waiting = []
-        document = document_of(chunk.metadata)
-        waiting.append((position, chunk))
-    if waiting:
-        yield document, waiting
 
 
 def document_of(metadata: Mapping[str, Any]) -> str:
@@ -113,8 +102,8 @@ def split_documents(passages: Sequence[Passage], seed: int) -> list[Passage]:
     sizes = Counter(passage.document for passage in passages)
     if len(passages) < MIN_PASSAGES:
         raise ValueError(
-            f"There are {len(passages)} passages of at least {MIN_WORDS} words, which is too few to learn from: at "
-            f"least {MIN_PASSAGES} are needed. Give more documents."
+            f"There are {len(passages)} passages of at least {MIN_WORDS} words that a question can be written for, "
+            f"which is too few to learn from: at least {MIN_PASSAGES} are needed. Give more documents."
         )
     if len(sizes) < 3:
         raise ValueError(

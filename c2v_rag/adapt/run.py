@@ -31,7 +31,7 @@ from c2v_rag.adapt.training import (
     write_pairs,
 )
 from c2v_rag.adapt.work import Work, write_text
-from c2v_rag.adapt.writers import HEADINGS, open_writer, writer_kinds
+from c2v_rag.adapt.writers import HEADINGS, can_be_asked, open_writer, writer_kinds
 from c2v_rag.index import DEFAULT_COLLECTION, ChunkSettings, StoreAddress
 from c2v_rag.model import Causal2Vec
 from c2v_rag.sources import read_sources
@@ -162,7 +162,9 @@ class _Run:
             chunks, settings = chunks_of(documents, load()), ChunkSettings()
         else:
             return {"passages": [], "unread": []}  # the file of questions has the passages
-        passages = split_documents(draw_passages(chunks, options.questions, options.seed, settings), options.seed)
+        usable = can_be_asked(None if options.from_questions else options.writer)
+        drawn = draw_passages(chunks, options.questions, options.seed, settings, usable)
+        passages = split_documents(drawn, options.seed)
         return {"passages": [dataclasses.asdict(passage) for passage in passages], "unread": unread}
 
     def train(self, corpus: Corpus) -> AdaptReport:

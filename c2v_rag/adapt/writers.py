@@ -11,7 +11,7 @@ import httpx
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from c2v_rag.adapt.headings import HeadingWriter
+from c2v_rag.adapt.headings import HeadingWriter, take_heading
 from c2v_rag.adapt.passages import Passage
 from c2v_rag.adapt.prompts import Prompt, read_prompts
 from c2v_rag.adapt.questions import Writer, Written, clean
@@ -124,6 +124,11 @@ class EndpointWriter(ChatServer):
 def writer_kinds(writer: str, prompts: Path | None) -> tuple[str, ...]:
     """The kinds of questions that a writer of this name writes. Raises ValueError for a file of prompts that is bad."""
     return HeadingWriter.kinds if writer == HEADINGS else tuple(read_prompts(prompts))
+
+
+def can_be_asked(writer: str | None) -> Callable[[Passage], bool]:
+    """Which passages a writer of this name can write a question for; None: the questions are written already."""
+    return (lambda passage: take_heading(passage) is not None) if writer == HEADINGS else (lambda _: True)
 
 
 def open_writer(writer: str, writer_model: str | None, prompts: Path | None, load: Callable[[], Causal2Vec]) -> Writer:
