@@ -6,8 +6,8 @@
 Without --folder: Python's own documentation, with the 60 questions beside this file, one passage a source counted. With
 it: the corpus of each folder (as `c2v-rag evaluate` reads it) and its own questions. No writer and no training sees
 these questions. "headings" is the control: questions made without a model. Scores: recall@10, nDCG@10 and MRR over the
-whole corpus by vectors, before and after, with the 95 % interval of a paired bootstrap over questions. `--passages`
-reduces the corpus that is searched to the answers and a random rest, for a short run.
+whole corpus, by vectors and by hybrid search, before and after, with the 95 % interval of a paired bootstrap over
+questions. `--passages` reduces the corpus that is searched to the answers and a random rest, for a short run.
 
 The rows of another run of the same model stay in FILE.json; a row of the same corpus, writer and time is replaced.
 """
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ from rich.table import Table
 
 from c2v_rag import Causal2Vec, Document, __version__, read_sources
 from c2v_rag.adapt import adapt
-from c2v_rag.adapt.scoring import Comparison, compare
+from c2v_rag.adapt.corpus import Ranker
+from c2v_rag.adapt.scoring import MODES, Comparison, compare
 from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
-from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, ndcg_at_k, recall_at_k, top_k
+from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, ndcg_at_k, recall_at_k
 
 QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 PYTHON_DOCS = "python-docs"
@@ -84,7 +86,7 @@ def reduced(benchmark: Benchmark, number: int) -> Benchmark:
 
 
 def scores(benchmark: Benchmark, model: Causal2Vec) -> dict[str, list[float]]:
-    """For each metric one score a question."""
+    """For each way of search and metric one score a question."""
     texts = [
         f"{document.title}\n\n{document.text}"
         if document.title and not document.text.startswith(document.title)
@@ -92,28 +94,33 @@ def scores(benchmark: Benchmark, model: Causal2Vec) -> dict[str, list[float]]:
         for document in benchmark.documents
     ]
     ids = [document.source for document in benchmark.documents]
-    vectors = model.encode_document(texts, show_progress=True)
-    ranked = top_k(model.encode_query(benchmark.queries), vectors, ids, 100)
+    ranker = Ranker(texts, model.encode_document(texts, show_progress=True))
+    vectors = model.encode_query(benchmark.queries)
     recall = hit_at_k if benchmark.one_is_enough else recall_at_k
-    found = list(zip(ranked, benchmark.relevant, strict=True))
-    return {
-        "recall@10": [float(recall(row, relevant, 10)) for row, relevant in found],
-        "nDCG@10": [ndcg_at_k(row, relevant, 10) for row, relevant in found],
-        "MRR": [mrr_at_k(row, relevant, 100) for row, relevant in found],
-    }
+    found: dict[str, list[float]] = {}
+    for mode in MODES:
+        for query, vector, relevant in zip(benchmark.queries, vectors, benchmark.relevant, strict=True):
+            ranked = np.argsort(-(ranker.dense(vector) if mode == "vectors" else ranker.hybrid(query, vector)))
+            row = list(dict.fromkeys(ids[position] for position in ranked[:200]))[:100]
+            found.setdefault(f"{mode}, recall@10", []).append(float(recall(row, relevant, 10)))
+            found.setdefault(f"{mode}, nDCG@10", []).append(ndcg_at_k(row, relevant, 10))
+            found.setdefault(f"{mode}, MRR", []).append(mrr_at_k(row, relevant, 100))
+    return found
 
 
 def run(benchmark: Benchmark, folder: Path, arguments: argparse.Namespace, writer: str, minutes: float) -> Any:
     """Adapt the model to the benchmark's documents; the report of the run, and the adapted model if there is one."""
     sources: list[str | Path] = [PYTHON_DOCS]
     if benchmark.name != PYTHON_DOCS:
+        folder.mkdir(parents=True, exist_ok=True)
         table = folder / f"{benchmark.name}.jsonl"
         rows = [{"text": f"{one.title}\n\n{one.text}".strip()} for one in benchmark.documents]
         table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         sources = [table]
+    output = folder / f"{benchmark.name}-{writer}-{minutes:g}"
     return adapt(
-        sources, output=folder / f"{benchmark.name}-{writer}-{minutes:g}", model=arguments.model, minutes=minutes,
-        questions=arguments.questions, writer=writer, general=arguments.general, show_progress=True,
+        sources, output=output, model=arguments.model, minutes=minutes, questions=arguments.questions, writer=writer,
+        general=arguments.general, resume=output.exists(), show_progress=True,
     )  # fmt: skip
 
 
@@ -126,19 +133,20 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[20, 60])
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--passages", type=int, help="most documents to search, for a short run")
+    parser.add_argument("--work", type=Path, help="folder that keeps the runs; one that was killed goes on")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
     benchmarks = [folder_benchmark(folder) for folder in arguments.folder] or [python_docs_benchmark()]
     results = earlier(arguments.output, arguments.model)
-    with tempfile.TemporaryDirectory() as temporary:
+    with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as work:
         for full in benchmarks:
             benchmark = reduced(full, arguments.passages) if arguments.passages else full
             before = scores(benchmark, Causal2Vec.from_pretrained(arguments.model))
             for writer in arguments.writers:
                 for minutes in arguments.minutes:
                     started = time.perf_counter()
-                    report = run(full, Path(temporary), arguments, writer, minutes)
+                    report = run(full, Path(work), arguments, writer, minutes)
                     seconds = time.perf_counter() - started
                     after = scores(benchmark, Causal2Vec.from_pretrained(report.model)) if report.model else before
                     results = [row for row in results if key(row) != (benchmark.name, writer, minutes)]

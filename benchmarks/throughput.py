@@ -168,7 +168,7 @@ def encode_rows(model: Causal2Vec, num_texts: int) -> tuple[list[Row], dict[str,
     llm_flop, encoder_flop = part_flop(model.llm, widths), part_flop(model.encoder, encoder_widths)
     rows = [
         Row("LLM alone", partial(run_each, llm, batches), total, llm_flop),
-        Row("encoder alone", partial(run_each, model.pooled_by_length, batches), total, encoder_flop),
+        Row("encoder alone", partial(run_each, model.pooled_encoder_states, batches), total, encoder_flop),
         Row(REFERENCE, partial(run_each, model.embed, batches), total, flop(model, widths, encoder_widths)),
     ]
     encode = partial(model.encode, on_truncate="ignore")

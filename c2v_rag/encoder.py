@@ -66,7 +66,7 @@ class EncoderEmbedder:
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """Embeddings (B, E), rows of length 1."""
-        return normalize(self._model.pooled_by_length(batch), dim=1)
+        return normalize(self._model.pooled_encoder_states(batch), dim=1)
 
     def encode(self, texts: Iterable[str], **options: Unpack[inference.EncodeOptions]) -> np.ndarray:
         """Embeddings (n, E), float32, in input order; options as in `Causal2Vec.encode`."""

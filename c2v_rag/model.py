@@ -27,7 +27,7 @@ from c2v_rag.attention import cache_that_stores_nothing, is_causal
 from c2v_rag.bases import Base, locate_base
 from c2v_rag.config import Causal2VecConfig, Pooling
 from c2v_rag.hashes import verify_sums
-from c2v_rag.pooling import pool, pool_by_length, pool_encoder
+from c2v_rag.pooling import pool, pool_by_length
 from c2v_rag.prefix import PrefixCache, is_checkpointing, is_short, prefix_states, weights_state
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
 from c2v_rag.replicas import Replicas
@@ -164,16 +164,13 @@ class Causal2Vec(nn.Module):
         if reuse_prefix and not is_short(batch):
             weights = self.encoding_state.once_per_encode(lambda: weights_state(self.llm))
             prefix = self.prefix_cache.get(self.llm, batch.prefix_ids, key=batch.prefix_key, weights=weights)
-        pooled = None if self.config.contextual_token == "none" else self.pooled_by_length(batch)
-        return self.embed_with_prefix(prefix, batch, pooled=pooled, pooling=self.config.pooling)
+        return self.embed_with_prefix(prefix, batch, pooled=None, pooling=self.config.pooling)
 
     def pooled_encoder_states(self, batch: TokenBatch) -> Tensor:
-        """(B, E): the encoder's pooled states of the texts, float32, not normalised."""
-        hidden = self.encoder(input_ids=batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
-        return pool_encoder(hidden, batch.encoder_mask, self.config.encoder_pooling)
+        """(B, E): the encoder's pooled states of the texts, float32, not normalised.
 
-    def pooled_by_length(self, batch: TokenBatch) -> Tensor:
-        """`pooled_encoder_states`, computed in slices of texts with similar lengths in the encoder."""
+        Computed in slices of texts with similar lengths in the encoder, so that there is little padding.
+        """
         return pool_by_length(self.encoder, batch, self.config.encoder_pooling)
 
     def compute_prefix(self, prefix_ids: Tensor) -> DynamicCache | None:

@@ -112,8 +112,28 @@ class RemoteModel:
 
     def count_tokens(self, texts: Iterable[str]) -> list[int]:
         """The number of tokens of each text."""
-        bodies = ({"model": self._model["id"], "input": part} for part in _split(texts, self._max_texts))
-        return [count for answer in self._request_all("/v1/tokenize", bodies) for count in answer["counts"]]
+        return [count for answer in self._tokenize(texts) for count in answer["counts"]]
+
+    def token_ends(self, texts: Iterable[str]) -> list[list[list[int]]]:
+        """For each text, for decoder and encoder, the offset at which each token ends, as `Causal2Vec.token_ends`.
+
+        With it, documents are cut as the served model itself would cut them. Raises ValueError for a server of a
+        version that does not give them.
+        """
+        ends: list[list[list[int]]] = []
+        for answer in self._tokenize(texts, ends=True):
+            if answer.get("ends") is None:
+                raise ValueError(
+                    f"The c2v-rag at {self.base_url} is an older version, which does not say where tokens end. "
+                    "Documents would be cut differently: update the server."
+                )
+            ends += answer["ends"]
+        return ends
+
+    def _tokenize(self, texts: Iterable[str], **options: bool) -> Iterator[dict[str, Any]]:
+        model = self._model["id"]
+        bodies = ({"model": model, "input": part, **options} for part in _split(texts, self._max_texts))
+        return self._request_all("/v1/tokenize", bodies)
 
     def encode(
         self, texts: Iterable[str], *, instruction: str | None = None, **options: Unpack[EncodeOptions]

@@ -65,11 +65,12 @@ class TokenBatch:
         moved = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
         return TokenBatch(**fields | moved)
 
-    def with_encoder_order(self) -> TokenBatch:
+    def with_encoder_order(self, num_slices: int = ENCODER_SLICES) -> TokenBatch:
         """The batch with the fields of the encoder's slices; they are computed from the mask if they are missing."""
         if self.encoder_order is not None:
             return self
-        order, slices = encoder_slices(self.encoder_mask.sum(dim=1).cpu().numpy(), self.encoder_ids.shape[1])
+        lengths = self.encoder_mask.sum(dim=1).cpu().numpy()
+        order, slices = encoder_slices(lengths, self.encoder_ids.shape[1], num_slices)
         return dataclasses.replace(self, encoder_order=order.to(self.encoder_ids.device), encoder_slices=slices)
 
 
@@ -82,15 +83,17 @@ class EncoderSlice(NamedTuple):
     is_padded: bool
 
 
-def encoder_slices(lengths: np.ndarray, longest: int) -> tuple[Tensor, tuple[EncoderSlice, ...]]:
-    """`TokenBatch.encoder_order` and its slices for texts of these lengths (B,) in the encoder.
+def encoder_slices(
+    lengths: np.ndarray, longest: int, num_slices: int = ENCODER_SLICES
+) -> tuple[Tensor, tuple[EncoderSlice, ...]]:
+    """`TokenBatch.encoder_order` and its slices, at most `num_slices`, for texts of these lengths (B,) in the encoder.
 
     Widths are rounded up to a multiple of 8, but at most `longest`.
     """
     order = np.argsort(lengths, kind="stable")
     places = np.argsort(order, kind="stable")
     slices = []
-    for rows in np.array_split(np.arange(len(order)), min(ENCODER_SLICES, len(order))) if len(order) else ():
+    for rows in np.array_split(np.arange(len(order)), min(num_slices, len(order))) if len(order) else ():
         first, end = int(rows[0]), int(rows[-1]) + 1
         width = max(1, min(longest, round_up(int(lengths[order[end - 1]]))))
         slices.append(EncoderSlice(first, end, width, is_padded=bool(lengths[order[first]] < width)))

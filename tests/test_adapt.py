@@ -6,6 +6,9 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -186,6 +189,43 @@ def test_a_run_that_was_killed_at_any_step_continues_to_the_same_result(
     assert ours == theirs
     weights = [Causal2Vec.from_pretrained(str(one.model), device="cpu").stamp["weights"] for one in (report, finished)]
     assert weights[0] == weights[1]
+
+
+# Runs the command line in a process that kills itself after the second training step.
+KILLED_WHILE_TRAINING = """
+import os, signal
+from c2v_rag.finetune.trainer import ProgressCallback
+
+on_step_end = ProgressCallback.on_step_end
+
+def on_step_end_then_kill(self, args, state, control, **kwargs):
+    on_step_end(self, args, state, control, **kwargs)
+    if state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ProgressCallback.on_step_end = on_step_end_then_kill
+from c2v_rag.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_while_training_continues_to_the_same_weights(
+    documents: Path, checkpoint: str, finished: AdaptReport, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = [
+        "adapt", documents, "--output", output, "--model", checkpoint, "--steps", STEPS, "--found-among", 30,
+        "--device", "cpu",
+    ]  # fmt: skip
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_TRAINING, *map(str, arguments)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (output / "work" / "model.training").is_dir()
+    assert not (output / "model").exists()
+    report = start(documents, checkpoint, output, resume=True)
+    assert report.losses == pytest.approx(finished.losses, abs=1e-3)
+    resumed, whole = (Causal2Vec.from_pretrained(str(one.model), device="cpu") for one in (report, finished))
+    np.testing.assert_allclose(resumed.encode(["A text."]), whole.encode(["A text."]), atol=1e-4)
 
 
 def test_a_folder_in_use_and_other_options_are_refused(

@@ -68,9 +68,9 @@ def test_documents_need_no_mask_no_cache_and_no_forward_of_the_prefix(monkeypatc
         return attention(*arguments, **options)
 
     batch = model.tokenize(TEXTS).collate(range(len(TEXTS)))
-    pooled = model.pooled_by_length(batch)
+    pooled = model.pooled_encoder_states(batch)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
-    monkeypatch.setattr(model, "pooled_by_length", lambda batch: pooled)
+    monkeypatch.setattr(model, "pooled_encoder_states", lambda batch: pooled)
     model.embed(batch)
     assert len(calls) == 1
     assert all(layer.keys is None for layer in calls[0]["past_key_values"].layers), "nothing is stored"

@@ -158,8 +158,6 @@ def test_without_the_packages_the_hub_is_asked_and_without_both_the_error_says_w
 
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-# Results of earlier default models, or without the identity of theirs. Measure them again, and remove them here.
-OUTDATED = {"efficiency", "scale"}
 OF_OTHER_MODELS = {"ablation"}  # trains its own
 
 
@@ -169,5 +167,4 @@ def test_every_committed_result_is_of_a_model_that_ships(model: Causal2Vec) -> N
         named = json.loads(path.read_text(encoding="utf-8")).get("model", {})
         if path.stem not in OF_OTHER_MODELS and named.get("weights") != model.stamp["weights"]:
             parted.add(path.stem)
-    assert parted - OUTDATED == set(), "measure these again (make bench, docs/evaluation.md, docs/retrieval.md)"
-    assert OUTDATED - parted == set(), "these are up to date: remove them from OUTDATED"
+    assert parted == set(), "measure these again (make bench, docs/evaluation.md, docs/retrieval.md)"

@@ -197,7 +197,7 @@ def test_on_cuda_documents_run_in_flash_attention() -> None:
 
     model = tiny_model().to("cuda", torch.bfloat16)
     batch = model.tokenize(TEXTS).collate(range(len(TEXTS))).to(torch.device("cuda"))
-    pooled = model.pooled_by_length(batch)
+    pooled = model.pooled_encoder_states(batch)
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises if a forward cannot use it
         vectors = model.embed_with_prefix(None, batch, pooled=pooled, pooling=model.config.pooling)
     assert torch.isfinite(vectors).all()

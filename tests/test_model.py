@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -231,6 +232,28 @@ def test_training_forward_reaches_encoder_and_projector_and_llm() -> None:
         gradients = [p.grad for p in part.parameters() if p.grad is not None]
         assert gradients
         assert max(float(gradient.abs().max()) for gradient in gradients) > 0
+
+
+@pytest.mark.parametrize("num_slices", [2, 5, 100])
+def test_slices_of_a_batch_change_neither_embeddings_nor_gradients(num_slices: int) -> None:
+    model = tiny_model()
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(" ".join(TEXTS).split(), size=size)) for size in rng.integers(1, 60, size=12)]
+    batch = model.tokenize(texts).collate(range(len(texts)))
+    bare = dataclasses.replace(batch, encoder_order=None, encoder_slices=None)
+
+    def embed(number: int) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        embeddings = model(bare.with_encoder_order(number))
+        (embeddings @ embeddings.T).pow(2).sum().backward()
+        return embeddings, [one.grad for one in model.encoder.parameters() if one.grad is not None]
+
+    embeddings, gradients = embed(num_slices)
+    whole, whole_gradients = embed(1)
+    torch.testing.assert_close(embeddings, whole, atol=1e-5, rtol=0)
+    assert gradients
+    for one, expected in zip(gradients, whole_gradients, strict=True):
+        torch.testing.assert_close(one, expected, atol=1e-4 * float(expected.abs().max()) + 1e-7, rtol=0)
 
 
 def test_a_sequence_that_ends_at_the_contextual_token_gives_the_same_state() -> None:

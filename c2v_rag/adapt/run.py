@@ -233,7 +233,7 @@ class _Run:
         options, seconds = self._options, self._work.seconds
         if options.steps is not None:
             return options.steps, None
-        speed = (len(corpus.passages) + len(corpus.questions)) / seconds["embed"]
+        speed = len(corpus.passages) / seconds["embed"]
         left = 60 * options.minutes - sum(seconds.values()) - texts_besides_training(num_questions, num_dev) / speed
         left -= seconds["embed"] + seconds["score"]  # after training, for the new model
         available = max(left, 60 * options.minutes * _TRAINING_SHARE)

@@ -27,7 +27,7 @@ _MAX_DEV_QUESTIONS, _MAX_DEV_PASSAGES = 100, 200
 # A passage whose hybrid score, in standard deviations of the cosines, is at most this far below that of the right one
 # may be an answer too.
 _POSSIBLE_ANSWER = 0.25
-_COST_OF_GRADIENT = 3.0  # seconds for a training text, in seconds for embedding one
+_COST_OF_GRADIENT = 3.0  # seconds to train on a passage, in seconds to embed one
 _LIST_DISTILL = 0.5
 _LIST_TEMPERATURE = 0.67  # of the hybrid scores
 
@@ -62,11 +62,11 @@ def write_pairs(
     write_text(folder / f"{split}.jsonl", "".join(lines))
 
 
-def steps_within(seconds: float, texts_per_second: float, num_questions: int) -> int:
+def steps_within(seconds: float, passages_per_second: float, num_questions: int) -> int:
     """How many steps fit into `seconds`, by the speed of embedding passages; at least one, at most eight epochs."""
     stage = Recipe.load(_RECIPE).stages[0]
     texts_per_step = stage.batch_size * (2 + stage.num_negatives)
-    fitting = seconds * texts_per_second / (texts_per_step * _COST_OF_GRADIENT)
+    fitting = seconds * passages_per_second / (texts_per_step * _COST_OF_GRADIENT)
     return max(1, int(min(fitting, MAX_EPOCHS * num_questions / stage.batch_size)))
 
 

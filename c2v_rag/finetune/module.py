@@ -32,6 +32,9 @@ from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_t
 
 # Names among a recipe's teachers: the encoder inside the model, and `StartVectors`.
 ENCODER, START = "encoder", "start"
+# The encoder runs on slices of a batch, which have little padding. An accelerator is not busy with a few texts.
+_TEXTS_IN_A_SLICE = {"cpu": 4, "accelerator": 64}
+_MAX_SLICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +96,9 @@ class TrainingModule(Causal2VecModule):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         pooled = features["pooled"].squeeze(1) if "pooled" in features else None
         batch = to_token_batch(features)
-        if pooled is None:  # a slice of a batch may be narrower than the batch
-            width = max(1, int(batch.encoder_mask.sum(dim=1).max()))
-            ids, mask = batch.encoder_ids[:, :width], batch.encoder_mask[:, :width]
-            batch = dataclasses.replace(batch, encoder_ids=ids, encoder_mask=mask)
+        if pooled is None:  # the trainer's batches are not sorted by length
+            texts = _TEXTS_IN_A_SLICE["cpu" if batch.encoder_ids.device.type == "cpu" else "accelerator"]
+            batch = batch.with_encoder_order(max(1, min(_MAX_SLICES, len(batch.encoder_ids) // texts)))
         features["sentence_embedding"] = self.model(batch, pooled=pooled, pooling=self.pooling)
         return features
 

@@ -90,7 +90,8 @@ def create_app(
     async def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeResponse:
         service.kind_of(body.model, None)
         counts = await service.count_tokens(body.input)
-        return schema.TokenizeResponse(counts=counts, max_tokens=service.model.max_tokens)
+        ends = await service.token_ends(body.input) if body.ends else None
+        return schema.TokenizeResponse(counts=counts, max_tokens=service.model.max_tokens, ends=ends)
 
     @app.post("/v1/embeddings", dependencies=with_weights)
     async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,7 @@ def serve(
     """Run the server until SIGTERM or Ctrl-C. Requests that it has accepted by then are still answered.
 
     `allowed_hosts`: names of this server besides `host`, localhost and IP addresses. `store`, `collection`: what
-    /v1/search searches. Raises SystemExit when the port is
-    taken.
+    /v1/search searches. Raises SystemExit when the port is taken.
     """
     app = create_app(
         model, name=name, api_keys=api_keys, limits=limits, allowed_hosts=[host, *allowed_hosts], store=store,
@@ -50,4 +50,7 @@ def serve(
     )  # fmt: skip
     logging.getLogger("c2v_rag").setLevel(logging.INFO)
     model.encode_query(["warm up"])  # the first call is slow, so no client should make it
+    # A full garbage collection looks at half a million objects of the model's libraries, and all requests wait for it.
+    gc.collect()
+    gc.freeze()
     uvicorn.run(app, host=host, port=port, server_header=False, log_level="info", access_log=False)

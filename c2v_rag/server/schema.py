@@ -63,10 +63,11 @@ class EmbeddingsRequest(_Request):
 
 
 class TokenizeRequest(_Request):
-    """Body of `POST /v1/tokenize`, which answers with the number of tokens of each text."""
+    """Body of `POST /v1/tokenize`, which answers with the number of tokens of each text. `ends`: and where they end."""
 
     model: str
     input: Texts
+    ends: bool = False
 
 
 class SearchRequest(BaseModel):
@@ -116,10 +117,15 @@ class EmbeddingsResponse(_Response):
 
 
 class TokenizeResponse(_Response):
-    """`counts`: tokens of each text. `max_tokens`: a text of up to so many tokens is not cut."""
+    """`counts`: tokens of each text. `max_tokens`: a text of up to so many tokens is not cut.
+
+    `ends`: of each text, for decoder and encoder, the offset in characters at which each token ends, without special
+    tokens; null unless the request asked for it.
+    """
 
     counts: list[int]
     max_tokens: int
+    ends: list[list[list[int]]] | None = None
 
 
 class Model(_Response):

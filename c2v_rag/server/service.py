@@ -6,11 +6,11 @@ import asyncio
 import base64
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import HTTPException
@@ -21,6 +21,7 @@ from c2v_rag.server import schema
 from c2v_rag.server.metrics import Metered, Metrics
 
 Kind = Literal["query", "document"]
+_Tokens = TypeVar("_Tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +79,20 @@ class EmbeddingService:
 
     async def count_tokens(self, texts: list[str]) -> list[int]:
         """The number of tokens of each text. HTTPException 400 or 429 as in `Limits`."""
+        return await self._tokenize(self.model.count_tokens, texts)
+
+    async def token_ends(self, texts: list[str]) -> list[list[list[int]]]:
+        """`Causal2Vec.token_ends`. HTTPException 400 or 429 as in `Limits`, and 400 for a tokenizer without offsets."""
+        try:
+            return await self._tokenize(self.model.token_ends, texts)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+
+    async def _tokenize(self, tokenize: Callable[[list[str]], _Tokens], texts: list[str]) -> _Tokens:
         if len(texts) > self.limits.inputs:
             raise HTTPException(400, f"{len(texts)} texts in one request; at most {self.limits.inputs} are allowed.")
         with self.reserve(len(texts)):
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.model.count_tokens, texts)
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize, texts)
 
     async def check_lengths(self, texts: list[str], advice: str) -> list[int]:
         """The number of tokens of each text. HTTPException 400, with `advice`, if one has too many; see `Limits`."""

@@ -96,6 +96,7 @@ def test_a_remote_model_gives_the_results_of_the_served_model(remote: RemoteMode
     assert remote.encode(TEXTS).dtype == np.float32
     assert (remote.embedding_dim, remote.max_tokens) == (model.embedding_dim, model.max_tokens)
     assert remote.count_tokens(many) == model.count_tokens(many)
+    assert remote.token_ends(many) == model.token_ends(many)
     assert remote.stamp == model.stamp | {"name": url}
     for wrong in ("x", ["x", None]):
         with pytest.raises(TypeError, match="string"):
@@ -135,7 +136,9 @@ def test_every_integration_works_with_a_remote_model(
 def test_a_model_and_its_remote_model_can_share_an_index(
     remote: RemoteModel, model: Causal2Vec, tmp_path: Path
 ) -> None:
-    long = Document(" ".join(f"Sentence number {number} of a long text." for number in range(60)), "long.txt")
+    # Words of several tokens, without and with spaces around them: only the tokenizers know where tokens end.
+    words = "".join(f"Sentence\u00e9 number{number}, of-a_long.text " + "antidisestablish" * 3 for number in range(60))
+    long = Document(words, "long.txt")
     report = VectorIndex(tmp_path, remote).add([long, Document("A heap.", "heap.txt")])
     assert report.added > 3
     local = VectorIndex(tmp_path, model)
@@ -227,6 +230,16 @@ def test_requests_of_one_call_run_at_the_same_time_and_keep_their_order() -> Non
         return vectors(texts_of(request))
 
     assert remote_model(handler).encode_document(iter(texts))[:, 0].tolist() == [float(text) for text in texts]
+
+
+def test_an_older_server_that_does_not_know_where_tokens_end_is_a_clear_error() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"counts": [3] * len(texts_of(request)), "max_tokens": 9})
+
+    old = remote_model(handler)
+    assert old.count_tokens(["a", "b"]) == [3, 3]
+    with pytest.raises(ValueError, match="update the server"):
+        old.token_ends(["a", "b"])
 
 
 def test_an_error_of_one_request_is_raised() -> None:
