@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from datetime import UTC, datetime
 from itertools import count, islice
 from pathlib import Path
@@ -78,18 +78,22 @@ async def load(url: str, clients: int, seconds: float) -> list[float]:
     """The time of every answer that came before the end."""
     took: list[float] = []
     texts = questions()
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+    name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    async with AsyncExitStack() as stack:
+        # A connection pool for each client, as they would have: httpx's costs more for each request the larger it is.
+        pools = [
+            await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=120, verify=False))
+            for _ in range(clients)
+        ]
         end = time.perf_counter() + seconds
 
-        async def ask() -> None:
+        async def ask(client: httpx.AsyncClient) -> None:
             while (started := time.perf_counter()) < end:
-                body = {"model": f"{model}:query", "input": next(texts), "encoding_format": "base64"}
+                body = {"model": f"{name}:query", "input": next(texts), "encoding_format": "base64"}
                 (await client.post("/v1/embeddings", json=body)).raise_for_status().json()
                 took.append(time.perf_counter() - started)
 
-        await asyncio.gather(*(ask() for _ in range(clients)))
+        await asyncio.gather(*map(ask, pools))
     return took
 
 

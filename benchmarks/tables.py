@@ -241,7 +241,7 @@ def adaptation() -> str:
         cells.append(", ".join(f"{100 * value:+.1f}" for value in forgotten) or "-")
         rows.append(cells)
     header = ["x 100, before to after (95 % of the change)", "questions trained on", "recall@10, vectors"]
-    header += ["nDCG@10, vectors", "MRR, vectors", "nDCG@10, hybrid", "XQuAD-en, nDCG@10"]
+    header += ["nDCG@10, vectors", "MRR, vectors", "nDCG@10, hybrid", f"{marked('XQuAD-en')}, nDCG@10"]
     made = {key: [row[key] for row in result["results"]] for key in ("command", "date")}
     return markdown(header, rows) + LEGEND + made_by(result | made)
 
