@@ -33,7 +33,7 @@ from sentence_transformers_c2v.module import Causal2VecModule, to_features, to_t
 # Names among a recipe's teachers: the encoder inside the model, and `StartVectors`.
 ENCODER, START = "encoder", "start"
 # The encoder runs on slices of a batch, which have little padding. An accelerator is not busy with a few texts.
-_TEXTS_IN_A_SLICE = {"cpu": 4, "accelerator": 64}
+_TEXTS_IN_A_SLICE_ON_CPU, _TEXTS_IN_A_SLICE = 4, 64
 _MAX_SLICES = 8
 
 
@@ -97,7 +97,7 @@ class TrainingModule(Causal2VecModule):
         pooled = features["pooled"].squeeze(1) if "pooled" in features else None
         batch = to_token_batch(features)
         if pooled is None:  # the trainer's batches are not sorted by length
-            texts = _TEXTS_IN_A_SLICE["cpu" if batch.encoder_ids.device.type == "cpu" else "accelerator"]
+            texts = _TEXTS_IN_A_SLICE_ON_CPU if batch.encoder_ids.device.type == "cpu" else _TEXTS_IN_A_SLICE
             batch = batch.with_encoder_order(max(1, min(_MAX_SLICES, len(batch.encoder_ids) // texts)))
         features["sentence_embedding"] = self.model(batch, pooled=pooled, pooling=self.pooling)
         return features
