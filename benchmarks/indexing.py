@@ -125,8 +125,8 @@ def measure_adding(rounds: int, fast_documents: int, cpu_documents: int, columns
     return rows
 
 
-def write_store(store: str, chunks: int, columns: int) -> float:
-    """Write the chunks that are still missing; returns seconds for each thousand."""
+def write_store(store: str, chunks: int, columns: int) -> None:
+    """Write the chunks that are still missing."""
     index = VectorIndex(store, RandomEmbedder(columns))
     first = len(index)
     started = time.perf_counter()
@@ -140,7 +140,6 @@ def write_store(store: str, chunks: int, columns: int) -> float:
             waiting = []
             if row % 10_000 < CHUNKS_WRITTEN_AT_ONCE:
                 print(f"{row} chunks, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    return 1000 * (time.perf_counter() - started) / max(1, chunks - first)
 
 
 def resident_mib() -> float:
@@ -178,13 +177,10 @@ def in_its_own_process(mode: str, store: str, columns: int, queries: int, *optio
 def search_rows(chunks: int, columns: int, queries: int, keep: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         store = str(keep / f"{chunks}-{columns}") if keep else temporary
-        seconds = write_store(store, chunks, columns)
-        started = time.perf_counter()
+        write_store(store, chunks, columns)
         VectorIndex(store, RandomEmbedder(columns)).lexical_index()
         row: dict[str, Any] = {
             "columns": columns,
-            "writing_s_per_1000": seconds,
-            "lexical_build_s": time.perf_counter() - started,
             "disk_mib": sum(file.stat().st_size for file in Path(store).rglob("*") if file.is_file()) / 2**20,
         }
         for mode in MODES:

@@ -418,11 +418,6 @@ def hnsw() -> str:
 TRAINED_SETS = ("Cranfield", "Cranfield + BM25", "XQuAD-en", "XQuAD-en + BM25", "python-docs", "STSBenchmark_dev")
 
 
-def marked(names: Sequence[str]) -> list[str]:
-    """Columns of sets that choices were made by."""
-    return [f"{name} †" for name in names]
-
-
 def points(found: dict[str, float]) -> str:
     """A difference in points with its interval."""
     return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
@@ -437,8 +432,13 @@ def ablation() -> str:
         cells = [f"{row['scores'][one]:.1f}" for one in shown]
         leads = [points(row[label][one]) if label in row else "" for one in ("Cranfield", "XQuAD-en")]
         rows.append([name, *cells, *leads])
-    header = ["", *marked(shown), "Cranfield †: to MiniLM trained alike", "XQuAD-en †: to MiniLM trained alike"]
-    return markdown(header, rows) + DEVELOPMENT + made_by(result | {"machine": result["device"]})
+    header = [
+        "",
+        *(f"{name} †" for name in shown),
+        "Cranfield †: to MiniLM trained alike",
+        "XQuAD-en †: to MiniLM trained alike",
+    ]
+    return markdown(header, rows) + LEGEND + made_by(result | {"machine": result["device"]})
 
 
 def decoder() -> str:
@@ -451,8 +451,8 @@ def decoder() -> str:
         leads = [points(best["difference to C"][one]) for one in ("Cranfield + BM25", "XQuAD-en + BM25")]
         cells = [f"{best['scores'][one]:.1f}" for one in TRAINED_SETS]
         rows.append([name, f"{best['weight']:.2f}", *cells, *leads])
-    header = ["", "w", *marked(TRAINED_SETS), "Cranfield + BM25 †: to C", "XQuAD-en + BM25 †: to C"]
-    return markdown(header, rows) + DEVELOPMENT + made_by(result | {"machine": result["device"]})
+    header = ["", "w", *(f"{name} †" for name in TRAINED_SETS), "Cranfield + BM25 †: to C", "XQuAD-en + BM25 †: to C"]
+    return markdown(header, rows) + LEGEND + made_by(result | {"machine": result["device"]})
 
 
 def teaching() -> str:
@@ -460,8 +460,8 @@ def teaching() -> str:
     rows = [["MiniLM", "", *(f"{result['untrained'][one]:.1f}" for one in TRAINED_SETS)]]
     for name, run in result["runs"].items():
         rows += [[name, keep, *(f"{scores[one]:.1f}" for one in TRAINED_SETS)] for keep, scores in run["kept"].items()]
-    header = ["", "kept", *marked(TRAINED_SETS)]
-    return markdown(header, rows) + DEVELOPMENT + made_by(result | {"machine": result["device"]})
+    header = ["", "kept", *(f"{name} †" for name in TRAINED_SETS)]
+    return markdown(header, rows) + LEGEND + made_by(result | {"machine": result["device"]})
 
 
 def interval(low: float, high: float) -> str:

