@@ -147,9 +147,7 @@ class Bench:
         def packed_model(encoder_ids: Ragged, llm_ids: Ragged) -> PackedModel:
             return PackedModel(model, encoder_ids, llm_ids, bidirectional=variant.bidirectional, echo=variant.echo)
 
-        short = packed_model(
-            self.encoder_ids.shortened(TRAINED_TOKENS, eos=True), self.llm_ids.shortened(TRAINED_TOKENS, eos=True)
-        )
+        short = packed_model(self.encoder_ids.shortened(TRAINED_TOKENS), self.llm_ids.shortened(TRAINED_TOKENS))
         whole = packed_model(self.encoder_ids, self.llm_ids)
         batches = Batches(self.texts, self.vectors, seed)
         pairs = 0

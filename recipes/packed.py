@@ -46,16 +46,14 @@ class Ragged:
         backend.no_truncation()
         return cls(torch.cat(flat), torch.tensor(lengths), device)
 
-    def shortened(self, most: int, *, eos: bool) -> Ragged:
-        """The same rows with at most `most` ids each. The last id is kept if `eos`."""
-        lengths = torch.from_numpy(self.lengths).clamp(max=most)
-        packed = Packed.of(lengths.numpy(), self.flat.device)
-        place = packed.place
-        if eos:
-            is_last = place == packed.lengths[packed.sequence] - 1
-            whole = torch.from_numpy(self.lengths).to(self.flat.device)
-            place = torch.where(is_last, whole[packed.sequence] - 1, place)
-        return Ragged(self.flat[self.starts[packed.sequence] + place], lengths, self.flat.device)
+    def shortened(self, most: int) -> Ragged:
+        """The same rows with at most `most` ids each. The last id (EOS, or the encoder's) is kept."""
+        device = self.flat.device
+        packed = Packed.of(self.lengths.clip(max=most), device)
+        whole = torch.from_numpy(self.lengths).to(device)[packed.sequence]
+        is_last = packed.place == packed.lengths[packed.sequence] - 1
+        place = torch.where(is_last, whole - 1, packed.place)
+        return Ragged(self.flat[self.starts[packed.sequence] + place], packed.lengths.cpu(), device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ def test_packed_forwards_give_the_models_embeddings(
 def test_shortened_rows_keep_eos(distil: ModuleType, model: Causal2Vec) -> None:
     tokenizer = model.tokenizer
     ids = distil.Ragged.tokenize(tokenizer.llm, TEXTS, model.device, most=320, eos=tokenizer.eos)
-    short = ids.shortened(8, eos=True)
+    short = ids.shortened(8)
     whole, cut = (np.split(rows.flat.numpy(), np.cumsum(rows.lengths)[:-1]) for rows in (ids, short))
     for before, after in zip(whole, cut, strict=True):
         assert len(after) == min(8, len(before))
