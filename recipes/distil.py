@@ -3,7 +3,7 @@
     python recipes/distil.py --data TRAIN --teacher all-mpnet-base-v2 --output default \\
         --dev eval/Cranfield eval/XQuAD-en
 
-TRAIN holds NAME.parquet (columns query and positive; `pairs.SETS`). Every text has one target: the vectors of the teacher
+TRAIN holds NAME.parquet (columns query and positive; `pairs.SETS`). The target of a text: the vectors of the teacher
 and of the untrained encoder, joined and rotated to their principal axes, so that the first columns carry most of it.
 The Contextual half and EOS's half each regress the first D axes (LEAF, arXiv 2509.12539). Within batches of neighbours,
 the similarities of queries to positives are compared with the target's, for each half and for the whole embedding (KL
