@@ -5,6 +5,7 @@ For recipes and benchmarks that train on one GPU. B queries, M documents of whic
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from c2v_rag.evaluate.folders import RetrievalFolder, read_retrieval, read_rows,
 from c2v_rag.evaluate.intervals import Difference, difference_of_means, paired_bootstrap
 from c2v_rag.evaluate.metrics import ndcg_at_k
 from c2v_rag.finetune.loss import standardize
+from c2v_rag.sources import PYTHON_DOCS, python_docs
 
 # Openly licensed sets; none is made from SQuAD, whose articles XQuAD-en asks about. A set's share of the batches is its
 # weight times the square root of its rows.
@@ -66,6 +68,7 @@ SETS = {
     "wikisplit_paraphrase": 1.0,
 }
 MAX_ROWS, MAX_CHARACTERS = 50_000, 1_600  # of a set, of a text
+QUESTIONS = Path(__file__).parents[1] / "benchmarks" / "python_docs_questions.jsonl"
 BATCH, POOL, NEIGHBOURS = 512, 2.0, 0.6  # pairs; a batch's neighbours come from the POOL x BATCH nearest queries
 TEMPERATURE = 0.05
 K1, B = 1.5, 0.75
@@ -270,6 +273,8 @@ def kept_vectors(file: Path | None, teacher: str, texts: Sequence[str], device: 
 class DevSets:
     """Scores of retrieval folders (nDCG@10) and of sentence pairs (Spearman), x 100, from vectors of their texts.
 
+    The folder "python-docs" is none: this Python's docstrings and the project's questions about them.
+
     A retrieval folder is scored by cosines alone and by 0.7 z + 0.3 z with BM25 (`PieceBM25`), "NAME + BM25".
     """
 
@@ -277,8 +282,7 @@ class DevSets:
         self.retrieval: dict[str, tuple[Any, np.ndarray, np.ndarray]] = {}
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for folder in folders:
-            if files := retrieval_files(folder):
-                found = read_retrieval(files)
+            if (found := _read_folder(folder)) is not None:
                 documents = [f"{row['title']} {row['text']}".strip() for row in found.documents]
                 rows = texts.rows([row["text"] for row in found.queries])
                 self.retrieval[folder.name] = (found, rows, texts.rows(documents))
@@ -340,6 +344,19 @@ class DevSets:
         return paired_bootstrap(
             len(gold), lambda rows: _spearman(ours[rows], gold[rows]) - _spearman(theirs[rows], gold[rows])
         )
+
+
+def _read_folder(folder: Path) -> RetrievalFolder | None:
+    """A retrieval folder, or this Python's docstrings with the questions about them; None for sentence pairs."""
+    if str(folder) != PYTHON_DOCS:
+        files = retrieval_files(folder)
+        return None if files is None else read_retrieval(files)
+    documents = [{"id": one.source, "title": "", "text": one.text[:MAX_CHARACTERS]} for one in python_docs()]
+    known = {row["id"] for row in documents}
+    lines = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    gains = {str(i): {name: 1 for name in line["answers"] if name in known} for i, line in enumerate(lines)}
+    queries = [{"id": id, "text": lines[int(id)]["question"]} for id, found in gains.items() if found]
+    return RetrievalFolder((QUESTIONS, QUESTIONS, QUESTIONS), documents, queries, gains)
 
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float:
