@@ -50,7 +50,6 @@ from pairs import (
 
 from c2v_rag import Causal2VecConfig
 from c2v_rag.config import ContextualTokenPlace, Pooling
-from c2v_rag.evaluate.intervals import difference_of_means
 from c2v_rag.finetune.loss import standardize
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
 
@@ -208,22 +207,13 @@ def table(work: Path, dev: DevSets) -> dict[str, Any]:
                 continue
             row[label] = {}
             for task in scores[0]:
-                ours, theirs = ([items[task] for items, _ in group] for group in (runs, reference))
-                row[label][task] = dataclasses.asdict(_difference(dev, task, ours, theirs))
+                ours, theirs = (np.mean([items[task] for items, _ in group], axis=0) for group in (runs, reference))
+                row[label][task] = dev.difference(task, ours, theirs)
         variant = VARIANTS.get(name)
         if variant is not None:
             row |= {"variant": dataclasses.asdict(variant), "training": [about for _, about in runs]}
         rows[name] = row
     return rows
-
-
-def _difference(dev: DevSets, task: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Any:
-    """Of the means over seeds, in points."""
-    if task in dev.pairs:
-        found = dev.difference(task, np.mean(ours, axis=0), np.mean(theirs, axis=0))
-    else:
-        found = difference_of_means([np.mean(ours, axis=0)], [np.mean(theirs, axis=0)])
-    return dataclasses.replace(found, **{key: 100 * value for key, value in dataclasses.asdict(found).items()})
 
 
 def _file(name: str, seed: int) -> str:

@@ -16,7 +16,6 @@ batches of neighbours:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
@@ -43,6 +42,7 @@ from pairs import (
     false_negatives,
     info_nce,
     kept_vectors,
+    remembered,
     train,
 )
 
@@ -133,16 +133,9 @@ class Bench:
         losses = train(groups, loss, steps=steps)
         seconds = time.perf_counter() - started
 
-        def embed(rows: np.ndarray, queries: bool) -> Tensor:
-            return packed.in_parts(rows, lambda part: second(part, len(part) if queries else 0), 150_000)
-
-        cache: dict[tuple[bytes, bool], Tensor] = {}
-
+        @remembered
         def alone(rows: np.ndarray, queries: bool) -> Tensor:
-            key = rows.tobytes(), queries
-            if key not in cache:
-                cache[key] = packed.in_parts(rows, lambda part: second(part, len(part) if queries else 0), 150_000)
-            return cache[key]
+            return packed.in_parts(rows, lambda part: second(part, len(part) if queries else 0), 150_000)
 
         def context(rows: np.ndarray, queries: bool) -> Tensor:
             return self.context[torch.from_numpy(rows).to(device)]
@@ -170,17 +163,11 @@ class Bench:
                 {
                     "weight": one,
                     "scores": self.dev.scores(found),
-                    "difference to C": {
-                        name: _points(self.dev.difference(name, found[name], first[name])) for name in found
-                    },
+                    "difference to C": {name: self.dev.difference(name, found[name], first[name]) for name in found},
                 }
                 for one, found in items.items()
             ],
         }
-
-
-def _points(difference: Any) -> dict[str, float]:
-    return {key: 100 * value for key, value in dataclasses.asdict(difference).items()}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from bases import BASE, new_model
 from packed import PackedModel, Ragged
-from pairs import TEMPERATURE, Batches, DevSets, Texts, divergence, teacher_vectors
+from pairs import TEMPERATURE, Batches, DevSets, Texts, divergence, remembered, teacher_vectors
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -170,13 +170,10 @@ def train(
 def scores_of(packed: PackedModel, dev: DevSets) -> dict[str, float]:
     """Scores of the whole embedding, of each half alone, and of the first columns."""
     columns = {"": slice(None), " context": slice(0, None, 2), " eos": slice(1, None, 2), " 384": slice(0, 384)}
-    vectors: dict[tuple[bytes, bool], Tensor] = {}
 
+    @remembered
     def embed(rows: np.ndarray, queries: bool) -> Tensor:
-        key = rows.tobytes(), queries
-        if key not in vectors:
-            vectors[key] = packed.embed(rows, queries=queries, pooling="context_eos").float()
-        return vectors[key]
+        return packed.embed(rows, queries=queries, pooling="context_eos").float()
 
     scores = {}
     for part, chosen in columns.items():

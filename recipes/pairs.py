@@ -5,6 +5,7 @@ For recipes and benchmarks that train on one GPU. B queries, M documents of whic
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from packed import Packed, Ragged
-from scipy.stats import rankdata
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
 
 from c2v_rag.evaluate.folders import RetrievalFolder, read_retrieval, read_rows, retrieval_files
-from c2v_rag.evaluate.intervals import Difference, difference_of_means, paired_bootstrap
-from c2v_rag.evaluate.metrics import ndcg_at_k
+from c2v_rag.evaluate.intervals import difference_of_means, paired_bootstrap
+from c2v_rag.evaluate.metrics import ndcg_at_k, spearman
 from c2v_rag.finetune.loss import standardize
 from c2v_rag.sources import PYTHON_DOCS, python_docs
 
@@ -332,18 +332,33 @@ class DevSets:
 
     def scores(self, items: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {
-            name: 100 * (_spearman(found, self.pairs[name][2]) if name in self.pairs else float(found.mean()))
+            name: 100 * (spearman(found, self.pairs[name][2]) if name in self.pairs else float(found.mean()))
             for name, found in items.items()
         }
 
-    def difference(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
-        """Between two systems' items of a set, with its 95 % interval over queries or pairs."""
-        if name not in self.pairs:
-            return difference_of_means([ours], [theirs])
-        gold = self.pairs[name][2]
-        return paired_bootstrap(
-            len(gold), lambda rows: _spearman(ours[rows], gold[rows]) - _spearman(theirs[rows], gold[rows])
-        )
+    def difference(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+        """Between two systems' items of a set, with its 95 % interval over queries or pairs, in points."""
+        if name in self.pairs:
+            gold = self.pairs[name][2]
+            found = paired_bootstrap(
+                len(gold), lambda rows: spearman(ours[rows], gold[rows]) - spearman(theirs[rows], gold[rows])
+            )
+        else:
+            found = difference_of_means([ours], [theirs])
+        return {key: 100 * value for key, value in dataclasses.asdict(found).items()}
+
+
+def remembered(embed: Callable[[np.ndarray, bool], Tensor]) -> Callable[[np.ndarray, bool], Tensor]:
+    """`embed`, computed once for the same rows."""
+    vectors: dict[tuple[bytes, bool], Tensor] = {}
+
+    def found(rows: np.ndarray, queries: bool) -> Tensor:
+        key = rows.tobytes(), queries
+        if key not in vectors:
+            vectors[key] = embed(rows, queries)
+        return vectors[key]
+
+    return found
 
 
 def _read_folder(folder: Path) -> RetrievalFolder | None:
@@ -357,10 +372,6 @@ def _read_folder(folder: Path) -> RetrievalFolder | None:
     gains = {str(i): {name: 1 for name in line["answers"] if name in known} for i, line in enumerate(lines)}
     queries = [{"id": id, "text": lines[int(id)]["question"]} for id, found in gains.items() if found]
     return RetrievalFolder((QUESTIONS, QUESTIONS, QUESTIONS), documents, queries, gains)
-
-
-def _spearman(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
 def train(

@@ -1,7 +1,7 @@
 """Train the encoder of the model "default": all-MiniLM-L6-v2 learns the similarities of a larger model, and labels.
 
     python recipes/teach.py --data TRAIN --teacher all-mpnet-base-v2 --dev eval/... --output default [--run NAME]
-    python recipes/teach.py --data TRAIN --teacher all-mpnet-base-v2 --dev eval/... --try NAME... --tried tried.json
+    python recipes/teach.py --data TRAIN --teacher all-mpnet-base-v2 --dev eval/... --try NAME... --table tried.json
 
 TRAIN holds NAME.parquet (columns query and positive; `pairs.SETS`). A batch's teacher is the mean of the cosines of the
 untrained encoder and of the larger model. Only a LoRA of the encoder's linear layers is trained. Its change can be

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 
 def recall_at_k(ranked: Sequence[str], relevant: Collection[str], k: int) -> float:
@@ -28,6 +29,11 @@ def ndcg_at_k(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> floa
     found = sum(gains.get(id, 0.0) / math.log2(rank + 1) for rank, id in enumerate(ranked[:k], start=1))
     best = sorted(gains.values(), reverse=True)[:k]
     return found / sum(gain / math.log2(rank + 1) for rank, gain in enumerate(best, start=1))
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """Rank correlation of two arrays (n,)."""
+    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
 def top_k(queries: np.ndarray, documents: np.ndarray, ids: Sequence[str], k: int) -> list[list[str]]:

@@ -15,10 +15,9 @@ from typing import Any
 import mteb
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 from c2v_rag.evaluate.intervals import difference_of_means, paired_bootstrap
-from c2v_rag.evaluate.metrics import ndcg_at_k
+from c2v_rag.evaluate.metrics import ndcg_at_k, spearman
 from c2v_rag.evaluate.systems import BM25, HYBRID, SEARCH_ONLY, DenseSystem, HybridSystem, systems
 from c2v_rag.evaluate.tasks import Task
 from c2v_rag.model import Causal2Vec
@@ -111,14 +110,8 @@ def _lead(task: Task, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
         return dataclasses.asdict(difference_of_means([ours], [theirs]))
     gold = np.array(task.gold)
     return dataclasses.asdict(
-        paired_bootstrap(
-            len(gold), lambda rows: _spearman(ours[rows], gold[rows]) - _spearman(theirs[rows], gold[rows])
-        )
+        paired_bootstrap(len(gold), lambda rows: spearman(ours[rows], gold[rows]) - spearman(theirs[rows], gold[rows]))
     )
-
-
-def _spearman(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
 def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
