@@ -66,7 +66,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(documents: Path, checkpoint: str, output: Path, **changes: Any) -> AdaptReport:
     """`adapt` with as many steps as a test needs; the filter keeps every question that is in the corpus."""
-    settings = {"model": checkpoint, "steps": STEPS, "found_among": 30, "device": "cpu"} | changes
+    settings = {"model": checkpoint, "steps": STEPS, "found_among": 30, "device": "cpu", "dtype": "float32"} | changes
     return adapt([documents], output=output, **settings)
 
 
@@ -112,7 +112,7 @@ def test_the_scores_are_those_of_a_search_in_all_passages(finished: AdaptReport)
     rows = read_questions(Path(finished.output) / "questions.jsonl")
     held_out = [row for row in rows if row.split == "held-out"]
     for name, side in ((finished.base_model, "before"), (str(finished.model), "after")):
-        model = Causal2Vec.from_pretrained(name, device="cpu")
+        model = Causal2Vec.from_pretrained(name, device="cpu", dtype="float32")
         scores = (
             model.encode_query([row.question for row in held_out])
             @ model.encode_document([row.passage for row in rows]).T
@@ -714,7 +714,7 @@ def test_the_models_own_decoder_writes(tmp_path: Path) -> None:
     from tests.test_generation import parts
 
     encoder, llm = parts(tmp_path, "llama")
-    model = Causal2Vec.from_parts(encoder, llm, config=Causal2VecConfig(num_llm_layers=2), dtype="float32")
+    model = Causal2Vec.from_parts(encoder, llm, config=Causal2VecConfig(num_llm_layers=2))
     writer = open_writer("default", None, None, lambda: model)
     assert writer.kinds == ("question", "keywords", "problem")
     passages = [passage("Bread needs yeast."), passage("A heap keeps its smallest item first.")]

@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing import event_accumulator
 from typer.testing import CliRunner
 
-from c2v_rag import Causal2Vec
+from c2v_rag import Causal2Vec, inference
 from c2v_rag.cli import app
 from c2v_rag.evaluate.intervals import difference_of_means, paired_bootstrap
 from c2v_rag.evaluate.metrics import ndcg_at_k
@@ -153,7 +153,10 @@ def test_development_data_that_is_trained_on_is_an_error_or_named(
         prepare_dev([trained], Dev(folders=[folder], hold_out=0.1), {}, seed=0)
 
 
-def test_a_score_is_ndcg_over_the_vectors_that_inference_computes(tmp_path: Path) -> None:
+def test_a_score_is_ndcg_over_the_vectors_that_inference_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "default_dtype", lambda device: torch.float32)  # scoring computes in it
     model = tiny_model()
     dev = read_dev_folder(retrieval_folder(tmp_path / "dev"), max_queries=9, max_documents=30)
     scores = model.encode_query(dev.queries) @ model.encode_document(dev.documents).T

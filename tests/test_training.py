@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, MistralConfig
 
-from c2v_rag import Causal2Vec, Causal2VecConfig
+from c2v_rag import Causal2Vec, Causal2VecConfig, inference
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.finetune import run
 from c2v_rag.finetune.data import Pair, PairSet, draw_stage
@@ -335,8 +335,11 @@ ONE_STEP = """
 import json, sys
 from pathlib import Path
 import torch
+from c2v_rag import inference
 from c2v_rag.finetune import run, trainer
 from c2v_rag.finetune.recipe import Recipe
+
+inference.default_dtype = lambda device: torch.float32
 
 class Recording(trainer.StageTrainer):
     def training_step(self, *args, **kwargs):
@@ -395,7 +398,8 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
         if count == 1:
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", arguments)
-                patch.setattr(run, "StageTrainer", run.StageTrainer)  # the script replaces it
+                patch.setattr(run, "StageTrainer", run.StageTrainer)  # the script replaces both
+                patch.setattr(inference, "default_dtype", inference.default_dtype)
                 runpy.run_path(str(script))
         else:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
