@@ -23,7 +23,7 @@ import torch
 from c2v_rag import Causal2Vec, Document, VectorIndex
 from c2v_rag.adapt import AdaptReport, adapt, questions, run
 from c2v_rag.adapt.corpus import Corpus, Ranker, assemble, rank_of
-from c2v_rag.adapt.filter import COPY, LANGUAGE, NOT_FOUND, REPEATED, SHORT, UNSPECIFIC, filter_questions
+from c2v_rag.adapt.filter import COPY, LANGUAGE, LOOP, NOT_FOUND, REPEATED, SHORT, UNSPECIFIC, filter_questions
 from c2v_rag.adapt.headings import HeadingWriter, take_heading
 from c2v_rag.adapt.passages import Passage, draw_passages, split_documents
 from c2v_rag.adapt.prompts import Prompt, read_prompts
@@ -817,6 +817,7 @@ def test_every_question_that_teaches_nothing_is_dropped_with_its_reason() -> Non
         ("Where do I look for item3?", 3, 3, None),
         ("Why?", 4, 4, SHORT),
         ("item5 is kept in the drawer", 5, 5, COPY),
+        ("Exception: Exception: it Exception: it Exception:", 9, 9, LOOP),
         ("Where is the thing?", 6, 6, REPEATED),
         ("where is the thing", 7, 7, REPEATED),
         ("In welcher Schublade liegt dieser Gegenstand üblicherweise?", 8, 8, LANGUAGE),
@@ -829,7 +830,7 @@ def test_every_question_that_teaches_nothing_is_dropped_with_its_reason() -> Non
     assert filtered.kept == [0]
     assert [reason for _, reason in filtered.dropped] == [reason for *_, reason in cases if reason]
     assert filtered.counts()[REPEATED] == 2
-    assert list(filtered.counts()) == [SHORT, COPY, REPEATED, LANGUAGE, NOT_FOUND, UNSPECIFIC]
+    assert list(filtered.counts()) == [SHORT, COPY, LOOP, REPEATED, LANGUAGE, NOT_FOUND, UNSPECIFIC]
 
 
 def test_dev_and_held_out_questions_may_rank_lower() -> None:

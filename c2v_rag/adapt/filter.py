@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 SHORT = "too short"
 COPY = "copies a sentence of its passage"
+LOOP = "repeats the same words"
 REPEATED = "the same question was written for several passages"
 LANGUAGE = "not in the language of its passage"
 NOT_FOUND = "a hybrid search does not find its passage"
 UNSPECIFIC = "fits many passages equally well"
-REASONS = (SHORT, COPY, REPEATED, LANGUAGE, NOT_FOUND, UNSPECIFIC)
+REASONS = (SHORT, COPY, LOOP, REPEATED, LANGUAGE, NOT_FOUND, UNSPECIFIC)
 FOUND_AMONG = 10  # first hits of a hybrid search that must contain the passage
 _LENIENCY = 5  # times as many for dev and held-out questions, so that those the model does not answer well yet stay
 _SAME_SCORE = 0.25  # difference of hybrid scores, in standard deviations of the cosines, that distinguishes nothing
 _COPIED_WORDS = 5
+_LOOP_WORDS = 6  # a small language model can repeat itself until its answer is cut off
 _MIN_LETTERS_OF_LANGUAGE = 12
 _LANGUAGE_MARGIN = 15.0  # log-likelihood; short lists of technical words differ by up to about 6 at random
 
@@ -79,6 +81,8 @@ def _text_reason(question: Question, language: _LanguageCheck) -> str | None:
         return SHORT
     if len(words.split()) >= _COPIED_WORDS and f" {words} " in f" {_words(question.passage)} ":
         return COPY
+    if len(words.split()) >= _LOOP_WORDS and len(set(words.split())) <= len(words.split()) / 2:
+        return LOOP
     if not language.agree(question.question, question.passage):
         return LANGUAGE
     return None
