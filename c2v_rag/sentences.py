@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from c2v_rag.protocols import Embedder
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|\n\s*\n")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|(?<=[。！？])(?![」』）”’])\s*|\n\s*\n")
 
 
 @dataclasses.dataclass(frozen=True)

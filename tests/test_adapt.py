@@ -821,6 +821,7 @@ def test_every_question_that_teaches_nothing_is_dropped_with_its_reason() -> Non
         ("Where is the thing?", 6, 6, REPEATED),
         ("where is the thing", 7, 7, REPEATED),
         ("In welcher Schublade liegt dieser Gegenstand üblicherweise?", 8, 8, LANGUAGE),
+        ("如何把整个文件夹复制到另一个地方", 11, 11, LANGUAGE),
         ("Where do I look for item30?", 35, 30, NOT_FOUND),
         ("Which of these objects do I need?", 10, -1, UNSPECIFIC),
     ]

@@ -14,6 +14,7 @@ import pytest
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.index import STAMP_KEY, ChunkSettings
+from c2v_rag.index.cutting import cut
 from c2v_rag.index.settings import CHUNKING_KEY
 from tests.plain import Letters, numbered
 from tests.tiny import tiny_model
@@ -195,6 +196,13 @@ class Failing(Letters):
         if self.calls == 3:
             raise MemoryError("no memory for this batch")
         return super().encode_document(texts)
+
+
+def test_text_without_spaces_is_cut_after_its_sentences() -> None:
+    text = "堆是一种树。" * 3 + "「要复制文件夹吗？」" + "请使用它。"
+    ends = [list(range(1, len(text) + 1))]  # a token for each character
+    pieces = [text[start:end] for start, end in cut(text, 0, len(text), ends, limit=10, overlap=0)]
+    assert pieces == [*["堆是一种树。"] * 3, "「要复制文件夹吗？」", "请使用它。"]
 
 
 def test_an_error_while_embedding_stops_the_call_and_keeps_what_was_written(tmp_path: Path) -> None:

@@ -54,6 +54,18 @@ def test_lexical_search_ranks_by_bm25_and_finds_only_what_shares_a_word(index: V
     assert index.search("zebra", mode="lexical") == index.search("", mode="lexical") == []
 
 
+@pytest.mark.parametrize(
+    ("query", "source"),
+    [("如何复制文件夹", "zh"), ("フォルダーのコピー", "ja"), ("파일 복사", "ko"), ("copytree", "zh"), ("何夹", None)],
+)
+def test_lexical_search_finds_words_of_scripts_without_spaces(tmp_path: Path, query: str, source: str | None) -> None:
+    vectors = VectorIndex(tmp_path, Letters())
+    texts = {"zh": "要复制整个文件夹，请使用 copytree。", "ja": "フォルダーをコピーするには", "ko": "파일을 복사하려면"}
+    vectors.add([Document(text, name) for name, text in texts.items()])
+    found = vectors.search(query, mode="lexical")
+    assert [hit.metadata["source"] for hit in found] == ([source] if source else [])
+
+
 def test_a_hybrid_search_tokenises_its_query_once(index: VectorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     index.search("bread", mode="hybrid")
     tokenised: list[list[str]] = []

@@ -25,6 +25,16 @@ def test_texts_are_split_into_sentences() -> None:
     assert sentences(" \n ") == []
 
 
+def test_chinese_sentences_end_without_a_space() -> None:
+    text = "要复制文件夹，请使用它。「堆是树。」是吗？ 不知道"
+    assert [text[start:end] for start, end in sentences(text)] == [
+        "要复制文件夹，请使用它。", "「堆是树。」是吗？", "不知道",
+    ]  # fmt: skip
+    (found,) = best_sentences("堆是什么", [text], None)
+    assert found is not None
+    assert found.text == "「堆是树。」是吗？"
+
+
 @pytest.mark.parametrize("kind", ["causal2vec", "any embedder", "words"])
 def test_the_sentence_most_similar_to_the_query_is_chosen(kind: str) -> None:
     model: Any = {"causal2vec": tiny_model, "any embedder": Letters, "words": lambda: None}[kind]()

@@ -12,6 +12,7 @@ import numpy as np
 
 from c2v_rag.adapt.corpus import Corpus, Ranker, rank_of
 from c2v_rag.adapt.questions import Question
+from c2v_rag.index.lexical import character_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ def _text_reason(question: Question, language: _LanguageCheck) -> str | None:
 
 
 def _words(text: str) -> str:
-    """The words in lower case with single spaces, without punctuation."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    """The words in lower case with single spaces, without punctuation; see `character_pairs`."""
+    return " ".join(re.findall(r"\w+", character_pairs(unicodedata.normalize("NFKC", text).casefold())))
 
 
 class _LanguageCheck:

@@ -10,7 +10,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
 # Places to cut, best first: after a paragraph, a line, a sentence, a word.
-_PLACES = tuple(map(re.compile, (r"\n\s*\n", r"\n", r"[.!?…。！？][\"')\]»”’]*\s+", r"\s+")))
+# Chinese and Japanese sentences end without a space.
+_SENTENCE_END = r"[.!?…][\"')\]»”’]*\s+|[。！？][\"')\]»”’」』）]*\s*"
+_PLACES = tuple(map(re.compile, (r"\n\s*\n", r"\n", _SENTENCE_END, r"\s+")))
 # A cut leaves at least this share of the limit, so that passages are not short because of an early paragraph.
 _LEAST_SHARE = 0.5
 _WORD = re.compile(r"\w+|[^\w\s]")

@@ -1,7 +1,8 @@
 """BM25 over the chunks of a collection, stored beside it and brought up to date with it.
 
-bm25s computes the scores, with English stop words and the Snowball stemmer. Chroma itself has no lexical index for a
-local store.
+bm25s computes the scores, with English stop words and the Snowball stemmer. Chinese, Japanese and Korean text is
+indexed by pairs of neighbouring characters (as by Lucene's CJKAnalyzer), because spaces do not separate its words.
+Chroma itself has no lexical index for a local store.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -19,7 +21,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 _ABOUT_FILE = "c2v_lexical.json"
-_FORMAT = 1
+_FORMAT = 2
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
 
 
 class LexicalIndex:
@@ -119,7 +122,19 @@ def tokenize_words(texts: list[str], stemmer: Any, *, return_ids: bool) -> Any:
     """Stems of the words of texts, without English stop words: ids and their vocabulary, or a list for each text."""
     import bm25s
 
-    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False)
+    words = [character_pairs(text) for text in texts]
+    return bm25s.tokenize(words, stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False)
+
+
+def character_pairs(text: str) -> str:
+    """The text with each run of Chinese, Japanese and Korean characters ABC as its pairs of neighbours AB BC."""
+    return text if text.isascii() else _CJK.sub(_pairs_of_run, text)
+
+
+def _pairs_of_run(match: re.Match[str]) -> str:
+    run = match.group()
+    pairs = [run[start : start + 2] for start in range(len(run) - 1)]
+    return f" {' '.join(pairs) or run} "
 
 
 def ids_hash(ids: Iterable[str]) -> str:
