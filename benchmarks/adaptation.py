@@ -39,6 +39,7 @@ from c2v_rag.adapt.corpus import Ranker
 from c2v_rag.adapt.scoring import MODES, Comparison, compare
 from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
 from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, ndcg_at_k, recall_at_k
+from c2v_rag.inference import default_dtype
 
 QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 PYTHON_DOCS = "python-docs"
@@ -154,6 +155,7 @@ def main() -> None:
                         {
                             "command": shlex.join(["python", *sys.argv]),
                             "date": datetime.date.today().isoformat(),
+                            "machine": machine(),
                             "benchmark": benchmark.name,
                             "documents": len(benchmark.documents),
                             "questions": len(benchmark.queries),
@@ -189,6 +191,11 @@ def compared(before: dict[str, list[float]], after: dict[str, list[float]]) -> d
     }
 
 
+def machine() -> str:
+    dtype = default_dtype(torch.device("cpu"))
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {dtype}, Python {platform.python_version()}"
+
+
 def show(results: Sequence[dict[str, Any]]) -> None:
     table = Table("corpus", "writer", "minutes", "ending", "metric", "before", "after", "95 % interval")
     for row in results:
@@ -203,7 +210,6 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 def save(path: Path, model: str, results: Sequence[dict[str, Any]]) -> None:
     value = {
         "model": Causal2Vec.from_pretrained(model).stamp,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
         "versions": {"c2v-rag": __version__, "torch": torch.__version__},
         "results": list(results),
     }

@@ -7,11 +7,11 @@ belongs to the half with most of its relevant documents. Trained on: the questio
 it. Scored: the questions of the other half, on the documents of that half alone, so that neither a question nor a
 document was seen.
 
-Both systems get the same pairs, batch size and maximum length, and the same minutes of training, in which scoring does
-not count. Ours is the packaged recipe; its development data is a part of the training half. sentence-transformers
-trains all weights with MultipleNegativesRankingLoss and AdamW at 2e-5, warm-up and then constant; its last weights
-count. Each runs in a process of its own; memory is the process's peak. Tokens are those of the default's decoder for
-both. Intervals: paired bootstrap over questions.
+Both systems get the same pairs, batch size, maximum length and dtype (bfloat16 where the CPU computes in it), and the
+same minutes of training, in which scoring does not count. Ours is the packaged recipe; its development data is a part
+of the training half. sentence-transformers trains all weights with MultipleNegativesRankingLoss and AdamW at 2e-5,
+warm-up and then constant; its last weights count. Each runs in a process of its own; memory is the process's peak.
+Tokens are those of the default's decoder for both. Intervals: paired bootstrap over questions.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from c2v_rag.finetune.data import read_pair_set
 from c2v_rag.finetune.dev import DevSet, read_dev_folder
 from c2v_rag.finetune.recipe import Recipe
 from c2v_rag.finetune.scoring import score
+from c2v_rag.inference import default_dtype
 
 SET = "pairs"
 OURS, THEIRS = "c2v-rag", "sentence-transformers"
@@ -103,7 +104,8 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "version": __version__,
         "command": shlex.join(["python", "benchmarks/finetuning.py", *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{default_dtype(torch.device('cpu'))}",
         "model": Causal2Vec.from_pretrained(arguments.model).stamp,
         "data": arguments.data.name,
         "minutes": arguments.minutes,
@@ -218,6 +220,7 @@ def theirs(arguments: argparse.Namespace) -> dict[str, Any]:
         report_to="none",
         disable_tqdm=True,
         logging_strategy="no",
+        bf16=default_dtype(model.device) == torch.bfloat16,
     )
     columns = {"query": [pair.query for pair in pairs], "positive": [pair.positive for pair in pairs]}
     trainer = SentenceTransformerTrainer(

