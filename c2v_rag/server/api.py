@@ -89,9 +89,10 @@ def create_app(
     @app.post("/v1/tokenize", dependencies=with_weights)
     async def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeResponse:
         service.kind_of(body.model, None)
-        counts = await service.count_tokens(body.input)
-        ends = await service.token_ends(body.input) if body.ends else None
-        return schema.TokenizeResponse(counts=counts, max_tokens=service.model.max_tokens, ends=ends)
+        longest = service.model.max_tokens
+        if body.ends:
+            return schema.TokenizeResponse(max_tokens=longest, ends=await service.token_ends(body.input))
+        return schema.TokenizeResponse(max_tokens=longest, counts=await service.count_tokens(body.input))
 
     @app.post("/v1/embeddings", dependencies=with_weights)
     async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:

@@ -63,7 +63,7 @@ class EmbeddingsRequest(_Request):
 
 
 class TokenizeRequest(_Request):
-    """Body of `POST /v1/tokenize`, which answers with the number of tokens of each text. `ends`: and where they end."""
+    """Body of `POST /v1/tokenize`, answered with the number of tokens of each text. `ends`: where they end instead."""
 
     model: str
     input: Texts
@@ -120,10 +120,11 @@ class TokenizeResponse(_Response):
     """`counts`: tokens of each text. `max_tokens`: a text of up to so many tokens is not cut.
 
     `ends`: of each text, for decoder and encoder, the offset in characters at which each token ends, without special
-    tokens; null unless the request asked for it.
+    tokens. A request gets `ends` if it asked for them, else `counts`; the other is null, so that a text is tokenised
+    once.
     """
 
-    counts: list[int]
+    counts: list[int] | None = None
     max_tokens: int
     ends: list[list[list[int]]] | None = None
 

@@ -96,7 +96,7 @@ def test_usage_counts_tokens_and_models_are_listed(client: httpx.Client, model: 
     counted = client.post("/v1/tokenize", json={"model": "tiny", "input": TEXTS}).json()
     assert counted == {"counts": model.count_tokens(TEXTS), "max_tokens": model.max_tokens, "ends": None}
     asked = client.post("/v1/tokenize", json={"model": "tiny", "input": TEXTS, "ends": True}).json()
-    assert asked == counted | {"ends": model.token_ends(TEXTS)}
+    assert asked == counted | {"counts": None, "ends": model.token_ends(TEXTS)}
 
 
 @pytest.mark.parametrize(
