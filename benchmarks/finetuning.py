@@ -220,6 +220,7 @@ def theirs(arguments: argparse.Namespace) -> dict[str, Any]:
         report_to="none",
         disable_tqdm=True,
         logging_strategy="no",
+        use_cpu=model.device.type == "cpu",
         bf16=default_dtype(model.device) == torch.bfloat16,
     )
     columns = {"query": [pair.query for pair in pairs], "positive": [pair.positive for pair in pairs]}
