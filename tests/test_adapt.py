@@ -216,7 +216,7 @@ def test_a_process_that_was_killed_while_training_continues_to_the_same_weights(
     output = tmp_path / "run"
     arguments = [
         "adapt", documents, "--output", output, "--model", checkpoint, "--steps", STEPS, "--found-among", 30,
-        "--device", "cpu",
+        "--device", "cpu", "--dtype", "float32",
     ]  # fmt: skip
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_TRAINING, *map(str, arguments)], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
