@@ -316,7 +316,7 @@ def systems(result: dict[str, Any]) -> dict[str, str]:
     """The name of each system in the results of retrieval, by its label there."""
     first = next(iter(result["sets"].values()))
     labels = [key.removesuffix(" index") for key in first if key.endswith(" index")]
-    return _SYSTEMS | {label: label for label in labels if label not in _SYSTEMS}
+    return {label: _SYSTEMS.get(label, label) for label in labels}
 
 
 def retrieval_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -77,12 +77,13 @@ def filter_questions(
 
 
 def _text_reason(question: Question, language: _LanguageCheck) -> str | None:
-    words = _words(question.question)
-    if len(words.split()) < (1 if question.kind == "heading" else 2) or len(words) < 3:
+    text = _words(question.question)
+    words = text.split()
+    if len(words) < (1 if question.kind == "heading" else 2) or len(text) < 3:
         return SHORT
-    if len(words.split()) >= _COPIED_WORDS and f" {words} " in f" {_words(question.passage)} ":
+    if len(words) >= _COPIED_WORDS and f" {text} " in f" {_words(question.passage)} ":
         return COPY
-    if len(words.split()) >= _LOOP_WORDS and len(set(words.split())) <= len(words.split()) / 2:
+    if len(words) >= _LOOP_WORDS and len(set(words)) <= len(words) / 2:
         return LOOP
     if not language.agree(question.question, question.passage):
         return LANGUAGE
