@@ -93,7 +93,7 @@ def test_a_stage_ends_with_the_average_and_its_scores_are_those_of_the_average(
 ) -> None:
     scored: list[dict[str, Tensor]] = []
     monkeypatch.setattr(scoring, "score", lambda model, dev: [0.1 * len(scored.append(merged(model)) or scored)])
-    dev = {"every": 1, "max_queries": 3, "max_documents": 6}
+    dev = {"every": 1, "max_queries": 3, "max_documents": 6, "min_queries": 1}
     found = {}
     for keep in (1.0, 0.5):
         recipe = recipe_for(tiny_checkpoint, keep=keep, dev=dev)
@@ -118,7 +118,9 @@ def test_the_best_averaged_weights_are_kept(
         return [next(means)]
 
     monkeypatch.setattr(scoring, "score", score)
-    recipe = recipe_for(tiny_checkpoint, keep=0.5, dev={"every": 1, "max_queries": 3, "max_documents": 6})
+    recipe = recipe_for(
+        tiny_checkpoint, keep=0.5, dev={"every": 1, "max_queries": 3, "max_documents": 6, "min_queries": 1}
+    )
     found = merged(train(recipe, data, tmp_path / "out", device="cpu"))
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, scored[1][name])

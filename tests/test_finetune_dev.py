@@ -69,7 +69,7 @@ def recipe_for(folder: Path, *, steps: int = 4, **changes: Any) -> dict[str, Any
         "data": {"sets": {"docs": 1.0}},
         "stages": [stage],
         "lora": {"rank": 4},
-        "dev": {"every": 1, "max_queries": 5, "max_documents": 12},
+        "dev": {"every": 1, "max_queries": 5, "max_documents": 12, "min_queries": 1},
         "report_to": [],
     } | changes
 
@@ -230,6 +230,22 @@ def test_without_keep_best_a_stage_ends_with_its_last_weights_and_a_worse_start_
         assert report.difference().difference == pytest.approx(0.0 if keep_best else -0.4)
 
 
+def test_few_development_questions_neither_choose_weights_nor_end_a_stage(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_scores(monkeypatch, [0.9, 0.3, 0.2, 0.1])
+    seen = weights_at(monkeypatch)
+    values = recipe_for(checkpoint, steps=3)
+    values["dev"] |= {"patience": 1, "min_queries": 6}
+    trained = train(Recipe.model_validate(values), data, tmp_path / "out", device="cpu")
+    assert len(seen) == 4
+    assert not np.array_equal(seen[0], seen[3])
+    np.testing.assert_array_equal(trained.projector.output.weight.detach().numpy(), seen[3])
+    assert DevReport.load(tmp_path / "out.training" / "dev.json").difference().difference == pytest.approx(-0.8)
+    assert "5 development questions are too few" in caplog.text
+    assert "dev.min_queries is 6" in caplog.text
+
+
 def test_a_finished_stage_is_not_scored_again_when_a_run_goes_on(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,11 +273,11 @@ def test_a_resumed_stage_goes_on_with_its_scores_and_its_time(tmp_path: Path, mo
             callback.on_step_end(None, state, control)
 
     with_scores(monkeypatch, [0.1, 0.5, 0.4, 0.3])
-    run_to(DevCallback(model, sets, Dev(every=1, patience=2), path), range(4))
+    run_to(DevCallback(model, sets, Dev(every=1, patience=2, min_queries=1), path), range(4))
     assert control.should_training_stop
     control.should_training_stop = False
     scored = with_scores(monkeypatch, [0.4, 0.3])
-    resumed = DevCallback(model, sets, Dev(every=1, patience=2), path)
+    resumed = DevCallback(model, sets, Dev(every=1, patience=2, min_queries=1), path)
     run_to(resumed, range(1, 3))
     assert len(scored) == 1, "the step it begins with has its score"
     assert not control.should_training_stop, "the score of step 3 is known, but does not count before step 3"

@@ -173,6 +173,8 @@ class Dev(_Strict):
 
     `keep_best`: a stage ends with the weights of its best score, which can be those it began with; otherwise with its
     last. `patience`: a stage stops after so many scores in a row without a new best; None never stops early.
+    `min_queries`: with fewer queries, chance decides which score is the best: a stage ends with its last weights and
+    never early, and the scores are only reported.
     """
 
     folders: list[Path] = []
@@ -183,6 +185,7 @@ class Dev(_Strict):
     max_documents: PositiveInt = 1000
     patience: PositiveInt | None = 5
     keep_best: bool = True
+    min_queries: PositiveInt = 50
 
 
 class Recipe(_Strict):
