@@ -244,6 +244,8 @@ def test_a_folder_in_use_and_other_options_are_refused(
     VectorIndex(tmp_path / "store", Letters()).add([Document("A passage.", "source")])
     with pytest.raises(ValueError, match="not both"):
         start(documents, checkpoint, tmp_path / "new", store=tmp_path / "store")
+    with pytest.raises(ValueError, match=r"must not be negative, got -1\."):
+        start(documents, checkpoint, tmp_path / "new", soft_labels=-1)
     with pytest.raises(ValueError, match="needs the weights"):
         start(documents, "http://127.0.0.1:9", tmp_path / "new")
 
@@ -625,6 +627,9 @@ def test_as_many_steps_are_planned_as_fit_and_at_most_eight_epochs() -> None:
 def test_the_recipe_fits_few_questions_and_scores_dev_questions_where_there_are_enough() -> None:
     few = recipe_for("mine", steps=40, minutes=3, num_questions=11, num_dev=4)
     assert (few.stages[0].batch_size, few.stages[0].minutes, few.dev) == (11, 3, "none")
+    assert recipe_for("mine", steps=1, minutes=None, num_questions=11, num_dev=4, soft_labels=0).stages[0].loss == (
+        few.stages[0].loss.model_copy(update={"list_distill": 0})
+    )
     many = recipe_for("mine", steps=40, minutes=None, num_questions=1000, num_dev=50)
     assert (many.stages[0].steps, many.stages[0].batch_size, many.base.checkpoint) == (40, 16, "mine")
     assert many.dev != "none"

@@ -33,6 +33,7 @@ class Options:
     general: tuple[Path, ...]
     steps: int | None
     found_among: int
+    soft_labels: float
     seed: int
     text_column: str
     device: str | None
@@ -55,6 +56,8 @@ class Options:
         ):
             if value <= least:
                 raise ValueError(f"{name} must be above {least}, got {value}.")
+        if self.soft_labels < 0:
+            raise ValueError(f"soft_labels is a weight, so it must not be negative, got {self.soft_labels}.")
         if self.questions < MIN_PASSAGES:
             raise ValueError(f"questions must be at least {MIN_PASSAGES}, got {self.questions}.")
         if is_url(self.model):
@@ -95,6 +98,7 @@ class Options:
             "general": [str(folder) for folder in self.general],
             "steps": self.steps,
             "found_among": self.found_among,
+            "soft_labels": self.soft_labels,
             "seed": self.seed,
             "text_column": self.text_column,
         }

@@ -23,6 +23,7 @@ from c2v_rag.adapt.report import AdaptReport, compare_scores, describe, judge
 from c2v_rag.adapt.scoring import ranks, read_general_sets, score_general
 from c2v_rag.adapt.training import (
     PAIRS,
+    SOFT_LABELS,
     losses,
     recipe_for,
     run_training,
@@ -63,6 +64,7 @@ def adapt(
     resume: bool = False,
     steps: int | None = None,
     found_among: int = FOUND_AMONG,
+    soft_labels: float = SOFT_LABELS,
     seed: int = 0,
     text_column: str = "text",
     device: str | None = None,
@@ -78,9 +80,10 @@ def adapt(
     of questions; none are written then. `questions_only`: stop when the questions are written.
 
     `minutes`: how long all of it may take, by an estimate; `steps` sets the number of training steps instead.
-    `found_among`: a question is kept if its passage is among this many first hits. `general`: folders of retrieval sets
-    that show what was forgotten. `reindex`: if there is a gain, embed the collection again into NAME-adapted.
-    `resume`: continue the run in `output`.
+    `found_among`: a question is kept if its passage is among this many first hits. `soft_labels`: the weight of the
+    hybrid search's scores as a target beside the labels; 0 trains with hard negatives alone. `general`: folders of
+    retrieval sets that show what was forgotten. `reindex`: if there is a gain, embed the collection again into
+    NAME-adapted. `resume`: continue the run in `output`.
 
     `output` then holds questions.jsonl, dropped.jsonl, model (a checkpoint), report.html, report.txt, report.json, and
     work (what `resume` needs, and the training's log).
@@ -93,7 +96,8 @@ def adapt(
         sources=tuple(map(str, sources)), store=store, collection=collection, minutes=minutes, questions=questions,
         model=model_name(model, store, collection), writer=writer, writer_model=writer_model, prompts=_path(prompts),
         from_questions=_path(from_questions), general=tuple(map(Path, general)), steps=steps, found_among=found_among,
-        seed=seed, text_column=text_column, device=device, dtype=dtype, show_progress=show_progress,
+        soft_labels=soft_labels, seed=seed, text_column=text_column, device=device, dtype=dtype,
+        show_progress=show_progress,
     )  # fmt: skip
     options.check(reindex=reindex)
     options.claim(Path(output), resume=resume)
@@ -184,7 +188,7 @@ class _Run:
             steps, minutes = self._work.json("steps", lambda: self._plan(corpus, counts["training"], counts["dev"]))
             recipe = recipe_for(
                 self._options.model, steps=steps, minutes=minutes,
-                num_questions=counts["training"], num_dev=counts["dev"],
+                num_questions=counts["training"], num_dev=counts["dev"], soft_labels=self._options.soft_labels,
             )  # fmt: skip
             with self._work.timed("train"):
                 run_training(recipe, self._work.folder / "data", unfinished, self._options.device)

@@ -20,6 +20,7 @@ DEV: Split = "dev"
 PAIRS = (TRAINING, DEV)  # the splits that training reads; a set of pairs has the name of its split
 NUM_NEGATIVES = 4
 MAX_EPOCHS = 8
+SOFT_LABELS = 0.5  # weight of the hybrid scores as a target, beside the labels
 MIN_DEV = 5  # kept dev questions; with fewer, nothing is scored while training
 _RECIPE = PACKAGED / "adapt.yaml"
 _SCORES = 4  # times that the dev questions are scored while training, besides once before it
@@ -28,7 +29,6 @@ _MAX_DEV_QUESTIONS, _MAX_DEV_PASSAGES = 100, 200
 # may be an answer too.
 _POSSIBLE_ANSWER = 0.25
 _COST_OF_GRADIENT = 3.0  # seconds to train on a passage, in seconds to embed one
-_LIST_DISTILL = 0.5
 _LIST_TEMPERATURE = 0.67  # of the hybrid scores
 
 
@@ -76,10 +76,19 @@ def texts_besides_training(num_questions: int, num_dev: int) -> int:
     return 2 * num_questions + (1 + _SCORES) * dev
 
 
-def recipe_for(checkpoint: str, *, steps: int, minutes: float | None, num_questions: int, num_dev: int) -> Recipe:
+def recipe_for(
+    checkpoint: str,
+    *,
+    steps: int,
+    minutes: float | None,
+    num_questions: int,
+    num_dev: int,
+    soft_labels: float = SOFT_LABELS,
+) -> Recipe:
     """The packaged recipe "adapt" for the model `checkpoint`. Training ends after `steps` or `minutes`.
 
-    The scores of the hybrid ranking are distilled too. The dev questions decide which weights are kept.
+    The scores of the hybrid ranking are distilled too, with the weight `soft_labels`. The dev
+    questions decide which weights are kept.
     """
     packaged = Recipe.load(_RECIPE)
     (stage,) = packaged.stages
@@ -88,9 +97,7 @@ def recipe_for(checkpoint: str, *, steps: int, minutes: float | None, num_questi
             "steps": steps,
             "minutes": minutes,
             "batch_size": min(stage.batch_size, num_questions),
-            "loss": stage.loss.model_copy(
-                update={"list_distill": _LIST_DISTILL, "list_temperature": _LIST_TEMPERATURE}
-            ),
+            "loss": stage.loss.model_copy(update={"list_distill": soft_labels, "list_temperature": _LIST_TEMPERATURE}),
         }
     )
     dev = Dev(

@@ -52,6 +52,10 @@ def adapt(
     found_among: Annotated[
         int, typer.Option(min=1, help="Keep a question if its passage is among this many first hits.")
     ] = 10,
+    soft_labels: Annotated[
+        float,
+        typer.Option(min=0, help="Weight of the hybrid search's scores as a target; 0: hard negatives alone."),
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="Decides which passages are drawn and which documents are held out.")] = 0,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds the text.")] = "text",
     device: Device = None,
@@ -66,8 +70,8 @@ def adapt(
         sources or [], output=output, store=store, collection=collection, model=model, minutes=minutes,
         questions=questions, writer=writer, writer_model=writer_model, prompts=prompts, questions_only=questions_only,
         from_questions=from_questions, general=general or [], reindex=reindex, resume=resume, steps=steps,
-        found_among=found_among, seed=seed, text_column=text_column, device=device, dtype=dtype,
-        show_progress=True,
+        found_among=found_among, soft_labels=soft_labels, seed=seed, text_column=text_column, device=device,
+        dtype=dtype, show_progress=True,
     )  # fmt: skip
     if json_output:
         print(report.to_json(), end="")
