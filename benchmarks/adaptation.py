@@ -9,18 +9,17 @@ these questions. "headings" is the control: questions made without a model. Scor
 whole corpus, by vectors and by hybrid search, before and after, with the 95 % interval of a paired bootstrap over
 questions. `--passages` reduces the corpus that is searched to the answers and a random rest, for a short run.
 
-The rows of another run of the same model stay in FILE.json; a row of the same corpus, writer and time is replaced.
+`--soft-labels 0` trains with hard negatives alone, without the hybrid search's scores.
+
+The rows of another run of the same model stay in FILE.json; a row of the same corpus, writer, time and weight of soft
+labels is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import platform
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from common import made, questions
 from rich.console import Console
 from rich.table import Table
 
@@ -37,11 +36,10 @@ from c2v_rag import Causal2Vec, Document, __version__, read_sources
 from c2v_rag.adapt import adapt
 from c2v_rag.adapt.corpus import Ranker
 from c2v_rag.adapt.scoring import MODES, Comparison, compare
+from c2v_rag.adapt.training import SOFT_LABELS
 from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
 from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, ndcg_at_k, recall_at_k
-from c2v_rag.inference import default_dtype
 
-QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 PYTHON_DOCS = "python-docs"
 
 
@@ -57,7 +55,7 @@ class Benchmark:
 
 
 def python_docs_benchmark() -> Benchmark:
-    rows = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    rows = questions()
     relevant = [dict.fromkeys(row["answers"], 1.0) for row in rows]
     return Benchmark(
         PYTHON_DOCS, list(read_sources([PYTHON_DOCS])), [row["question"] for row in rows], relevant, one_is_enough=True
@@ -118,10 +116,11 @@ def run(benchmark: Benchmark, folder: Path, arguments: argparse.Namespace, write
         rows = [{"text": f"{one.title}\n\n{one.text}".strip()} for one in benchmark.documents]
         table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         sources = [table]
-    output = folder / f"{benchmark.name}-{writer}-{minutes:g}"
+    soft_labels = arguments.soft_labels
+    output = folder / f"{benchmark.name}-{writer}-{minutes:g}-{soft_labels:g}"
     return adapt(
         sources, output=output, model=arguments.model, minutes=minutes, questions=arguments.questions, writer=writer,
-        general=arguments.general, resume=output.exists(), show_progress=True,
+        general=arguments.general, soft_labels=soft_labels, resume=output.exists(), show_progress=True,
     )  # fmt: skip
 
 
@@ -133,6 +132,7 @@ def main() -> None:
     parser.add_argument("--writers", nargs="+", default=["headings", "default"])
     parser.add_argument("--minutes", type=float, nargs="+", default=[20, 60])
     parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--soft-labels", type=float, default=SOFT_LABELS)
     parser.add_argument("--passages", type=int, help="most documents to search, for a short run")
     parser.add_argument("--work", type=Path, help="folder that keeps the runs; one that was killed goes on")
     parser.add_argument("--output", type=Path)
@@ -150,29 +150,26 @@ def main() -> None:
                     report = run(full, Path(work), arguments, writer, minutes)
                     seconds = time.perf_counter() - started
                     after = scores(benchmark, Causal2Vec.from_pretrained(report.model)) if report.model else before
-                    results = [row for row in results if key(row) != (benchmark.name, writer, minutes)]
-                    results.append(
-                        {
-                            "command": shlex.join(["python", *sys.argv]),
-                            "date": datetime.date.today().isoformat(),
-                            "machine": machine(),
-                            "benchmark": benchmark.name,
-                            "documents": len(benchmark.documents),
-                            "questions": len(benchmark.queries),
-                            "writer": writer,
-                            "minutes": minutes,
-                            "seconds": round(seconds),
-                            "scores": {name: dataclasses.asdict(one) for name, one in compared(before, after).items()},
-                            "report": dataclasses.asdict(report),
-                        }
-                    )
+                    row = {
+                        **made(),
+                        "benchmark": benchmark.name,
+                        "documents": len(benchmark.documents),
+                        "questions": len(benchmark.queries),
+                        "writer": writer,
+                        "minutes": minutes,
+                        "soft_labels": arguments.soft_labels,
+                        "seconds": round(seconds),
+                        "scores": {name: dataclasses.asdict(one) for name, one in compared(before, after).items()},
+                        "report": dataclasses.asdict(report),
+                    }
+                    results = [one for one in results if key(one) != key(row)] + [row]
                     show(results)
                     if arguments.output:
                         save(arguments.output, arguments.model, results)
 
 
-def key(row: dict[str, Any]) -> tuple[str, str, float]:
-    return row["benchmark"], row["writer"], row["minutes"]
+def key(row: dict[str, Any]) -> tuple[str, str, float, float]:
+    return row["benchmark"], row["writer"], row["minutes"], row["soft_labels"]
 
 
 def earlier(path: Path | None, model: str) -> list[dict[str, Any]]:
@@ -191,11 +188,6 @@ def compared(before: dict[str, list[float]], after: dict[str, list[float]]) -> d
     }
 
 
-def machine() -> str:
-    dtype = default_dtype(torch.device("cpu"))
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {dtype}, Python {platform.python_version()}"
-
-
 def show(results: Sequence[dict[str, Any]]) -> None:
     table = Table("corpus", "writer", "minutes", "ending", "metric", "before", "after", "95 % interval")
     for row in results:
@@ -210,7 +202,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 def save(path: Path, model: str, results: Sequence[dict[str, Any]]) -> None:
     value = {
         "model": Causal2Vec.from_pretrained(model).stamp,
-        "versions": {"c2v-rag": __version__, "torch": torch.__version__},
+        "version": __version__,
         "results": list(results),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,19 +26,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
+from common import made, questions
 from costs import with_both_states
-from throughput import QUESTIONS, Row, cut_texts, decoder_tokens, machine, measure, print_table, run_each
+from throughput import Row, cut_texts, decoder_tokens, measure, print_table, run_each
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, MistralConfig
 from variants import Bidirectional
@@ -117,11 +116,10 @@ def ways(model: Causal2Vec, texts: Sequence[str]) -> list[Way]:
 
 
 def loads(model: Causal2Vec) -> dict[str, list[str]]:
-    lines = QUESTIONS.read_text(encoding="utf-8").splitlines()[:NUM_TEXTS]
     passages = [document.text for document in python_docs()]
     fitting = [text for text, n in zip(passages, model.count_tokens(passages), strict=True) if 16 < n <= 256]
     return {
-        "questions": [json.loads(line)["question"] for line in lines],
+        "questions": [row["question"] for row in questions()[:NUM_TEXTS]],
         "passages": fitting[:: len(fitting) // NUM_TEXTS][:NUM_TEXTS],
     }
 
@@ -168,9 +166,7 @@ def main() -> None:
         return
 
     figures: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(model),
+        **made(model.device, model.dtype),
         "decoder": arguments.decoder,
         **({"model": Causal2Vec.from_pretrained("default").stamp} if arguments.decoder == "default" else {}),
         "rounds": arguments.rounds,

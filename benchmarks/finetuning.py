@@ -19,14 +19,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from common import made
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -101,11 +99,8 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     sizes["test documents"] = len(test_set(arguments).documents)
     return {
-        "date": date.today().isoformat(),
+        **made(),
         "version": __version__,
-        "command": shlex.join(["python", "benchmarks/finetuning.py", *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{default_dtype(torch.device('cpu'))}",
         "model": Causal2Vec.from_pretrained(arguments.model).stamp,
         "data": arguments.data.name,
         "minutes": arguments.minutes,

@@ -22,18 +22,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import made
 
 from c2v_rag import Causal2Vec, Document, VectorIndex
 from c2v_rag.index import CHUNKS_WRITTEN_AT_ONCE, Chunk, HnswSettings, check_mode, writing
@@ -252,29 +250,25 @@ def main() -> None:
         found = measure_search(arguments.store, arguments.mode, arguments.queries, arguments.columns)
         print(json.dumps(found))
         return
-    made = {
-        "command": shlex.join(["python", "benchmarks/indexing.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)},
-    }
+    about = made() | {"load": round(os.getloadavg()[0], 1)}
     output = arguments.output
     result = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else {}
     if "add" not in arguments.skip:
         rows = measure_adding(arguments.rounds, arguments.documents, arguments.cpu_documents, arguments.columns)
-        result |= {"model": Causal2Vec.from_pretrained("default").stamp, "adding": {**made, "rows": rows}}
+        result |= {"model": Causal2Vec.from_pretrained("default").stamp, "adding": {**about, "rows": rows}}
     if "search" not in arguments.skip:
         rows = {
             str(chunks): search_rows(chunks, arguments.columns, arguments.queries, arguments.keep)
             for chunks in arguments.chunks
         }
-        result["search"] = {**made, "rows": rows}
+        result["search"] = {**about, "rows": rows}
     if HNSW not in arguments.skip:
         rows = {
             f"{name}, {columns} columns": hnsw_row(settings, arguments.hnsw_chunks, columns, arguments.queries)
             for columns in dict.fromkeys([arguments.columns, FIRST_COLUMNS])
             for name, settings in HNSW_SETTINGS.items()
         }
-        result[HNSW] = {**made, "chunks": arguments.hnsw_chunks, "rows": rows}
+        result[HNSW] = {**about, "chunks": arguments.hnsw_chunks, "rows": rows}
     text = json.dumps(result, indent=2) + "\n"
     print(text)
     if output:

@@ -19,22 +19,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shelve
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from common import made, questions
 from costs import part_folder
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +44,6 @@ from c2v_rag.fusion import reciprocal_rank_fusion
 from c2v_rag.index import ChunkSettings
 from c2v_rag.sources import PYTHON_DOCS, python_docs
 
-QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 MODES: tuple[SearchMode, ...] = ("dense", "lexical", "hybrid")
 METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
 FIXED_WEIGHTS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
@@ -94,10 +89,8 @@ def main() -> None:
 
     model = shared_model(arguments.model)
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/retrieval.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
+        **made(model.device, model.dtype),
         "version": __version__,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {model.dtype}",
         "model": model.stamp,
         "sets": {},
     }
@@ -156,12 +149,12 @@ def read(data: str) -> tuple[list[Document], dict[str, str], dict[str, Gains]]:
     A question about Python has any of its accepted names as its answer, so the gain of each is 1.
     """
     if data == PYTHON_DOCS:
-        lines = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-        queries = {str(number): line["question"] for number, line in enumerate(lines)}
+        rows = questions()
+        queries = {str(i): row["question"] for i, row in enumerate(rows)}
         return (
             list(python_docs()),
             queries,
-            {str(i): dict.fromkeys(line["answers"], 1.0) for i, line in enumerate(lines)},
+            {str(i): dict.fromkeys(row["answers"], 1.0) for i, row in enumerate(rows)},
         )
     files = retrieval_files(Path(data))
     if files is None:

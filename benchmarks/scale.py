@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import socket
 import subprocess
 import sys
@@ -27,13 +24,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import chromadb
 import numpy as np
 import psutil
+from common import made
 from throughput import print_table
 
 from c2v_rag import Causal2Vec
@@ -130,9 +127,7 @@ def main() -> None:
     print_table(forms, {name: dict(zip(forms, row.values(), strict=True)) for name, row in of_server.items()})
     if arguments.output:
         figures: dict[str, Any] = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+            **made(),
             "model": Causal2Vec.from_pretrained(arguments.model, device="cpu").stamp,
             "documents": len(texts),
             "rows": rows,

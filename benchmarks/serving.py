@@ -1,12 +1,15 @@
 """What gathering gains a server: `c2v-rag serve` with 1, 8 and 64 clients, each asking one query after another.
 
-    python benchmarks/serving.py [--model M] [--seconds S] [--output FILE.json]
+    python benchmarks/serving.py [--model M] [--seconds S] [--shared] [--output FILE.json]
 
 Two servers in turn, each a process of its own: as it is, and one that embeds one text a call. Clients send questions of
 about ten words to /v1/embeddings, in base64, and measure from sending to the parsed answer; p50 and p99 are over all
 clients. "gain": queries a second beside the one-by-one server with as many clients. "of encode": beside `encode_query`
-of 64 such questions a call, without a server, measured before it and again behind it. Clients and server share the
-machine's cores: "clients' CPU" is the share of all cores that the clients take.
+of 64 such questions a call, without a server, measured before it and again behind it.
+
+The clients have one core for themselves, as if they were on another machine; the server, and `encode_query` too, have
+all the others. "clients' CPU" is the share of their core that they take: near 100 %, they are what is measured. With
+`--shared`, and on a system that cannot assign cores, clients and server share all of them.
 """
 
 from __future__ import annotations
@@ -16,27 +19,27 @@ import asyncio
 import gc
 import json
 import os
-import platform
 import re
-import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from datetime import UTC, datetime
-from itertools import count, islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import httpx
 import numpy as np
-from throughput import QUESTIONS, print_table
+import torch
+from common import made, questions
+from throughput import print_table
 
 from c2v_rag import Causal2Vec
 
 CLIENTS = (1, 8, 64)
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 GATHERED, ONE_BY_ONE = "gathered", "one by one"
 _SERVER = """
 import c2v_rag.gatherer as gatherer
@@ -44,6 +47,13 @@ gatherer.MAX_BATCH_TEXTS = {most} or gatherer.MAX_BATCH_TEXTS
 from c2v_rag.cli import main
 main()
 """
+
+
+def use_cores(cores: Sequence[int]) -> None:
+    """Run this thread, and the threads and processes that it starts from now on, on these cores; if any are given."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
 
 
 @contextmanager
@@ -58,15 +68,14 @@ def serve(model: str, *, one_by_one: bool) -> Iterator[str]:
             process.terminate()
 
 
-def questions() -> Iterator[str]:
+def distinct_questions() -> Iterator[str]:
     """Endless, and no two are equal."""
-    asked = [json.loads(line)["question"] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-    return (f"{asked[number % len(asked)]} ({number})" for number in count())
+    return (f"{row['question']} ({number})" for number, row in enumerate(cycle(questions())))
 
 
 def encode_per_s(model: Causal2Vec, seconds: float) -> float:
     """Questions that `encode_query` embeds in a second, as many a call as there are clients at most."""
-    texts, number = questions(), 0
+    texts, number = distinct_questions(), 0
     model.encode_query(list(islice(texts, CLIENTS[-1])))
     started = time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
@@ -77,7 +86,7 @@ def encode_per_s(model: Causal2Vec, seconds: float) -> float:
 async def load(url: str, clients: int, seconds: float) -> list[float]:
     """The time of every answer that came before the end."""
     took: list[float] = []
-    texts = questions()
+    texts = distinct_questions()
     name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     async with AsyncExitStack() as stack:
         # A connection pool for each client, as they would have: httpx's costs more for each request the larger it is.
@@ -104,15 +113,21 @@ def main() -> None:
         "--seconds", type=float, default=20, help="how long each row is measured, behind a quarter of it"
     )
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
+    parser.add_argument("--shared", action="store_true", help="clients and server share all cores")
     arguments = parser.parse_args()
+    is_shared = arguments.shared or len(CORES) < 2
+    client_cores, server_cores = ([], []) if is_shared else (CORES[-1:], CORES[:-1])
 
+    use_cores(server_cores)
     rows: dict[str, dict[str, float]] = {}
     model = Causal2Vec.from_pretrained(arguments.model)
     encoded_per_s = [encode_per_s(model, arguments.seconds)]
     gc.collect()
     gc.freeze()  # else the clients would spend their time in the garbage collector, on the model's libraries
     for way in (GATHERED, ONE_BY_ONE):
+        use_cores(server_cores)
         with serve(arguments.model, one_by_one=way == ONE_BY_ONE) as url:
+            use_cores(client_cores)
             for clients in CLIENTS:
                 asyncio.run(load(url, clients, arguments.seconds / 4))
                 started, cpu_started = time.perf_counter(), time.process_time()
@@ -123,8 +138,9 @@ def main() -> None:
                     "queries_per_s": len(took) / elapsed,
                     "p50_s": p50,
                     "p99_s": p99,
-                    "clients_cpu": cpu / elapsed / (os.cpu_count() or 1),
+                    "clients_cpu": cpu / elapsed / (len(client_cores) or os.cpu_count() or 1),
                 }
+    use_cores(server_cores)
     encoded_per_s.append(encode_per_s(model, arguments.seconds))
     for clients in CLIENTS:
         alone = rows[f"{ONE_BY_ONE}, {clients} clients"]["queries_per_s"]
@@ -137,9 +153,8 @@ def main() -> None:
     print_table(forms, {name: dict(zip(forms, row.values(), strict=True)) for name, row in rows.items()})
     if arguments.output:
         figures: dict[str, Any] = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            **made(model.device, model.dtype),
+            "cores": {"server": len(server_cores), "clients": len(client_cores)} if server_cores else "shared",
             "model": model.stamp,
             "seconds_a_row": arguments.seconds,
             "encode_per_s": encoded_per_s,

@@ -44,16 +44,26 @@ def made_by(result: dict[str, Any]) -> str:
     """The line under a table: what made it, and when."""
     commands = " and ".join(f"`{command}`" for command in _distinct(result["command"]))
     days = ", ".join(sorted({date[:10] for date in _distinct(result["date"])}))
-    machine = result.get("machine", "")
-    if isinstance(machine, dict):
-        machine = ", ".join(f"{machine[key]}" for key in ("cpu", "dtype") if key in machine)
-        machine = f"{machine}, {result['machine']['cores']} cores".removeprefix(", ")
-    return f"\nMade with {commands}; {' and '.join(_distinct(machine))}; {days}.\n"
+    machines = " and ".join(_distinct(list(map(_machine, _all(result.get("machine", ""))))))
+    return f"\nMade with {commands}; {machines}; {days}.\n"
+
+
+def _machine(machine: dict[str, Any] | str) -> str:
+    """A machine in words; some results have them as they are."""
+    if isinstance(machine, str):
+        return machine
+    words = [machine[key] for key in ("cpu", "dtype") if key in machine]
+    return ", ".join([*words, f"{machine['cores']} cores"])
+
+
+def _all(value: Any) -> list[Any]:
+    """A value of the whole result as a list, or those of its rows."""
+    return value if isinstance(value, list) else [value]
 
 
 def _distinct(value: str | list[str]) -> list[str]:
     """A value of the whole result, or those of its rows, each once."""
-    return [value] if isinstance(value, str) else list(dict.fromkeys(value))
+    return list(dict.fromkeys(_all(value)))
 
 
 def marked(name: str, development: Collection[str] = DEVELOPMENT) -> str:
@@ -236,6 +246,8 @@ def adaptation() -> str:
     for row in result["results"]:
         report = row["report"]
         cells = [f"{marked(row['benchmark'], DEVELOPMENT_OF_HYBRID)}, {row['writer']}, {row['minutes']:g} minutes"]
+        if row["soft_labels"] == 0:
+            cells[0] += ", no soft labels"
         cells.append(f"{report['kept']['training']:,}")
         for name in ("vectors, recall@10", "vectors, nDCG@10", "vectors, MRR", "hybrid, nDCG@10"):
             one = row["scores"][name]

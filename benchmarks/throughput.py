@@ -35,13 +35,8 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import platform
 import random
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -51,6 +46,7 @@ from typing import Any
 
 import costs
 import torch
+from common import made, questions
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +56,6 @@ from c2v_rag import Causal2Vec, inference
 from c2v_rag.sources import python_docs
 from c2v_rag.tokenization import TokenBatch
 
-QUESTIONS = Path(__file__).with_name("python_docs_questions.jsonl")
 REFERENCE, MIXED, PEER = "embed, uniform", "encode, mixed", "sentence-transformers, mixed"
 
 
@@ -222,23 +217,20 @@ def in_sentence_transformers(model: Causal2Vec) -> Callable[..., object] | None:
 
 def query_rows(model: Causal2Vec, num_questions: int) -> list[tuple[Row, Row]]:
     """With and without reuse of the prefix: a short and a long instruction, one at a time and as one batch."""
-    lines = QUESTIONS.read_text(encoding="utf-8").splitlines()[:num_questions]
-    questions = [json.loads(line)["question"] for line in lines]
+    texts = [row["question"] for row in questions()[:num_questions]]
     short = model.config.instruction
     long = f"{short}\n{cut_texts(model, decoder_tokens(model), [400])[0]}"
 
     without_reuse = partial(model.embed, reuse_prefix=False)
     pairs = []
     for instruction in (short, long):
-        tokenized = model.tokenize(questions, instruction)
-        singles = [tokenized.collate([i]).to(model.device) for i in range(len(questions))]
-        together = [tokenized.collate(range(len(questions))).to(model.device)]
-        for how, batches in (("one at a time", singles), (f"{len(questions)} at once", together)):
+        tokenized = model.tokenize(texts, instruction)
+        singles = [tokenized.collate([i]).to(model.device) for i in range(len(texts))]
+        together = [tokenized.collate(range(len(texts))).to(model.device)]
+        for how, batches in (("one at a time", singles), (f"{len(texts)} at once", together)):
             name = f"prefix of {len(tokenized.prefix_ids)} tokens, {how}"
-            with_reuse = Row(name, partial(run_each, model.embed, batches), len(questions))
-            pairs.append(
-                (with_reuse, Row(f"{name}, no reuse", partial(run_each, without_reuse, batches), len(questions)))
-            )
+            with_reuse = Row(name, partial(run_each, model.embed, batches), len(texts))
+            pairs.append((with_reuse, Row(f"{name}, no reuse", partial(run_each, without_reuse, batches), len(texts))))
     return pairs
 
 
@@ -293,21 +285,6 @@ def query_figures(pairs: Sequence[tuple[Row, Row]], medians: dict[str, float]) -
             "gain": medians[whole.name] / medians[reuse.name],
         }
         for reuse, whole in pairs
-    }
-
-
-def machine(model: Causal2Vec) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "platform": platform.platform(),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
     }
 
 
@@ -391,15 +368,12 @@ def main() -> None:
 
     model = Causal2Vec.from_pretrained(arguments.model, device=arguments.device, dtype=arguments.dtype)
     figures: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(model),
+        **made(model.device, model.dtype),
         "model": model.stamp,
         "rounds": rounds,
     }
     if arguments.only != "path":
-        lines = QUESTIONS.read_text(encoding="utf-8").splitlines()[: 4 if quick else 64]
-        queries = [json.loads(line)["question"] for line in lines]
+        queries = [row["question"] for row in questions()[: 4 if quick else 64]]
         num_passages = 8 if quick else arguments.passages
         figures["costs"] = costs.compare(
             model, queries, num_passages=num_passages, rounds=rounds, with_memory=not quick

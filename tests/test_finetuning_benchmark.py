@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -36,17 +36,15 @@ def retrieval_folder(folder: Path) -> Path:
     return folder
 
 
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("finetuning_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark as a module; it imports others of its folder."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module(SCRIPT.stem)
 
 
-def test_the_halves_share_no_question_and_no_document(tmp_path: Path) -> None:
-    sizes = load_script().write_split(retrieval_folder(tmp_path / "set"), tmp_path / "work")
+def test_the_halves_share_no_question_and_no_document(script: Any, tmp_path: Path) -> None:
+    sizes = script.write_split(retrieval_folder(tmp_path / "set"), tmp_path / "work")
     pairs = [json.loads(line) for line in (tmp_path / "work" / "pairs.jsonl").read_text().splitlines()]
     corpus, queries, qrels = (
         pq.read_table(tmp_path / "work" / "test" / f"{name}.parquet").to_pylist()
@@ -63,7 +61,7 @@ def test_the_halves_share_no_question_and_no_document(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_runs_from_end_to_end_on_tiny_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "tiny")
@@ -73,7 +71,7 @@ def test_the_benchmark_runs_from_end_to_end_on_tiny_models(
     arguments = ["--data", str(retrieval_folder(tmp_path / "set")), "--minutes", "0.01", "--output", str(output)]
     arguments += ["--model", str(tmp_path / "tiny"), "--sentence-transformer", str(tmp_path / "encoder")]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    load_script().main()  # starts a process for each system
+    script.main()  # starts a process for each system
     assert "nDCG@10 x 100 on unseen questions" in capsys.readouterr().out
     result = json.loads(output.read_text())
     for system in result["systems"].values():
