@@ -88,7 +88,7 @@ def recipe_for(
     """The packaged recipe "adapt" for the model `checkpoint`. Training ends after `steps` or `minutes`.
 
     The scores of the hybrid ranking are distilled too, with the weight `soft_labels`. The dev
-    questions decide which weights are kept.
+    questions decide which weights are kept, if there are enough (`Dev.min_queries`).
     """
     packaged = Recipe.load(_RECIPE)
     (stage,) = packaged.stages
