@@ -23,6 +23,7 @@ from c2v_rag.index import (
     Chunk,
     ChunkSettings,
     IndexReport,
+    KnownFiles,
     Present,
     VectorIndex,
     find_collection,
@@ -74,11 +75,13 @@ def index_on_ray(
         store = ChromaServer(store)
     started = time.perf_counter()
     read_sources(sources)  # raises for a missing source
-    units = [str(file) for source in sources for file in _units(source)]
+    known = KnownFiles(_index_without_model(store, collection), sources, text_column)
+    units = [str(file) for source in sources for file in _units(source) if file not in known.paths]
+    units = units or [""]  # without a file to read, the model is still compared with the collection's
     settings = chunking or ChunkSettings()
     counts: Counter[str] = Counter()
     outdated: list[str] = []
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}  # what is wrong with a file, by its path
     with connected(address) as resources:
         chosen = (workers or Workers()).of(resources)
         chunks = ray.data.from_items(units, override_num_blocks=max(1, min(len(units), _MAX_BLOCKS))).flat_map(
@@ -98,22 +101,22 @@ def index_on_ray(
             if "error" in found:
                 raise_reported(found["error"])
             outdated += found.pop("outdated", [])
-            left_out += found.pop("left_out", [])
+            left_out |= found.pop("left_out", {})
             counts.update(found)
     removed = 0
-    if stamp := stored_stamps(store).get(collection):
-        index = VectorIndex(store, _StampOnly(stamp), collection)
+    if index := _index_without_model(store, collection):
         index.delete_ids(outdated)
+        known.save(list(map(Path, left_out)), index)
         removed = sum(remove_vanished(index, Path(source), prune=prune) for source in sources if Path(source).is_dir())
     report = IndexReport(
         added=counts["added"],
-        unchanged=counts["unchanged"],
+        unchanged=counts["unchanged"] + known.num_chunks,
         replaced=len(outdated),
         removed=removed,
         truncated=counts["truncated"],
         seconds=time.perf_counter() - started,
     )
-    return report, left_out
+    return report, list(left_out.values())
 
 
 def _units(source: str | Path) -> Iterator[str | Path]:
@@ -124,8 +127,14 @@ def _units(source: str | Path) -> Iterator[str | Path]:
         yield from files_below(Path(source))
 
 
+def _index_without_model(store: ChromaServer, collection: str) -> VectorIndex | None:
+    """The collection, to count and delete chunks; None if it does not exist."""
+    stamp = stored_stamps(store).get(collection)
+    return VectorIndex(store, _StampOnly(stamp), collection) if stamp else None
+
+
 class _StampOnly:
-    """An embedder that cannot embed. With it, a collection is opened to delete chunks, without loading its model."""
+    """An embedder that cannot embed. With it, a collection is opened without loading its model."""
 
     def __init__(self, stamp: dict[str, str | int]) -> None:
         self.stamp = stamp
@@ -166,10 +175,12 @@ class _Splitter:
         present = Present()
         if collection is not None:
             self._settings = stored_settings(collection.metadata)
-        left_out: list[str] = []
-        documents = read_sources(
-            [unit], text_column=self._text_column, on_error=lambda path, error: left_out.append(str(error))
-        )
+        left_out: dict[str, str] = {}
+
+        def leave_out(path: Path, error: Exception) -> None:
+            left_out[str(path)] = str(error)
+
+        documents = read_sources([unit] if unit else [], text_column=self._text_column, on_error=leave_out)
         while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
             for chunks in new_chunks(batch, self._counter, self._settings, collection, present, counts):
                 for chunk in chunks:

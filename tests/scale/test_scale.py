@@ -23,6 +23,7 @@ import pytest
 import ray
 
 from c2v_rag import VectorIndex, read_sources
+from c2v_rag.index import KnownFiles
 from c2v_rag.model import Causal2Vec
 from c2v_rag.scale import embedding
 from c2v_rag.scale.cluster import Loaded, Workers, raise_reported
@@ -119,6 +120,18 @@ def test_an_index_equals_that_of_one_process_and_is_updated(
     one_process.add(read_sources([corpus], on_error=lambda path, error: None))
     one_process.delete(str(corpus / "4.txt"))
     assert_same(cluster, one_process)
+
+    for name in ("5.txt", "bad.jsonl"):
+        (corpus / name).unlink()
+    run(model_url, None)
+    one_process.delete(str(corpus / "5.txt"))
+    assert KnownFiles(cluster, [corpus]).paths == {*corpus.iterdir()}
+    report, left_out = run(model_url, None)
+    assert (report["added"], report["unchanged"], report["removed"]) == (0, len(vectors(one_process)), 0)
+    assert_same(cluster, one_process)
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="made with another model"):
+        run(str(tmp_path / "other"), "float32")  # no file is read
 
 
 @pytest.mark.usefixtures("on_ray")
