@@ -417,7 +417,10 @@ def test_two_processes_compute_the_gradient_of_one_process_with_the_whole_batch(
             for parameter, gradient in expected.items():
                 torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-5)
     whole, divided = (Causal2Vec.from_pretrained(tmp_path / str(count) / "divided", device="cpu") for count in (1, 2))
-    np.testing.assert_allclose(divided.encode(["a heap", "yeast"]), whole.encode(["a heap", "yeast"]), atol=1e-3)
+    texts = ["a heap", "yeast"]
+    start = new_model(Recipe.model_validate(recipes["divided"]), device="cpu").encode(texts)
+    difference, change = (np.linalg.norm(one - whole.encode(texts)) for one in (divided.encode(texts), start))
+    assert difference < 0.1 * change  # Adam divides by the gradients, so their rounding is not small beside them
     scores = json.loads((tmp_path / "2" / "divided.training" / "dev.json").read_text())
     assert [row["step"] for row in scores["history"]] == [0, 1, 2]
 
