@@ -297,6 +297,22 @@ def test_a_known_file_is_not_parsed_again(tmp_path: Path, model: Counting, monke
     assert "notes.txt" in update("other")[0]
 
 
+def test_files_are_known_after_a_run_that_created_the_index(tmp_path: Path, model: Counting) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("notes.txt", "empty.txt"):
+        (folder / name).write_text("Bread needs yeast." if name == "notes.txt" else "", encoding="utf-8")
+    known = KnownFiles(None, [folder])
+    assert (known.paths, known.num_chunks) == (set(), 0)
+    with pytest.raises(ValueError, match="give the one that it created"):
+        known.save()
+    index = VectorIndex(tmp_path / "store", model)
+    known.save(index=index)
+    assert KnownFiles(index, [folder]).paths == {*folder.iterdir()}
+    index.add(read_sources([folder]))
+    assert KnownFiles(index, [folder]).paths == {folder / "empty.txt"}, "notes.txt has more chunks than were recorded"
+
+
 def stop_after(documents: Iterable[Document]) -> Iterator[Document]:
     yield from documents
     raise RuntimeError("stopped")

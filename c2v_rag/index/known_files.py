@@ -48,7 +48,7 @@ class KnownFiles:
 
         Raises ValueError without an index.
         """
-        index = index or self._index
+        index = self._index if index is None else index
         if index is None:
             raise ValueError("There was no index before the run: give the one that it created.")
         unread = {source_of(path) for path in left_out}

@@ -104,7 +104,7 @@ def index_on_ray(
             left_out |= found.pop("left_out", {})
             counts.update(found)
     removed = 0
-    if index := _index_without_model(store, collection):
+    if (index := _index_without_model(store, collection)) is not None:
         index.delete_ids(outdated)
         known.save(list(map(Path, left_out)), index)
         removed = sum(remove_vanished(index, Path(source), prune=prune) for source in sources if Path(source).is_dir())
