@@ -62,12 +62,12 @@ def open_module(base: Base, num_layers: int | None = None, **kwargs: Any) -> Pre
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # pooler: unused here
     if missing:
         raise ValueError(f"{base.folder} ({base.origin}) lacks the tensors {missing[:4]}. Install or fetch it again.")
-    opened: PreTrainedModel = model
     # bitsandbytes packs 4-bit weights on a CPU with bfloat16 units when a layer first computes in eval mode. A packed
     # layer has no gradient, ignores bnb_4bit_compute_dtype, and cannot have fewer columns than a block.
-    for layer in opened.modules():
+    for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
+            layer.support_avx512bf16_for_cpu = False
+    opened: PreTrainedModel = model
     return opened
 
 

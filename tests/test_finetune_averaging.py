@@ -20,6 +20,7 @@ from c2v_rag.finetune.trainer import part_of
 from tests.pairs import pairs
 
 PARTS = ("projector", "llm_adapter", "encoder_adapter")
+DEV = {"every": 1, "max_queries": 3, "max_documents": 6, "min_queries": 1}
 
 
 def recipe_for(checkpoint: str, *, keep: float, **changes: Any) -> Recipe:
@@ -93,10 +94,9 @@ def test_a_stage_ends_with_the_average_and_its_scores_are_those_of_the_average(
 ) -> None:
     scored: list[dict[str, Tensor]] = []
     monkeypatch.setattr(scoring, "score", lambda model, dev: [0.1 * len(scored.append(merged(model)) or scored)])
-    dev = {"every": 1, "max_queries": 3, "max_documents": 6, "min_queries": 1}
     found = {}
     for keep in (1.0, 0.5):
-        recipe = recipe_for(tiny_checkpoint, keep=keep, dev=dev)
+        recipe = recipe_for(tiny_checkpoint, keep=keep, dev=DEV)
         found[keep] = merged(train(recipe, data, tmp_path / str(keep), device="cpu"))
     before = scored[0]
     for name, start in before.items():
@@ -118,9 +118,7 @@ def test_the_best_averaged_weights_are_kept(
         return [next(means)]
 
     monkeypatch.setattr(scoring, "score", score)
-    recipe = recipe_for(
-        tiny_checkpoint, keep=0.5, dev={"every": 1, "max_queries": 3, "max_documents": 6, "min_queries": 1}
-    )
+    recipe = recipe_for(tiny_checkpoint, keep=0.5, dev=DEV)
     found = merged(train(recipe, data, tmp_path / "out", device="cpu"))
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, scored[1][name])

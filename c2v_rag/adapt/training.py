@@ -87,8 +87,8 @@ def recipe_for(
 ) -> Recipe:
     """The packaged recipe "adapt" for the model `checkpoint`. Training ends after `steps` or `minutes`.
 
-    The scores of the hybrid ranking are distilled too, with the weight `soft_labels`. The dev
-    questions decide which weights are kept, if there are enough (`Dev.min_queries`).
+    The scores of the hybrid ranking are distilled too, with the weight `soft_labels`. The dev questions
+    decide which weights are kept, if there are enough (`Dev.min_queries`).
     """
     packaged = Recipe.load(_RECIPE)
     (stage,) = packaged.stages

@@ -57,16 +57,16 @@ class DevCallback(TrainerCallback):
     """
 
     def __init__(self, model: Causal2Vec, sets: Sequence[DevSet], dev: Dev, path: Path) -> None:
-        self._model = model
-        self._sets = sets
-        self._dev = dev
         num_queries = sum(len(one.queries) for one in sets)
-        self._decides = num_queries >= dev.min_queries
-        if not self._decides and (dev.keep_best or dev.patience is not None):
+        if num_queries < dev.min_queries and (dev.keep_best or dev.patience is not None):
             logger.warning(
                 "%d development questions are too few to choose weights by their scores (dev.min_queries is %d): the "
                 "last weights are kept.", num_queries, dev.min_queries,
             )  # fmt: skip
+            dev = dev.model_copy(update={"keep_best": False, "patience": None})
+        self._model = model
+        self._sets = sets
+        self._dev = dev
         self._path = path
         self.save_best: Callable[[], None] = lambda: None
         self.log: Callable[[dict[str, float]], None] = lambda values: None
@@ -86,7 +86,7 @@ class DevCallback(TrainerCallback):
     @property
     def kept_step(self) -> int:
         """The step whose weights the stage ends with."""
-        return self.best_step if self._decides and self._dev.keep_best else max(self.history)
+        return self.best_step if self._dev.keep_best else max(self.history)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step not in self.history:
@@ -97,7 +97,7 @@ class DevCallback(TrainerCallback):
             self._score(state, control)
             # A resumed stage may repeat steps: scores of later ones are known, and do not count here.
             later = sum(self.best_step < step <= state.global_step for step in self.history)
-            if self._decides and self._dev.patience is not None and later >= self._dev.patience:
+            if self._dev.patience is not None and later >= self._dev.patience:
                 logger.info("The development score has not risen %d times in a row: the stage ends.", later)
                 self.is_patience_over = control.should_training_stop = True
 
