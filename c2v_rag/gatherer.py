@@ -1,4 +1,4 @@
-"""Batches across callers: single texts of several callers are embedded in one call of the model."""
+"""Batches across callers: single texts of several callers are embedded, or counted, in one call of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     import numpy as np
 
-    from c2v_rag.protocols import Embedder
+    from c2v_rag.protocols import Embedder, TokenCounter
 
 # A batch may take about this long, by the time that earlier ones took. Further texts wait for the next batch.
 TARGET_SECONDS = 1.0
@@ -33,10 +33,20 @@ def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **
     `await asyncio.wrap_future(gather(...))`.
     """
     request = _Request(embedder, f"encode_{kind}", text, options)
-    with _queues_lock:
-        queue = _queues.setdefault(embedder, _Queue())
-    queue.add(request)
+    _queue_of(embedder, _queues).add(request)
     return request.future
+
+
+def gather_token_counts(model: TokenCounter, texts: Sequence[str]) -> list[Future[int]]:
+    """For each text a future for its number of tokens by `model.count_tokens`; the rest as for `gather`.
+
+    They have a queue of their own, so that they do not wait for texts that are embedded.
+    """
+    queue = _queue_of(model, _count_queues)
+    requests = [_Request(model, "count_tokens", text, {}) for text in texts]
+    for request in requests:
+        queue.add(request)
+    return [request.future for request in requests]
 
 
 def batches_of(embedder: Embedder, texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -44,8 +54,7 @@ def batches_of(embedder: Embedder, texts: Sequence[str]) -> Iterator[Sequence[st
 
     The size of a part follows from the times of the embedder's batches until the part is asked for.
     """
-    with _queues_lock:
-        queue = _queues.setdefault(embedder, _Queue())
+    queue = _queue_of(embedder, _queues)
     start = 0
     while start < len(texts):
         end, characters, most = start, 0, queue.max_characters
@@ -58,20 +67,20 @@ def batches_of(embedder: Embedder, texts: Sequence[str]) -> Iterator[Sequence[st
 
 @dataclasses.dataclass
 class _Request:
-    embedder: Embedder
+    model: object
     method: str
     text: str
     options: dict[str, Any]
-    future: Future[np.ndarray] = dataclasses.field(default_factory=Future)
+    future: Future[Any] = dataclasses.field(default_factory=Future)
 
     def can_share_batch(self, other: _Request) -> bool:
         return (self.method, self.options) == (other.method, other.options)
 
 
 class _Queue:
-    """The requests that wait for one embedder, and the thread that embeds them. It ends when no request is left.
+    """The requests that wait for one model, and the thread that calls it. It ends when no request is left.
 
-    The requests hold references to the embedder, the queue holds none, so that an unused embedder can be freed.
+    The requests hold references to the model, the queue holds none, so that an unused model can be freed.
     """
 
     def __init__(self) -> None:
@@ -134,7 +143,7 @@ def _embed(batch: list[_Request]) -> bool:
         return False
     first = batch[0]
     try:
-        rows = getattr(first.embedder, first.method)([request.text for request in batch], **first.options)
+        rows = getattr(first.model, first.method)([request.text for request in batch], **first.options)
         results = list(zip(batch, rows, strict=True))
     except Exception as error:
         if len(batch) == 1:
@@ -148,5 +157,11 @@ def _embed(batch: list[_Request]) -> bool:
     return True
 
 
-_queues: WeakKeyDictionary[object, _Queue] = WeakKeyDictionary()
+def _queue_of(model: object, queues: WeakKeyDictionary[object, _Queue]) -> _Queue:
+    with _queues_lock:
+        return queues.setdefault(model, _Queue())
+
+
+_queues: WeakKeyDictionary[object, _Queue] = WeakKeyDictionary()  # by embedder
+_count_queues: WeakKeyDictionary[object, _Queue] = WeakKeyDictionary()  # by tokenizer
 _queues_lock = threading.Lock()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -28,6 +28,12 @@ class Embedder(Protocol):
     def stamp(self) -> dict[str, str | int]: ...
     def encode_query(self, texts: Iterable[str]) -> np.ndarray: ...
     def encode_document(self, texts: Iterable[str]) -> np.ndarray: ...
+
+
+class TokenCounter(Protocol):
+    """A model that counts the tokens of texts, such as `Causal2Vec` or `RemoteModel`."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]: ...
 
 
 def is_url(name_or_path: str | os.PathLike[str]) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from c2v_rag import gather, gatherer
+from c2v_rag.gatherer import gather_token_counts
 
 
 class PausedEmbedder:
@@ -65,6 +66,34 @@ def test_sixty_four_simultaneous_texts_need_two_calls_and_each_gets_its_own_vect
     assert [row.tolist() for row in rows] == [[i, 1] for i in range(64)]
     assert len(embedder.calls) <= 2
     assert sorted(text for _, call_texts, _ in embedder.calls for text in call_texts) == sorted(texts)
+
+
+def test_token_counts_share_calls_and_do_not_wait_for_embeddings() -> None:
+    class Counter(PausedEmbedder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counted: list[list[str]] = []
+            self.is_counting, self.may_count = threading.Event(), threading.Event()
+
+        def count_tokens(self, texts: Sequence[str]) -> list[int]:
+            self.counted.append(list(texts))
+            self.is_counting.set()
+            assert self.may_count.wait(60)
+            return [len(text) for text in texts]
+
+    model = Counter()
+    embedding = gather(model, "query", "embedded")
+    assert model.started.wait(60)
+    counts = gather_token_counts(model, ["first"])
+    assert model.is_counting.wait(60)
+    for text in ("a", "bb", "ccc"):
+        counts += gather_token_counts(model, [text])
+    model.may_count.set()
+    assert [future.result(60) for future in counts] == [5, 1, 2, 3]
+    assert model.counted == [["first"], ["a", "bb", "ccc"]]
+    assert not embedding.done()
+    model.released.set()
+    assert embedding.result(60).tolist() == [8, 1]
 
 
 def test_a_call_has_one_kind_and_one_set_of_options_and_a_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:

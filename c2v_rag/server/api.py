@@ -78,7 +78,7 @@ def create_app(
             raise HTTPException(503, "The queue is full.")
         return {"status": "ready"}
 
-    @app.get("/metrics", dependencies=with_weights)
+    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -94,11 +94,11 @@ def create_app(
             return schema.TokenizeResponse(max_tokens=longest, ends=await service.token_ends(body.input))
         return schema.TokenizeResponse(max_tokens=longest, counts=await service.count_tokens(body.input))
 
-    @app.post("/v1/embeddings", dependencies=with_weights)
+    @app.post("/v1/embeddings")
     async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:
         return await _answer(service.embed(body), request)
 
-    @app.post("/v1/search", dependencies=with_weights)
+    @app.post("/v1/search")
     async def search(body: schema.SearchRequest, request: Request) -> Response:
         return await _answer(searching.search(body), request)
 

@@ -6,8 +6,8 @@ import asyncio
 import base64
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
@@ -15,13 +15,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from fastapi import HTTPException
 
-from c2v_rag.gatherer import batches_of, gather
+from c2v_rag.gatherer import batches_of, gather, gather_token_counts
 from c2v_rag.model import Causal2Vec
 from c2v_rag.server import schema
 from c2v_rag.server.metrics import Metered, Metrics
 
 Kind = Literal["query", "document"]
-_Tokens = TypeVar("_Tokens")
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,6 @@ class EmbeddingService:
         self.waiting = 0
         self._max_tokens = limits.tokens or model.config.max_length
         self.embedder = Metered(model, self.metrics)
-        self._tokenizing = ThreadPoolExecutor(1, "count-tokens")  # one thread: the tokenizers have a lock
         stamp = model.stamp | {"name": name} | {part: _without_path(origin) for part, origin in model.sources.items()}
         self.description = schema.Model(
             id=name,
@@ -79,20 +78,24 @@ class EmbeddingService:
 
     async def count_tokens(self, texts: list[str]) -> list[int]:
         """The number of tokens of each text. HTTPException 400 or 429 as in `Limits`."""
-        return await self._tokenize(self.model.count_tokens, texts)
+        with self._accepted(texts):
+            return await _results(gather_token_counts(self.model, texts))
 
     async def token_ends(self, texts: list[str]) -> list[list[list[int]]]:
         """`Causal2Vec.token_ends`. HTTPException 400 or 429 as in `Limits`, and 400 for a tokenizer without offsets."""
-        try:
-            return await self._tokenize(self.model.token_ends, texts)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+        with self._accepted(texts):
+            try:
+                return await asyncio.to_thread(self.model.token_ends, texts)
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from error
 
-    async def _tokenize(self, tokenize: Callable[[list[str]], _Tokens], texts: list[str]) -> _Tokens:
+    @contextmanager
+    def _accepted(self, texts: list[str]) -> Iterator[None]:
+        """`reserve`, and HTTPException 400 if these are too many texts for one request."""
         if len(texts) > self.limits.inputs:
             raise HTTPException(400, f"{len(texts)} texts in one request; at most {self.limits.inputs} are allowed.")
         with self.reserve(len(texts)):
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize, texts)
+            yield
 
     async def check_lengths(self, texts: list[str], advice: str) -> list[int]:
         """The number of tokens of each text. HTTPException 400, with `advice`, if one has too many; see `Limits`."""
@@ -182,7 +185,7 @@ def _without_path(origin: str) -> str:
     return f"{kind} {PurePath(path).name}" if kind in ("folder", "file") else origin
 
 
-async def _results(futures: list[Future[np.ndarray]]) -> list[np.ndarray]:
+async def _results(futures: list[Future[_Result]]) -> list[_Result]:
     """The futures' results in order. If one fails or the call is cancelled, the other texts leave the queue."""
     try:
         return [await asyncio.wrap_future(future) for future in futures]
