@@ -41,6 +41,8 @@ from c2v_rag.evaluate.folders import read_retrieval, retrieval_files
 from c2v_rag.evaluate.metrics import hit_at_k, mrr_at_k, ndcg_at_k, recall_at_k
 
 PYTHON_DOCS = "python-docs"
+# Of a run's report: texts of the corpus, paths on this machine, and the loss of every step. The run's folder has them.
+LEFT_OUT = ("changed", "examples", "losses", "model", "output", "unread")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +162,9 @@ def main() -> None:
                         "soft_labels": arguments.soft_labels,
                         "seconds": round(seconds),
                         "scores": {name: dataclasses.asdict(one) for name, one in compared(before, after).items()},
-                        "report": dataclasses.asdict(report),
+                        "report": {
+                            name: value for name, value in dataclasses.asdict(report).items() if name not in LEFT_OUT
+                        },
                     }
                     results = [one for one in results if key(one) != key(row)] + [row]
                     show(results)

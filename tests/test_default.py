@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -168,3 +169,10 @@ def test_every_committed_result_is_of_a_model_that_ships(model: Causal2Vec) -> N
         if path.stem not in OF_OTHER_MODELS and named.get("weights") != model.stamp["weights"]:
             parted.add(path.stem)
     assert parted == set(), "measure these again (make bench, docs/evaluation.md, docs/retrieval.md)"
+
+
+def test_no_committed_result_holds_a_path_of_the_machine_that_made_it() -> None:
+    found = {
+        path.stem: re.findall(r'[" ](/\w+/\S+)', path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")
+    }
+    assert {name: paths[:3] for name, paths in found.items() if paths} == {}
