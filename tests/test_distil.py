@@ -167,6 +167,38 @@ def test_a_taught_encoder_is_what_the_saved_model_computes(
     assert list(runs) == ["similarity and labels", "fused"]
 
 
+@pytest.mark.parametrize("encoder_rate", [0, 1e-3])
+def test_the_large_model_is_saved_with_the_embeddings_that_were_scored(
+    small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder_rate: float
+) -> None:
+    large = import_module("large")
+    scored: list[torch.Tensor] = []
+    scores_of = large.DevSets.items
+
+    def items(dev: Any, embed: Any, bm25: Any) -> Any:
+        _, queries, documents = dev.retrieval["dev"]
+        scored.extend((embed(queries, True), embed(documents, False)))
+        return scores_of(dev, embed, bm25)
+
+    monkeypatch.setattr(large.DevSets, "items", items)
+    output = tmp_path / "out"
+    options = [part for pair in small.items() for part in pair]
+    options += ["--steps", 8, "--batch", 4, "--layers", 2, "--rank", 2, "--rate", 1e-2, "--encoder-rate", encoder_rate]
+    call("large", monkeypatch, *options, "--output", output)
+    curve = json.loads((output / "training.json").read_text())["curve"]
+    assert [row["step"] for row in curve] == list(range(9))
+    assert {"dev", "dev + BM25", "dev C", "dev + BM25 EOS"} <= curve[-1].keys()
+    model = Causal2Vec.from_pretrained(output, dtype="float32")
+    dev = small["--dev"]
+    queries = pq.read_table(dev / "queries.parquet")["text"].to_pylist()
+    documents = [f"{row['title']} {row['text']}" for row in pq.read_table(dev / "corpus.parquet").to_pylist()]
+    # The last three calls: the whole embedding, C, and EOS, each of queries and documents.
+    for found, texts, embed in zip(
+        scored[-6:-4], (queries, documents), (model.encode_query, model.encode_document), strict=True
+    ):
+        np.testing.assert_allclose(found.float().numpy(), embed(texts), atol=4e-3)  # in float16
+
+
 def test_the_ablation_and_the_decoder_benchmark_run(
     small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
