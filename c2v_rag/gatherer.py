@@ -109,7 +109,7 @@ class _Queue:
         while (batch := self._next_batch()) is not None:
             running = [request for request in batch if request.future.set_running_or_notify_cancel()]
             started = time.perf_counter()
-            if _embed(running):
+            if _compute(running):
                 self._seconds = self._seconds / 2 + time.perf_counter() - started
                 self._characters = self._characters / 2 + sum(_characters(request.text) for request in running)
 
@@ -137,8 +137,8 @@ def _characters(text: str) -> int:
     return TEXT_CHARACTERS + len(text)
 
 
-def _embed(batch: list[_Request]) -> bool:
-    """Set the results of a batch; returns whether one call of the model embedded it."""
+def _compute(batch: list[_Request]) -> bool:
+    """Set the results of a batch; returns whether one call of the model computed them."""
     if not batch:
         return False
     first = batch[0]
@@ -150,7 +150,7 @@ def _embed(batch: list[_Request]) -> bool:
             first.future.set_exception(error)
         else:  # embed one text at a time, so that only the text that causes the error gets it
             for request in batch:
-                _embed([request])
+                _compute([request])
         return False
     for request, row in results:
         request.future.set_result(row)
@@ -163,5 +163,5 @@ def _queue_of(model: object, queues: WeakKeyDictionary[object, _Queue]) -> _Queu
 
 
 _queues: WeakKeyDictionary[object, _Queue] = WeakKeyDictionary()  # by embedder
-_count_queues: WeakKeyDictionary[object, _Queue] = WeakKeyDictionary()  # by tokenizer
+_count_queues: WeakKeyDictionary[object, _Queue] = WeakKeyDictionary()  # by the model that counts
 _queues_lock = threading.Lock()
