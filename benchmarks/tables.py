@@ -250,9 +250,12 @@ def adaptation() -> str:
         forgotten = [one["after"] - one["before"] for name, one in report["general"].items() if name != EVERYDAY]
         cells.append(", ".join(f"{100 * value:+.1f}" for value in forgotten) or "-")
         rows.append(cells)
+    made = {key: [row[key] for row in result["results"]] for key in ("date", "machine")}
+    made["command"] = ["python benchmarks/adaptation.py"]
     header = ["x 100, before to after (95 % of the change)", "questions trained on", "recall@10, vectors"]
     header += ["nDCG@10, vectors", "nDCG@10, hybrid", "MRR, vectors", f"{marked('XQuAD-en')}, nDCG@10"]
-    return markdown(header, rows) + LEGEND + _made_by_rows(result)
+    commands = "The command of each row is in `benchmarks/results/adaptation.json`.\n"
+    return markdown(header, rows) + LEGEND + made_by(made) + commands
 
 
 def adapted() -> str:
@@ -282,11 +285,6 @@ def _adapted(row: dict[str, Any]) -> str:
 def _change(row: dict[str, Any], name: str) -> str:
     one = row["scores"][name]
     return f"{100 * one['before']:.1f} to {100 * one['after']:.1f} ({interval(one['low'], one['high'])})"
-
-
-def _made_by_rows(result: dict[str, Any]) -> str:
-    """`made_by` for a result whose rows come from several commands."""
-    return made_by(result | {key: [row[key] for row in result["results"]] for key in ("command", "date", "machine")})
 
 
 _SYSTEMS = {"encoder": "MiniLM", "model": "default"}
