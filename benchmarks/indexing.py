@@ -40,10 +40,10 @@ VOCABULARY, WORDS, QUERY_WORDS = 50_000, 40, 6
 MODES = ("dense", "lexical", "hybrid")
 HNSW = "hnsw"
 HNSW_SETTINGS = {
-    "Chroma's settings": HnswSettings(),
+    "Chroma's settings": HnswSettings(ef_search=100),
     "ef_search=30": HnswSettings(ef_search=30),
     "ef_search=300": HnswSettings(ef_search=300),
-    "ef_construction=200, max_neighbors=32": HnswSettings(ef_construction=200, max_neighbors=32),
+    "ef_construction=200, max_neighbors=32": HnswSettings(ef_construction=200, max_neighbors=32, ef_search=100),
 }
 SPECTRUM, FIRST_COLUMNS = 1024, 256
 DEVICE_SECONDS = 0.030  # for a batch of CHUNKS_WRITTEN_AT_ONCE
