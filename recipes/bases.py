@@ -1,8 +1,11 @@
-"""The encoder and the decoder of the recipes, and where else their weights are found."""
+"""The encoder and the decoder of the recipes, where else their weights are found, and how a run says what made it."""
 
 from __future__ import annotations
 
 import math
+import shlex
+import sys
+from datetime import date
 
 import torch
 from peft import LoraConfig
@@ -32,6 +35,15 @@ BASE = BaseModels(
         }
     ],
 )
+
+
+def made(script: str, device: torch.device) -> dict[str, str]:
+    """Command, device and date of a run of recipes/`script`, for its training.json."""
+    return {
+        "command": shlex.join(["python", f"recipes/{script}", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "date": date.today().isoformat(),
+    }
 
 
 def new_model(

@@ -19,16 +19,13 @@ import argparse
 import json
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-from bases import BASE, new_model
+from bases import BASE, made, new_model
 from packed import PackedModel, Ragged
 from pairs import TEMPERATURE, Batches, DevSets, Texts, divergence, remembered, teacher_vectors
 from torch import Tensor, nn
@@ -266,9 +263,7 @@ def main() -> None:
     )
     write_checkpoint(model.eval(), BASE, arguments.output)
     about = {
-        "command": shlex.join(["python", "recipes/distil.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "date": date.today().isoformat(),
+        **made("distil.py", device),
         "pairs in the sets": pairs,
         "curve": curve,
     }

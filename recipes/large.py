@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bases import BASE, adapter, new_model
+from bases import BASE, adapter, made, new_model
 from packed import PackedModel, Ragged
 from pairs import (
     TEMPERATURE,
@@ -151,9 +148,7 @@ def main() -> None:
     train(groups, loss, steps=arguments.steps, report=report)
     write_checkpoint(model.eval(), BASE, arguments.output)
     about = {
-        "command": shlex.join(["python", "recipes/large.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "date": date.today().isoformat(),
+        **made("large.py", device),
         "curve": curve,
     }
     (arguments.output / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

@@ -17,16 +17,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
-import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bases import BASE, adapter, new_model, reset_adapter
+from bases import BASE, adapter, made, new_model, reset_adapter
 from packed import PackedModel, Ragged
 from pairs import (
     TEMPERATURE,
@@ -250,9 +247,7 @@ def main() -> None:
     bench = Bench(arguments)
     model = bench.model
     about: dict[str, Any] = {
-        "command": shlex.join(["python", "recipes/teach.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
-        "date": date.today().isoformat(),
+        **made("teach.py", model.device),
         "untrained": bench.score(Run()),
     }
     say(f"prepared, {len(bench.texts.all):,} texts; untrained {json.dumps(about['untrained'])}")
