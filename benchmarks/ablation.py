@@ -28,32 +28,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from bases import adapter, new_model, reset_adapter
+from bases import adapter
+from bench import ENCODER_TOKENS, Bench
 from packed import PackedModel, Ragged
-from pairs import (
-    SETS,
-    TEMPERATURE,
-    Batches,
-    DevSets,
-    PieceBM25,
-    Texts,
-    divergence,
-    false_negatives,
-    fused,
-    info_nce,
-    train,
-)
+from pairs import SETS, TEMPERATURE, Batches, DevSets, Texts, divergence, false_negatives, fused, info_nce, train
 
 from c2v_rag import Causal2VecConfig
 from c2v_rag.config import ContextualTokenPlace, Pooling
 from c2v_rag.finetune.loss import standardize
-from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, initialise
+from c2v_rag.projector import INITIAL_TOKEN_SCALE
 
-TRAINED_TOKENS, ENCODER_TOKENS, LLM_TOKENS = 128, 256, 320
+TRAINED_TOKENS, RANK = 128, 16
 RATES = {"projector": 1e-3, "encoder": 3e-4, "llm": 1e-3}
 ENCODER, PAPER = "MiniLM, trained alike", "Contextual token and EOS"
 UNTRAINED = "MiniLM"
@@ -96,91 +85,63 @@ VARIANTS = {
 }
 
 
-class Bench:
-    """The model, all texts and the untrained encoder's vectors, which the variants share."""
+def untrained(bench: Bench) -> dict[str, np.ndarray]:
+    """Scores of the encoder as it is, item by item."""
+    return bench.dev.items(lambda rows, _: bench.context[torch.from_numpy(rows).to(bench.model.device)], bench.bm25)
 
-    def __init__(self, data: Path, folders: list[Path], device: str) -> None:
-        self.texts = Texts()
-        self.texts.read(data, seed=0)
-        num_trained = len(self.texts.all)
-        self.dev = DevSets(folders, self.texts)
-        config = Causal2VecConfig(encoder_max_length=ENCODER_TOKENS)
-        self.model = new_model(device, config, encoder_rank=16, llm_rank=16)
-        self.layers = list(self.model.llm.layers)  # type: ignore[arg-type]
-        tokenizer = self.model.tokenizer
-        device_ = self.model.device
-        self.encoder_ids = Ragged.tokenize(tokenizer.encoder, self.texts.all, device_, most=ENCODER_TOKENS)
-        self.llm_ids = Ragged.tokenize(tokenizer.llm, self.texts.all, device_, most=LLM_TOKENS, eos=tokenizer.eos)
-        packed = PackedModel(self.model, self.encoder_ids, self.llm_ids)
-        with torch.no_grad():
-            self.vectors = packed.in_parts(np.arange(num_trained), packed.encode)
-        self.bm25 = PieceBM25(self.encoder_ids, self.texts.pairs, len(tokenizer.encoder))
 
-    def untrained(self) -> dict[str, np.ndarray]:
-        """Scores of the encoder as it is, item by item."""
-        reset_adapter(self.model.encoder, 0)
-        packed = PackedModel(self.model, self.encoder_ids, self.llm_ids)
-        with torch.no_grad():
-            return self.dev.items(lambda rows, _: packed.in_parts(rows, packed.encode), self.bm25)
+def run(bench: Bench, variant: Variant, steps: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The variant trained from the untrained parts: its items' scores, and what is known of the training."""
+    model = bench.model
+    has_token = variant.token != "none"
+    model.config = dataclasses.replace(model.config, pooling=variant.pooling, contextual_token=variant.token)
+    bench.restart(variant.num_llm_layers or 1, seed, variant.scale)
+    groups: list[tuple[list[Tensor], float]] = []
+    if has_token or not variant.num_llm_layers:
+        groups.append((list(adapter(model.encoder)), RATES["encoder"]))
+    if variant.num_llm_layers:
+        groups.append((list(adapter(model.llm)), RATES["llm"]))
+        if has_token:
+            groups.append((list(model.projector.requires_grad_(True).parameters()), RATES["projector"]))
 
-    def run(self, variant: Variant, steps: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The variant trained from the untrained parts: its items' scores, and what is known of the training."""
-        model = self.model
-        has_token = variant.token != "none"
-        model.config = dataclasses.replace(model.config, pooling=variant.pooling, contextual_token=variant.token)
-        torch.manual_seed(seed)
-        model.llm.layers = nn.ModuleList(self.layers[: variant.num_llm_layers or 1])
-        projector = Projector(model.encoder.config.hidden_size, model.llm.config.hidden_size).to(model.device)
-        for part in (model.encoder, model.llm):
-            reset_adapter(part, seed)
-        initialise(projector, model.llm, variant.scale)
-        model.projector = projector
-        groups: list[tuple[list[Tensor], float]] = []
-        if has_token or not variant.num_llm_layers:
-            groups.append((list(adapter(model.encoder)), RATES["encoder"]))
-        if variant.num_llm_layers:
-            groups.append((list(adapter(model.llm)), RATES["llm"]))
-            if has_token:
-                groups.append((list(projector.parameters()), RATES["projector"]))
+    def packed_model(encoder_ids: Ragged, llm_ids: Ragged) -> PackedModel:
+        return PackedModel(model, encoder_ids, llm_ids, bidirectional=variant.bidirectional, echo=variant.echo)
 
-        def packed_model(encoder_ids: Ragged, llm_ids: Ragged) -> PackedModel:
-            return PackedModel(model, encoder_ids, llm_ids, bidirectional=variant.bidirectional, echo=variant.echo)
+    short = packed_model(bench.encoder_ids.shortened(TRAINED_TOKENS), bench.llm_ids.shortened(TRAINED_TOKENS))
+    whole = packed_model(bench.encoder_ids, bench.llm_ids)
+    batches = Batches(bench.texts, bench.context, seed)
+    pairs = 0
 
-        short = packed_model(self.encoder_ids.shortened(TRAINED_TOKENS), self.llm_ids.shortened(TRAINED_TOKENS))
-        whole = packed_model(self.encoder_ids, self.llm_ids)
-        batches = Batches(self.texts, self.vectors, seed)
-        pairs = 0
+    def compute(packed: PackedModel, rows: np.ndarray, num_queries: int) -> Tensor:
+        if not variant.num_llm_layers:
+            return packed.encode(rows)
+        return packed.pool(rows, num_queries, variant.pooling)
 
-        def compute(packed: PackedModel, rows: np.ndarray, num_queries: int) -> Tensor:
-            if not variant.num_llm_layers:
-                return packed.encode(rows)
-            return packed.pool(rows, num_queries, variant.pooling)
+    def loss() -> Tensor:
+        nonlocal pairs
+        name, queries, documents = batches.draw()
+        pairs += len(queries)
+        vectors = normalize(compute(short, np.concatenate([queries, documents]), len(queries)), dim=1)
+        cosines = vectors[: len(queries)] @ vectors[len(queries) :].T
+        left_out = false_negatives(bench.context, queries, documents)
+        labels = info_nce(cosines / TEMPERATURE, left_out)
+        if variant.teacher == "labels":
+            return labels
+        q, d = (bench.context[torch.from_numpy(rows).to(model.device)].float() for rows in (queries, documents))
+        wanted = 1.5 * fused(q @ d.T, bench.bm25.scores(queries, documents, name))
+        return divergence(1.5 * standardize(cosines), wanted) + 0.1 * labels
 
-        def loss() -> Tensor:
-            nonlocal pairs
-            name, queries, documents = batches.draw()
-            pairs += len(queries)
-            vectors = normalize(compute(short, np.concatenate([queries, documents]), len(queries)), dim=1)
-            cosines = vectors[: len(queries)] @ vectors[len(queries) :].T
-            left_out = false_negatives(self.vectors, queries, documents)
-            labels = info_nce(cosines / TEMPERATURE, left_out)
-            if variant.teacher == "labels":
-                return labels
-            q, d = (self.vectors[torch.from_numpy(rows).to(model.device)].float() for rows in (queries, documents))
-            wanted = 1.5 * fused(q @ d.T, self.bm25.scores(queries, documents, name))
-            return divergence(1.5 * standardize(cosines), wanted) + 0.1 * labels
-
-        started = time.perf_counter()
-        losses = train(groups, loss, steps=steps)
-        seconds = time.perf_counter() - started
-        with torch.no_grad():
-            items = self.dev.items(
-                lambda rows, are_queries: whole.in_parts(
-                    rows, lambda part: compute(whole, part, len(part) if are_queries else 0)
-                ),
-                self.bm25,
-            )
-        return items, {"losses": [losses[0], losses[-1]], "pairs": pairs, "seconds": round(seconds, 1)}
+    started = time.perf_counter()
+    losses = train(groups, loss, steps=steps)
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        items = bench.dev.items(
+            lambda rows, are_queries: whole.in_parts(
+                rows, lambda part: compute(whole, part, len(part) if are_queries else 0)
+            ),
+            bench.bm25,
+        )
+    return items, {"losses": [losses[0], losses[-1]], "pairs": pairs, "seconds": round(seconds, 1)}
 
 
 def table(work: Path, dev: DevSets) -> dict[str, Any]:
@@ -276,7 +237,8 @@ def main() -> None:
     ]
     missing = [(name, seed) for name, seed in plan if not (arguments.work / _file(name, seed)).is_file()]
     if missing:
-        bench = Bench(arguments.data, arguments.eval, arguments.device)
+        config = Causal2VecConfig(encoder_max_length=ENCODER_TOKENS)
+        bench = Bench(arguments.data, arguments.eval, config, arguments.device, encoder_rank=RANK, llm_rank=RANK)
         dev = bench.dev
         print(f"[{time.time() - started:6.1f} s] prepared, {len(bench.texts.all):,} texts", flush=True)
         device = torch.cuda.get_device_name() if bench.model.device.type == "cuda" else "CPU"
@@ -287,7 +249,7 @@ def main() -> None:
             print(f"left: {name}, seed {seed}")
             continue
         variant = VARIANTS.get(name)
-        items, about = bench.run(variant, arguments.steps, seed) if variant else (bench.untrained(), {})
+        items, about = run(bench, variant, arguments.steps, seed) if variant else (untrained(bench), {})
         about |= {"device": device, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         file = arguments.work / _file(name, seed)
         file.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
@@ -305,7 +267,7 @@ def main() -> None:
                 "date": rows[ENCODER]["training"][0]["date"],
                 "training": {
                     "steps": arguments.steps, "tokens": TRAINED_TOKENS, "sets": list(SETS),
-                    "learning rates": RATES, "adapter rank": 16, "temperature": TEMPERATURE,
+                    "learning rates": RATES, "adapter rank": RANK, "temperature": TEMPERATURE,
                 },
                 "variants": rows,
             }  # fmt: skip

@@ -26,148 +26,102 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from bases import adapter, new_model, reset_adapter
-from packed import PackedModel, Ragged
-from pairs import (
-    TEMPERATURE,
-    Batches,
-    DevSets,
-    PieceBM25,
-    Texts,
-    divergence,
-    false_negatives,
-    info_nce,
-    kept_vectors,
-    remembered,
-    train,
-)
+from bases import adapter
+from bench import ENCODER_TOKENS, Bench
+from pairs import TEMPERATURE, Batches, divergence, false_negatives, info_nce, remembered, train
 
 from c2v_rag import Causal2VecConfig
 from c2v_rag.finetune.loss import standardize
-from c2v_rag.projector import Projector, initialise
 
-ENCODER_TOKENS, LLM_TOKENS, BATCH, RANK = 256, 320, 256, 64
+BATCH, RANK = 256, 64
 RATES = {"encoder": 3e-4, "llm": 1e-3, "weight": 1e-2}
 TASKS = ("meaning", "lexical", "residual")
 CONTROL = 0  # layers
 
 
-class Bench:
-    """The model, all texts, and what the frozen models say of them."""
+def run(bench: Bench, teacher: Tensor, task: str, num_layers: int, steps: int, seed: int) -> dict[str, Any]:
+    """Scores of X alone, of both, and what is known of the training. `teacher`: vectors of the training sets' texts."""
+    model, packed, device = bench.model, bench.packed, bench.model.device
+    bench.restart(num_layers or 1, seed)
+    weight = torch.zeros((), device=device, requires_grad=True)  # softplus(0) = 0.69
+    trained, rate = (model.llm, RATES["llm"]) if num_layers else (model.encoder, RATES["encoder"])
+    groups: list[tuple[list[Tensor], float]] = [(list(adapter(trained)), rate)]
+    if task != "lexical":
+        groups.append(([weight], RATES["weight"]))
+    batches = Batches(bench.texts, bench.context, seed, BATCH)
+    if task != "lexical":
+        batches.mine(bench.context)
+    pairs = 0
 
-    def __init__(self, data: Path, folders: list[Path], teacher: str, vectors: Path | None, device: str) -> None:
-        self.texts = Texts()
-        self.texts.read(data, seed=0)
-        num_trained = len(self.texts.all)
-        self.dev = DevSets(folders, self.texts)
-        config = Causal2VecConfig(encoder_max_length=ENCODER_TOKENS)
-        self.model = new_model(device, config, encoder_rank=RANK, llm_rank=RANK)
-        self.layers = list(self.model.llm.layers)  # type: ignore[arg-type]
-        tokenizer = self.model.tokenizer
-        self.packed = PackedModel(
-            self.model,
-            Ragged.tokenize(tokenizer.encoder, self.texts.all, self.model.device, most=ENCODER_TOKENS),
-            Ragged.tokenize(tokenizer.llm, self.texts.all, self.model.device, most=LLM_TOKENS, eos=tokenizer.eos),
-        )
-        rows = np.arange(len(self.texts.all))
-        with torch.no_grad():
-            self.context = self.packed.in_parts(rows, self.packed.encode)
-        trained = self.texts.all[:num_trained]
-        self.teacher = kept_vectors(vectors, teacher, trained, self.model.device)
-        self.bm25 = PieceBM25(self.packed.encoder_ids, self.texts.pairs, len(tokenizer.encoder))
+    def second(rows: np.ndarray, num_queries: int) -> Tensor:
+        if not num_layers:
+            return normalize(packed.encode(rows), dim=1)
+        context = bench.context[torch.from_numpy(rows).to(device)].float()
+        return normalize(packed.pool(rows, num_queries, "eos", context), dim=1)
 
-    def run(self, task: str, num_layers: int, steps: int, seed: int) -> dict[str, Any]:
-        """Scores of X alone, of both, and what is known of the training."""
-        model, packed, device = self.model, self.packed, self.model.device
-        torch.manual_seed(seed)
-        model.llm.layers = nn.ModuleList(self.layers[: num_layers or 1])
-        for part in (model.encoder, model.llm):
-            reset_adapter(part, seed)
-            part.requires_grad_(False)
-        model.projector = Projector(model.encoder.config.hidden_size, model.llm.config.hidden_size).to(device)
-        initialise(model.projector, model.llm)
-        model.projector.requires_grad_(False)
-        weight = torch.zeros((), device=device, requires_grad=True)  # softplus(0) = 0.69
-        trained, rate = (model.llm, RATES["llm"]) if num_layers else (model.encoder, RATES["encoder"])
-        groups: list[tuple[list[Tensor], float]] = [(list(adapter(trained)), rate)]
-        if task != "lexical":
-            groups.append(([weight], RATES["weight"]))
-        batches = Batches(self.texts, self.context, seed, BATCH)
-        if task != "lexical":
-            batches.mine(self.context)
-        pairs = 0
+    def loss() -> Tensor:
+        nonlocal pairs
+        name, queries, documents = batches.draw()
+        size = len(queries)
+        pairs += size
+        x = second(np.concatenate([queries, documents]), size)
+        scores = x[:size] @ x[size:].T
+        if task == "lexical":
+            return divergence(1.5 * standardize(scores), 1.5 * standardize(bench.bm25.scores(queries, documents, name)))
+        rows = [torch.from_numpy(one).to(device) for one in (queries, documents)]
+        q, d = (bench.context[one].float() for one in rows)
+        both = q @ d.T + softplus(weight) * scores
+        left_out = false_negatives(bench.context, queries, documents)
+        if task == "residual":
+            bm25 = standardize(bench.bm25.scores(queries, documents, name))
+            return info_nce(both / TEMPERATURE + bm25, left_out)
+        q, d = (teacher[one].float() for one in rows)
+        cosines = both / (1 + softplus(weight))
+        return info_nce(both / TEMPERATURE, left_out) + divergence(cosines / TEMPERATURE, q @ d.T / TEMPERATURE)
 
-        def second(rows: np.ndarray, num_queries: int) -> Tensor:
-            if not num_layers:
-                return normalize(packed.encode(rows), dim=1)
-            context = self.context[torch.from_numpy(rows).to(device)].float()
-            return normalize(packed.pool(rows, num_queries, "eos", context), dim=1)
+    started = time.perf_counter()
+    losses = train(groups, loss, steps=steps)
+    seconds = time.perf_counter() - started
 
-        def loss() -> Tensor:
-            nonlocal pairs
-            name, queries, documents = batches.draw()
-            size = len(queries)
-            pairs += size
-            x = second(np.concatenate([queries, documents]), size)
-            scores = x[:size] @ x[size:].T
-            if task == "lexical":
-                return divergence(
-                    1.5 * standardize(scores), 1.5 * standardize(self.bm25.scores(queries, documents, name))
-                )
-            rows = [torch.from_numpy(one).to(device) for one in (queries, documents)]
-            q, d = (self.context[one].float() for one in rows)
-            both = q @ d.T + softplus(weight) * scores
-            left_out = false_negatives(self.context, queries, documents)
-            if task == "residual":
-                bm25 = standardize(self.bm25.scores(queries, documents, name))
-                return info_nce(both / TEMPERATURE + bm25, left_out)
-            q, d = (self.teacher[one].float() for one in rows)
-            cosines = both / (1 + softplus(weight))
-            return info_nce(both / TEMPERATURE, left_out) + divergence(cosines / TEMPERATURE, q @ d.T / TEMPERATURE)
+    @remembered
+    def alone(rows: np.ndarray, queries: bool) -> Tensor:
+        return packed.in_parts(rows, lambda part: second(part, len(part) if queries else 0), 150_000)
 
-        started = time.perf_counter()
-        losses = train(groups, loss, steps=steps)
-        seconds = time.perf_counter() - started
+    def context(rows: np.ndarray, queries: bool) -> Tensor:
+        return bench.context[torch.from_numpy(rows).to(device)]
 
-        @remembered
-        def alone(rows: np.ndarray, queries: bool) -> Tensor:
-            return packed.in_parts(rows, lambda part: second(part, len(part) if queries else 0), 150_000)
+    def joined(share: float) -> dict[str, np.ndarray]:
+        def both(rows: np.ndarray, queries: bool) -> Tensor:
+            halves = [context(rows, queries).float(), share**0.5 * alone(rows, queries).float()]
+            return normalize(torch.cat(halves, dim=1), dim=1)
 
-        def context(rows: np.ndarray, queries: bool) -> Tensor:
-            return self.context[torch.from_numpy(rows).to(device)]
+        return bench.dev.items(both, bench.bm25)
 
-        def joined(share: float) -> dict[str, np.ndarray]:
-            def both(rows: np.ndarray, queries: bool) -> Tensor:
-                halves = [context(rows, queries).float(), share**0.5 * alone(rows, queries).float()]
-                return normalize(torch.cat(halves, dim=1), dim=1)
-
-            return self.dev.items(both, self.bm25)
-
-        with torch.no_grad():
-            first, own = (self.dev.items(vectors, self.bm25) for vectors in (context, alone))
-            weights = [0.1, 0.2, 0.4, 0.8] if task == "lexical" else [float(softplus(weight))]
-            items = {one: joined(one) for one in weights}
-        return {
-            "task": task,
-            "layers": num_layers,
-            "pairs": pairs,
-            "seconds": round(seconds, 1),
-            "losses": [losses[0], losses[-1]],
-            "C": self.dev.scores(first),
-            "X": self.dev.scores(own),
-            "both": [
-                {
-                    "weight": one,
-                    "scores": self.dev.scores(found),
-                    "difference to C": {name: self.dev.difference(name, found[name], first[name]) for name in found},
-                }
-                for one, found in items.items()
-            ],
-        }
+    with torch.no_grad():
+        first, own = (bench.dev.items(vectors, bench.bm25) for vectors in (context, alone))
+        weights = [0.1, 0.2, 0.4, 0.8] if task == "lexical" else [float(softplus(weight))]
+        items = {one: joined(one) for one in weights}
+    return {
+        "task": task,
+        "layers": num_layers,
+        "pairs": pairs,
+        "seconds": round(seconds, 1),
+        "losses": [losses[0], losses[-1]],
+        "C": bench.dev.scores(first),
+        "X": bench.dev.scores(own),
+        "both": [
+            {
+                "weight": one,
+                "scores": bench.dev.scores(found),
+                "difference to C": {name: bench.dev.difference(name, found[name], first[name]) for name in found},
+            }
+            for one, found in items.items()
+        ],
+    }
 
 
 def main() -> None:
@@ -185,7 +139,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
 
     started = time.time()
-    bench = Bench(arguments.data, arguments.eval, arguments.teacher, arguments.vectors, arguments.device)
+    config = Causal2VecConfig(encoder_max_length=ENCODER_TOKENS)
+    bench = Bench(arguments.data, arguments.eval, config, arguments.device, encoder_rank=RANK, llm_rank=RANK)
+    teacher = bench.teacher(arguments.teacher, arguments.vectors)
     print(f"[{time.time() - started:6.1f} s] prepared, {len(bench.texts.all):,} texts", flush=True)
     rows: list[dict[str, Any]] = []
     if arguments.output.is_file():
@@ -195,7 +151,7 @@ def main() -> None:
         for task in arguments.tasks:
             if (task, num_layers) in done:
                 continue
-            row = bench.run(task, num_layers, arguments.steps, seed=0)
+            row = run(bench, teacher, task, num_layers, arguments.steps, seed=0)
             rows.append(row)
             print(f"[{time.time() - started:6.1f} s] {json.dumps(row)}", flush=True)
             figures = {

@@ -22,28 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from bases import BASE, adapter, made, new_model
-from packed import PackedModel, Ragged
-from pairs import (
-    TEMPERATURE,
-    Batches,
-    DevSets,
-    PieceBM25,
-    Texts,
-    divergence,
-    false_negatives,
-    info_nce,
-    kept_vectors,
-    remembered,
-    train,
-)
+from bases import BASE, adapter, made
+from bench import ENCODER_TOKENS, Bench
+from pairs import TEMPERATURE, Batches, divergence, false_negatives, info_nce, remembered, train
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from c2v_rag import Causal2VecConfig
 from c2v_rag.finetune.run import write_checkpoint
 
-ENCODER_TOKENS, LLM_TOKENS = 256, 320
 LABEL_TEMPERATURE = 0.03
 HALVES = {"": slice(None), " C": slice(0, None, 2), " EOS": slice(1, None, 2)}
 CURVE = 8  # times that the development sets are scored
@@ -72,30 +59,26 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
 
-    texts = Texts()
-    texts.read(arguments.data, arguments.seed)
-    num_trained = len(texts.all)
-    dev = DevSets(arguments.dev, texts)
     config = Causal2VecConfig(num_llm_layers=arguments.layers, encoder_max_length=ENCODER_TOKENS)
     trains_encoder = arguments.encoder_rate > 0
-    encoder_rank = arguments.encoder_rank if trains_encoder else 0
-    model = new_model(arguments.device, config, seed=arguments.seed, encoder_rank=encoder_rank, llm_rank=arguments.rank)
-    device, tokenizer = model.device, model.tokenizer
-    packed = PackedModel(
-        model,
-        Ragged.tokenize(tokenizer.encoder, texts.all, device, most=ENCODER_TOKENS),
-        Ragged.tokenize(tokenizer.llm, texts.all, device, most=LLM_TOKENS, eos=tokenizer.eos),
+    bench = Bench(
+        arguments.data,
+        arguments.dev,
+        config,
+        arguments.device,
+        encoder_rank=arguments.encoder_rank if trains_encoder else 0,
+        llm_rank=arguments.rank,
+        seed=arguments.seed,
     )
-    with torch.no_grad():
-        context = packed.in_parts(np.arange(len(texts.all)), packed.encode)  # of the untrained encoder
-    teacher = kept_vectors(arguments.vectors, arguments.teacher, texts.all[:num_trained], device)
-    bm25 = PieceBM25(packed.encoder_ids, texts.pairs, len(tokenizer.encoder))
+    model, packed, context = bench.model, bench.packed, bench.context
+    device = model.device
+    teacher = bench.teacher(arguments.teacher, arguments.vectors)
 
     groups: list[tuple[list[Tensor], float]] = [(list(adapter(model.llm)), arguments.rate)]
     if trains_encoder:
         model.projector.requires_grad_(True)
         groups.append(([*adapter(model.encoder), *model.projector.parameters()], arguments.encoder_rate))
-    batches = Batches(texts, context, arguments.seed, arguments.batch)
+    batches = Batches(bench.texts, context, arguments.seed, arguments.batch)
     batches.mine(context)
     pairs = 0
 
@@ -125,14 +108,15 @@ def main() -> None:
 
         scores = {}
         for half, columns in HALVES.items():
-            items = dev.items(
-                lambda rows, queries, columns=columns: normalize(whole(rows, queries)[:, columns].float(), dim=1), bm25
+            items = bench.dev.items(
+                lambda rows, queries, columns=columns: normalize(whole(rows, queries)[:, columns].float(), dim=1),
+                bench.bm25,
             )
-            scores |= {f"{name}{half}": round(value, 2) for name, value in dev.scores(items).items()}
+            scores |= {f"{name}{half}": round(value, 2) for name, value in bench.dev.scores(items).items()}
         return scores
 
     curve: list[dict[str, Any]] = [{"step": 0, "pairs": 0, "minutes": 0.0, **score()}]
-    say(f"{len(texts.all):,} texts; untrained {json.dumps(curve[0])}")
+    say(f"{len(context):,} texts; untrained {json.dumps(curve[0])}")
     training_started, paused = time.perf_counter(), 0.0
 
     def report(step: int, value: float) -> None:

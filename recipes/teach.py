@@ -23,21 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bases import BASE, adapter, made, new_model, reset_adapter
-from packed import PackedModel, Ragged
-from pairs import (
-    TEMPERATURE,
-    Batches,
-    DevSets,
-    PieceBM25,
-    Texts,
-    divergence,
-    false_negatives,
-    fused,
-    info_nce,
-    kept_vectors,
-    train,
-)
+from bases import BASE, adapter, made, new_model
+from bench import ENCODER_TOKENS, Bench
+from pairs import TEMPERATURE, Batches, divergence, false_negatives, fused, info_nce, train
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -46,7 +34,6 @@ from c2v_rag.finetune.run import write_checkpoint
 from c2v_rag.projector import INITIAL_TOKEN_SCALE, Projector, final_norm_weight, initialise, mean_token_norm
 
 HELD_OUT = ("selqa", "stackexchange_qa", "textbook_questions")
-ENCODER_TOKENS = 256
 KEPT = (0.5, 0.75, 1.0)
 
 
@@ -79,32 +66,23 @@ RUNS = {
 }
 
 
-class Bench:
-    """The model, all texts and the teachers' vectors, which the runs share."""
+class Teaching(Bench):
+    """`target` (N, E + K), of length 1: the vectors of the untrained encoder and of the larger model, joined."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.texts = Texts()
-        self.texts.read(arguments.data, seed=0)
-        held = {name: self.texts.pairs.pop(name) for name in HELD_OUT if name in self.texts.pairs}
-        num_taught = len(self.texts.all)
-        self.dev = DevSets(arguments.dev, self.texts)
-        for name, (queries, positives) in held.items():
-            self.dev.add_pairs(name, queries, positives)
-        config = Causal2VecConfig(pooling="context", num_llm_layers=3, encoder_max_length=ENCODER_TOKENS)
-        self.model = new_model(arguments.device, config, encoder_rank=arguments.rank, llm_rank=arguments.rank)
-        self.layers = list(self.model.llm.layers)  # type: ignore[arg-type]
-        tokenizer, device = self.model.tokenizer, self.model.device
-        self.packed = PackedModel(
-            self.model,
-            Ragged.tokenize(tokenizer.encoder, self.texts.all, device, most=ENCODER_TOKENS),
-            _no_ids(len(self.texts.all), device),
+        super().__init__(
+            arguments.data,
+            arguments.dev,
+            Causal2VecConfig(pooling="context", num_llm_layers=3, encoder_max_length=ENCODER_TOKENS),
+            arguments.device,
+            encoder_rank=arguments.rank,
+            llm_rank=arguments.rank,
+            held_out=HELD_OUT,
+            reads_texts=False,
         )
-        with torch.no_grad():
-            encoded = self.packed.in_parts(np.arange(len(self.texts.all)), self.packed.encode)
-        self.context = encoded[:num_taught]
-        larger = kept_vectors(arguments.vectors, arguments.teacher, self.texts.all[:num_taught], device)
-        self.teacher = normalize(torch.cat([self.context.float(), larger.float()], dim=1), dim=1).half()
-        self.bm25 = PieceBM25(self.packed.encoder_ids, self.texts.pairs, len(tokenizer.encoder))
+        larger = self.teacher(arguments.teacher, arguments.vectors)
+        self.context = self.context[: len(larger)]
+        self.target = normalize(torch.cat([self.context.float(), larger.float()], dim=1), dim=1).half()
 
     def embed(self, run: Run, rows: np.ndarray, num_queries: int) -> Tensor:
         """(n, .) the embeddings in training, not normalised."""
@@ -120,19 +98,16 @@ class Bench:
     def train(self, run: Run, steps: int, seed: int, curve: int = 0) -> dict[str, Any]:
         """Train from the untrained parts. `curve`: score so many times on the way."""
         model = self.model
-        torch.manual_seed(seed)
-        model.llm.layers = nn.ModuleList(self.layers[: run.head or 1])
-        for part in (model.encoder, model.llm):
-            reset_adapter(part, seed)
-            part.requires_grad_(False)
-        model.projector = Projector(model.encoder.config.hidden_size, model.llm.config.hidden_size).to(model.device)
-        initialise(model.projector, model.llm, run.scale)
+        self.restart(run.head or 1, seed, run.scale)
         groups: list[tuple[list[Tensor], float]] = [(list(adapter(model.encoder)), run.rate)]
         if run.head:
-            groups += [(list(adapter(model.llm)), 1e-3), (list(model.projector.parameters()), 5e-4)]
+            groups += [
+                (list(adapter(model.llm)), 1e-3),
+                (list(model.projector.requires_grad_(True).parameters()), 5e-4),
+            ]
         batches = Batches(self.texts, self.context, seed)
         if run.mined:
-            batches.mine(self.teacher)
+            batches.mine(self.target)
         pairs = 0
 
         def loss() -> Tensor:
@@ -141,7 +116,7 @@ class Bench:
             size = len(queries)
             pairs += size
             x = normalize(self.embed(run, np.concatenate([queries, documents]), size), dim=1)
-            teacher = self.teacher[torch.from_numpy(np.concatenate([queries, documents])).to(model.device)].float()
+            teacher = self.target[torch.from_numpy(np.concatenate([queries, documents])).to(model.device)].float()
             (q, d), (tq, td) = ((one[:size], one[size:]) for one in (x, teacher))
             cosines, wanted = q @ d.T, tq @ td.T
             total = x.sum() * 0
@@ -196,11 +171,6 @@ class Bench:
             layer.lora_B["default"].weight = nn.Parameter(b, requires_grad=False)
 
 
-def _no_ids(number: int, device: torch.device) -> Ragged:
-    """One id for each text, for a decoder that reads no text."""
-    return Ragged(torch.zeros(number, dtype=torch.int32), torch.ones(number, dtype=torch.int64), device)
-
-
 def _off_diagonal(cosines: Tensor) -> Tensor:
     return (cosines / TEMPERATURE).masked_fill(torch.eye(len(cosines), dtype=torch.bool, device=cosines.device), -1e4)
 
@@ -244,7 +214,7 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"[{time.time() - started:6.1f} s] {what}", flush=True)
 
-    bench = Bench(arguments)
+    bench = Teaching(arguments)
     model = bench.model
     about: dict[str, Any] = {
         **made("teach.py", model.device),

@@ -171,16 +171,16 @@ def test_a_taught_encoder_is_what_the_saved_model_computes(
 def test_the_large_model_is_saved_with_the_embeddings_that_were_scored(
     small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder_rate: float
 ) -> None:
-    large = import_module("large")
+    pairs = import_module("pairs")
     scored: list[torch.Tensor] = []
-    scores_of = large.DevSets.items
+    scores_of = pairs.DevSets.items
 
     def items(dev: Any, embed: Any, bm25: Any) -> Any:
         _, queries, documents = dev.retrieval["dev"]
         scored.extend((embed(queries, True), embed(documents, False)))
         return scores_of(dev, embed, bm25)
 
-    monkeypatch.setattr(large.DevSets, "items", items)
+    monkeypatch.setattr(pairs.DevSets, "items", items)
     output = tmp_path / "out"
     options = [part for pair in small.items() for part in pair]
     options += ["--steps", 8, "--batch", 4, "--layers", 2, "--rank", 2, "--rate", 1e-2, "--encoder-rate", encoder_rate]
