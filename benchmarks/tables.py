@@ -243,14 +243,18 @@ def finetuning() -> str:
 def adaptation() -> str:
     result = read("adaptation")
     rows = []
-    for row in result["results"]:
+    by_corpus = sorted(
+        result["results"],
+        key=lambda row: (row["benchmark"], row["writer"] != "headings", row["soft_labels"] == 0, row["minutes"]),
+    )
+    for row in by_corpus:
         report = row["report"]
         cells = [_adapted(row), f"{report['kept']['training']:,}"]
         cells += [_change(row, name) for name in ("vectors, recall@10", *_NDCG, "vectors, MRR")]
         forgotten = [one["after"] - one["before"] for name, one in report["general"].items() if name != EVERYDAY]
         cells.append(", ".join(f"{100 * value:+.1f}" for value in forgotten) or "-")
         rows.append(cells)
-    made = {key: [row[key] for row in result["results"]] for key in ("date", "machine")}
+    made = {key: [row[key] for row in by_corpus] for key in ("date", "machine")}
     made["command"] = ["python benchmarks/adaptation.py"]
     header = ["x 100, before to after (95 % of the change)", "questions trained on", "recall@10, vectors"]
     header += ["nDCG@10, vectors", "nDCG@10, hybrid", "MRR, vectors", f"{marked('XQuAD-en')}, nDCG@10"]
