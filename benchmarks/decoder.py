@@ -1,7 +1,7 @@
-"""Does the decoder's EOS state add what the encoder, or BM25 beside it, does not have? On one GPU.
+"""Does the decoder's EOS state add what the encoder, or BM25 beside it, does not have?
 
     python benchmarks/decoder.py --data TRAIN_FOLDER --eval EVAL_FOLDER... --teacher all-mpnet-base-v2
-        [--layers 6 12 30] [--steps N] [--vectors FILE] [--output FILE.json]
+        [--layers 6 12 30] [--steps N] [--batch PAIRS] [--rows N] [--vectors FILE] --output FILE.json
 
 The Contextual half is all-MiniLM-L6-v2 as it is. A text's embedding is (C, sqrt(w) X), so that the cosine of two texts
 is s_C + w s_X, where w is learned. X is the EOS state of SmolLM2-135M-Instruct with so many layers, which reads C and
@@ -11,6 +11,8 @@ batches of neighbours:
 - "meaning": InfoNCE on the whole score, one mined negative for each pair, and the similarities of a larger model;
 - "lexical": X alone learns BM25's ranking of the batch (SPAR, arXiv 2110.06918), and w is tried;
 - "residual": the BM25 score stands beside the whole score in InfoNCE (CLEAR, arXiv 2004.13969).
+
+For one GPU. On a CPU, give fewer `--rows`, since every text gets its vectors first, and a smaller `--batch`.
 """
 
 from __future__ import annotations
@@ -32,18 +34,20 @@ from torch.nn.functional import normalize, softplus
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from bases import adapter
 from bench import ENCODER_TOKENS, Bench
-from pairs import TEMPERATURE, Batches, divergence, false_negatives, info_nce, remembered, train
+from pairs import MAX_ROWS, TEMPERATURE, Batches, divergence, false_negatives, info_nce, remembered, train
 
 from c2v_rag import Causal2VecConfig
 from c2v_rag.finetune.loss import standardize
 
-BATCH, RANK = 256, 64
+RANK = 64
 RATES = {"encoder": 3e-4, "llm": 1e-3, "weight": 1e-2}
 TASKS = ("meaning", "lexical", "residual")
 CONTROL = 0  # layers
 
 
-def run(bench: Bench, teacher: Tensor, task: str, num_layers: int, steps: int, seed: int) -> dict[str, Any]:
+def run(
+    bench: Bench, teacher: Tensor, task: str, num_layers: int, *, steps: int, batch: int, seed: int = 0
+) -> dict[str, Any]:
     """Scores of X alone, of both, and what is known of the training. `teacher`: vectors of the training sets' texts."""
     model, packed, device = bench.model, bench.packed, bench.model.device
     bench.restart(num_layers or 1, seed)
@@ -52,7 +56,7 @@ def run(bench: Bench, teacher: Tensor, task: str, num_layers: int, steps: int, s
     groups: list[tuple[list[Tensor], float]] = [(list(adapter(trained)), rate)]
     if task != "lexical":
         groups.append(([weight], RATES["weight"]))
-    batches = Batches(bench.texts, bench.context, seed, BATCH)
+    batches = Batches(bench.texts, bench.context, seed, batch)
     if task != "lexical":
         batches.mine(bench.context)
     pairs = 0
@@ -133,6 +137,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 12, 30])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=256, help="pairs")
+    parser.add_argument("--rows", type=int, default=MAX_ROWS, help="the most of each training set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; rows that it has are kept")
     arguments = parser.parse_args()
@@ -140,7 +146,15 @@ def main() -> None:
 
     started = time.time()
     config = Causal2VecConfig(encoder_max_length=ENCODER_TOKENS)
-    bench = Bench(arguments.data, arguments.eval, config, arguments.device, encoder_rank=RANK, llm_rank=RANK)
+    bench = Bench(
+        arguments.data,
+        arguments.eval,
+        config,
+        arguments.device,
+        encoder_rank=RANK,
+        llm_rank=RANK,
+        max_rows=arguments.rows,
+    )
     teacher = bench.teacher(arguments.teacher, arguments.vectors)
     print(f"[{time.time() - started:6.1f} s] prepared, {len(bench.texts.all):,} texts", flush=True)
     rows: list[dict[str, Any]] = []
@@ -151,14 +165,15 @@ def main() -> None:
         for task in arguments.tasks:
             if (task, num_layers) in done:
                 continue
-            row = run(bench, teacher, task, num_layers, arguments.steps, seed=0)
+            row = run(bench, teacher, task, num_layers, steps=arguments.steps, batch=arguments.batch)
             rows.append(row)
             print(f"[{time.time() - started:6.1f} s] {json.dumps(row)}", flush=True)
             figures = {
                 "command": shlex.join(["python", *sys.argv]),
                 "device": torch.cuda.get_device_name() if bench.model.device.type == "cuda" else "CPU",
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "batch": BATCH,
+                "batch": arguments.batch,
+                "most rows of a set": arguments.rows,
                 "adapter rank": RANK,
                 "rows": rows,
             }

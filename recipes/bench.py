@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from bases import new_model, reset_adapter
 from packed import PackedModel, Ragged
-from pairs import DevSets, PieceBM25, Texts, kept_vectors
+from pairs import MAX_ROWS, DevSets, PieceBM25, Texts, kept_vectors
 from torch import Tensor, nn
 
 from c2v_rag import Causal2VecConfig
@@ -21,9 +21,9 @@ ENCODER_TOKENS, LLM_TOKENS = 256, 320
 class Bench:
     """N texts: those of the training sets, then those of the development sets. E: the encoder's width.
 
-    `context` (N, E): the vectors of the untrained encoder, of length 1, float16. `held_out`: training sets that are
-    development sets here, as far as they are there. `reads_texts`: the decoder reads texts, not just the Contextual
-    token.
+    `context` (N, E): the vectors of the untrained encoder, of length 1, float16. `max_rows`: of each training set.
+    `held_out`: training sets that are development sets here, as far as they are there. `reads_texts`: the decoder
+    reads texts, not just the Contextual token.
     """
 
     def __init__(
@@ -36,11 +36,12 @@ class Bench:
         encoder_rank: int,
         llm_rank: int,
         seed: int = 0,
+        max_rows: int = MAX_ROWS,
         held_out: Sequence[str] = (),
         reads_texts: bool = True,
     ) -> None:
         self.texts = Texts()
-        self.texts.read(data, seed)
+        self.texts.read(data, seed, max_rows)
         held = {name: self.texts.pairs.pop(name) for name in held_out if name in self.texts.pairs}
         self._trained = self.texts.all
         self.dev = DevSets(folders, self.texts)

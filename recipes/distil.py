@@ -10,7 +10,7 @@ the similarities of queries to positives are compared with the target's, for eac
 divergence). That a query and a positive belong together is used for nothing else.
 
 `c2v-rag train` trains any model on pairs. This script is for one GPU and one task: it packs texts without padding
-(torch's varlen_attn). On a CPU it pads them, which is for tests only.
+(torch's varlen_attn). On a CPU it pads them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Forward passes over texts without padding: sequences one behind the other, torch's varlen_attn on a GPU.
 
-For recipes and benchmarks that train on one GPU. On a CPU the attention pads, which is for tests only.
+For recipes and benchmarks that train on one GPU. On a CPU the attention pads.
 T tokens of a batch, n texts, E encoder width, D decoder width.
 """
 
@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, linear, normalize, pad, scaled_dot_product
 
 from c2v_rag import Causal2Vec
 from c2v_rag.config import Pooling
+from c2v_rag.inference import default_dtype
 
 
 class Ragged:
@@ -121,7 +122,7 @@ class PackedModel:
         self.encoder_ids, self.llm_ids = encoder_ids, llm_ids
         self.bidirectional, self.echo = bidirectional, echo
         self.device = model.device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = default_dtype(self.device)
         prompt = model.config.prompt(model.config.instruction)
         backend = model.tokenizer.llm.backend_tokenizer
         ids = [model.tokenizer.bos, *backend.encode(prompt, add_special_tokens=False).ids]

@@ -24,6 +24,7 @@ from c2v_rag.evaluate.folders import RetrievalFolder, read_retrieval, read_rows,
 from c2v_rag.evaluate.intervals import difference_of_means, paired_bootstrap
 from c2v_rag.evaluate.metrics import ndcg_at_k, spearman
 from c2v_rag.finetune.loss import standardize
+from c2v_rag.inference import default_dtype
 from c2v_rag.sources import PYTHON_DOCS, python_docs
 
 # Openly licensed sets; none is made from SQuAD, whose articles XQuAD-en asks about. A set's share of the batches is its
@@ -91,12 +92,12 @@ class Texts:
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         return np.array([self._rows.setdefault(text, len(self._rows)) for text in texts], dtype=np.int64)
 
-    def read(self, folder: Path, seed: int) -> None:
-        """Read NAME.parquet of each of `SETS`, columns query and positive."""
+    def read(self, folder: Path, seed: int, max_rows: int = MAX_ROWS) -> None:
+        """Read NAME.parquet of each of `SETS`, columns query and positive; at most `max_rows` random rows of each."""
         rng = np.random.default_rng(seed)
         for name in SETS:
             table = pq.read_table(folder / f"{name}.parquet", columns=["query", "positive"]).to_pydict()
-            chosen = rng.permutation(len(table["query"]))[:MAX_ROWS]
+            chosen = rng.permutation(len(table["query"]))[:max_rows]
             sides = [[table[side][i][:MAX_CHARACTERS] for i in chosen] for side in ("query", "positive")]
             self.pairs[name] = (self.rows(sides[0]), self.rows(sides[1]))
 
@@ -236,8 +237,7 @@ def teacher_vectors(folder: str, texts: Sequence[str], device: torch.device) -> 
     if not getattr(teacher[1], "pooling_mode_mean_tokens", True) or len(teacher) > 3:
         raise ValueError(f"{folder} has another pooling than the mean over tokens.")
     network: Any = teacher[0].auto_model
-    if device.type == "cuda":
-        network = network.half()
+    network = network.to(torch.float16 if device.type == "cuda" else default_dtype(device))
     ids = Ragged.tokenize(teacher.tokenizer, texts, device, most=int(teacher.max_seq_length or 256))
     pad_id = teacher.tokenizer.pad_token_id or 0
     order = np.argsort(ids.lengths, kind="stable")

