@@ -399,6 +399,8 @@ def test_a_killed_run_resumes_to_the_same_weights(checkpoint: Path, data: Path, 
     ]
     assert [row["step"] for row in logs[1]["full"]] == list(range(1, 7))
     np.testing.assert_allclose(*([row["loss"] for row in log["full"]] for log in logs), atol=1e-3)
+    num_texts = 2 * 16  # of a step
+    assert logs[0]["context"][0]["tokens"] > 4 * num_texts, "the decoder reads none of them, the encoder does"
 
 
 @pytest.mark.parametrize("part", ["encoder", "encoder_adapter"])

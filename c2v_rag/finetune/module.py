@@ -67,6 +67,8 @@ class TrainingModule(Causal2VecModule):
         self._stage_tokenizer = stage_tokenizer(model, stage.max_length)
         self._prompted = vectors.encoder
         self.pooling: Pooling = "context" if stage.sequences == "context" else model.config.pooling
+        # The feature by which a text's tokens are counted: without text for the decoder, the encoder's.
+        self.text_mask = "encoder_mask" if stage.sequences == "context" else "attention_mask"
         self._teachers = vectors.teachers
         self._start = vectors.start
         self._encoder_is_frozen = encoder_is_frozen(stage)

@@ -145,7 +145,8 @@ class StageTrainer(SentenceTransformerTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        self.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
+        counted = self._module.text_mask
+        self.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith(counted))
         rows = {name.removesuffix("_rows"): rows for name, rows in inputs.items() if name.endswith("_rows")}
         if isinstance(self.loss, Causal2VecLoss):
             self.loss.data_set = inputs.get("dataset_name", "").removesuffix(WITH_NEGATIVES)
