@@ -110,13 +110,13 @@ def test_scores_equal_their_definitions_in_either_format(folders: Path, model: C
 def test_baselines_are_reported_with_an_interval(folders: Path, model: Causal2Vec, tmp_path: Path) -> None:
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     tasks = [read_task(folders / name) for name in ("Docs", "Pairs")]
-    result = evaluate(model, tasks, ["encoder", "contextual", "eos", "bm25"])
+    result = evaluate(model, tasks, ["encoder", "contextual", "eos", "bm25", str(tmp_path / "other")])
     docs, pairs = result["tasks"]["Docs"], result["tasks"]["Pairs"]
-    assert [*docs["scores"]] == ["model", "encoder", "contextual", "eos", "bm25"]
-    assert [*pairs["scores"]] == ["model", "encoder", "contextual", "eos"]
+    assert [*docs["scores"]] == ["model", "encoder", "contextual", "eos", "bm25", "other"]
+    assert [*pairs["scores"]] == ["model", "encoder", "contextual", "eos", "other"]
     assert docs["scores"]["bm25"]["ndcg_at_10"] > 0.5, "the queries are pieces of the passages"
     assert {name: one["dimension"] for name, one in result["systems"].items()} == {
-        "model": 64, "encoder": 24, "contextual": 32, "eos": 32,
+        "model": 64, "encoder": 24, "contextual": 32, "eos": 32, "other": 64,
     }  # fmt: skip
     assert result["systems"]["model"]["tokens_per_second"] > 0
 
@@ -138,6 +138,10 @@ def test_baselines_are_reported_with_an_interval(folders: Path, model: Causal2Ve
     header, *rows = rows_of(result)
     assert header[:3] == ["task", "metric", "model"]
     assert len(rows) == 6
+    other = Causal2Vec.from_pretrained(tmp_path / "other", dtype=model.dtype)
+    cosines = (other.encode(sentences[0]) * other.encode(sentences[1])).sum(axis=1)
+    expected = spearmanr(cosines, [row["score"] for row in PAIRS]).statistic
+    assert pairs["scores"]["other"]["cosine_spearman"] == pytest.approx(expected, abs=1e-4)
     assert next(row for row in rows if row[0] == "Pairs")[header.index("bm25")] == "-"
 
 

@@ -114,7 +114,8 @@ def evaluate(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help='Repeatable: "encoder", "contextual", "eos", "bm25", "hybrid", or a sentence-transformers model.'
+            help='Repeatable: "encoder", "contextual", "eos", "bm25", "hybrid", "default", the folder of another '
+            "checkpoint, or a sentence-transformers model."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write all results to this JSON file.")] = None,

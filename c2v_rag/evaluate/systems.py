@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,8 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
 from c2v_rag.bases import package_base
+from c2v_rag.checkpoint import DEFAULT
+from c2v_rag.config import CONFIG_FILE
 from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.fusion import FUSED_DEPTH, reciprocal_rank_fusion
 from c2v_rag.model import Causal2Vec
@@ -116,8 +119,8 @@ class HybridSystem:
 
 def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     """The model first, then each baseline: "encoder" (the one inside the model), "contextual" and "eos" (one half of
-    the embedding alone), "bm25", "hybrid" (the model and BM25 fused), or a sentence-transformers model: a folder, an
-    installed package, or a hub id.
+    the embedding alone), "bm25", "hybrid" (the model and BM25 fused), another model of this package ("default" or a
+    checkpoint's folder), or a sentence-transformers model: a folder, an installed package, or a hub id.
 
     All run in the model's dtype, and tokens are the model's own for all of them, so that tokens/s compare.
     """
@@ -141,9 +144,18 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
             found.append(mteb.get_model(_MTEB_BM25))
         elif name == HYBRID:
             found.append(HybridSystem(ours))
+        elif name == DEFAULT or (Path(name) / CONFIG_FILE).is_file():
+            another = Causal2Vec.from_pretrained(name, device=model.device, dtype=model.dtype)
+            label = str(another.stamp["weights"])
+            found.append(DenseSystem(_last(name), label, another, options=quiet, count_tokens=model.count_tokens))
         else:
             package = package_base(name)
             source = name if package is None else str(package.folder)
             other = SentenceTransformer(source, device=str(model.device), model_kwargs={"dtype": model.dtype})
-            found.append(DenseSystem(name.rstrip("/").split("/")[-1], name, other, count_tokens=model.count_tokens))
+            found.append(DenseSystem(_last(name), name, other, count_tokens=model.count_tokens))
     return found
+
+
+def _last(name: str) -> str:
+    """The last part of a path or a hub id."""
+    return name.rstrip("/").split("/")[-1]
