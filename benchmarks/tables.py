@@ -87,6 +87,20 @@ def evaluation() -> str:
     return markdown(header, rows) + LEGEND + made_by(result)
 
 
+def labels() -> str:
+    """The default trained further on labels, on the sets that chose nothing, and on the development sets."""
+    rows = []
+    results = [read("labels"), read("labels-dev")]
+    for name, task in [item for result in results for item in result["tasks"].items()]:
+        scores = {system: f"{100 * values[task['metric']]:.1f}" for system, values in task["scores"].items()}
+        leads = [points({key: 100 * value for key, value in task["lead"][one].items()}) for one in ("default", MINILM)]
+        measure = "nDCG@10" if task["metric"] == "ndcg_at_10" else "Spearman"
+        rows.append([f"{marked(name)}, {measure}", *(scores[one] for one in ("model", "default", MINILM)), *leads])
+    header = ["x 100", "default and labels", "default", "MiniLM", "to the default", "to MiniLM"]
+    made = {key: [one[key] for one in results] for key in ("date", "command")} | {"machine": results[0]["machine"]}
+    return markdown(header, rows) + LEGEND + made_by(made)
+
+
 def default_curve() -> str:
     training = json.loads((ROOT / "c2v_rag" / "models" / "default" / "training.json").read_text(encoding="utf-8"))
     sets = ("Cranfield", "XQuAD-en")
@@ -517,6 +531,7 @@ def interval(low: float, high: float) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
+    "labels": labels,
     "default-curve": default_curve,
     "python-docs": python_docs,
     "throughput": throughput,

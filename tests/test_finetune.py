@@ -248,6 +248,7 @@ def test_mined_negatives_are_the_best_passages_that_score_below_the_positive(cas
 
 def test_recipes_are_valid_and_unknown_keys_are_errors(tmp_path: Path) -> None:
     assert {path.name for path in RECIPES.glob("*.yaml")} == {
+        "default-labels.yaml",
         "laptop-smollm2-135m.yaml",
         "mistral-7b-e5.yaml",
         "mistral-7b-e5-8gpu.yaml",
