@@ -77,10 +77,9 @@ def evaluation() -> str:
     for name, task in result["tasks"].items():
         metric = task["metric"]
         scores = {Path(system).name: f"{100 * values[metric]:.1f}" for system, values in task["scores"].items()}
-        lead = task["lead"][MINILM]
-        measure = "nDCG@10" if metric == "ndcg_at_10" else "Spearman"
+        over = task["lead"][MINILM]
         rows.append(
-            [f"{marked(name)}, {measure}", scores["model"], scores[MINILM], interval(lead["low"], lead["high"])]
+            [_measured(name, metric), scores["model"], scores[MINILM], interval(over["low"], over["high"])]
             + [scores.get(system, "-") for system in (MPNET, "bm25", "hybrid")]
         )
     header = ["x 100", "default", "MiniLM", "difference, 95 %", MPNET, "BM25", "default and BM25, rank fusion"]
@@ -93,12 +92,16 @@ def labels() -> str:
     results = [read("labels"), read("labels-dev")]
     for name, task in [item for result in results for item in result["tasks"].items()]:
         scores = {system: f"{100 * values[task['metric']]:.1f}" for system, values in task["scores"].items()}
-        leads = [points({key: 100 * value for key, value in task["lead"][one].items()}) for one in ("default", MINILM)]
-        measure = "nDCG@10" if task["metric"] == "ndcg_at_10" else "Spearman"
-        rows.append([f"{marked(name)}, {measure}", *(scores[one] for one in ("model", "default", MINILM)), *leads])
+        leads = [lead(**task["lead"][one]) for one in ("default", MINILM)]
+        rows.append([_measured(name, task["metric"]), *(scores[one] for one in ("model", "default", MINILM)), *leads])
     header = ["x 100", "default and labels", "default", "MiniLM", "to the default", "to MiniLM"]
     made = {key: [one[key] for one in results] for key in ("date", "command")} | {"machine": results[0]["machine"]}
     return markdown(header, rows) + LEGEND + made_by(made)
+
+
+def _measured(name: str, metric: str) -> str:
+    """A set and what is measured on it."""
+    return f"{marked(name)}, {'nDCG@10' if metric == 'ndcg_at_10' else 'Spearman'}"
 
 
 def default_curve() -> str:
@@ -244,7 +247,7 @@ def finetuning() -> str:
         [
             name,
             *(f"{100 * sum(system[when]) / len(system[when]):.1f}" for when in ("before", "after")),
-            f"{100 * system['gain']['difference']:+.1f} ({interval(system['gain']['low'], system['gain']['high'])})",
+            lead(**system["gain"]),
             *(f"{system[key]:,}" for key in ("pairs", "tokens_per_second", "peak_mib")),
         ]
         for name, system in result["systems"].items()
@@ -336,7 +339,7 @@ def leads() -> str:
     rows = [
         [
             title + (", chunk headers" if headed else ""),
-            *(f"{100 * value:+.1f} ({interval(low, high)})" for value, low, high in found[mode + headed].values()),
+            *(lead(*one) for one in found[mode + headed].values()),
         ]
         for mode, title in modes.items()
         for headed in ("", ", headers")
@@ -527,6 +530,11 @@ def teaching() -> str:
 def interval(low: float, high: float) -> str:
     """Both ends of an interval of a difference, x 100."""
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def lead(difference: float, low: float, high: float) -> str:
+    """A difference with its interval, x 100."""
+    return f"{100 * difference:+.1f} ({interval(low, high)})"
 
 
 TABLES: dict[str, Callable[[], str]] = {
