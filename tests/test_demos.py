@@ -151,6 +151,12 @@ def test_the_openai_demo_asks_a_server(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
 
 
+def test_the_gallery_shows_the_scripts_that_it_names() -> None:
+    names = re.findall(r'example "(.+)"', GALLERY)
+    assert names
+    assert [f'--8<-- "{name}"' for name in names] == re.findall("--8.*", GALLERY)
+
+
 def test_the_notebook_runs_from_its_first_cell_to_its_last() -> None:
     notebook = nbformat.read(DEMOS / "notebooks" / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, timeout=500, kernel_name="python3").execute()
