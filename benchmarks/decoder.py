@@ -1,7 +1,7 @@
 """Does the decoder's EOS state add what the encoder, or BM25 beside it, does not have?
 
     python benchmarks/decoder.py --data TRAIN_FOLDER --eval EVAL_FOLDER... --teacher all-mpnet-base-v2
-        [--layers 6 12 30] [--steps N] [--batch PAIRS] [--rows N] [--vectors FILE] --output FILE.json
+        [--layers 6 12 30] [--steps N] [--batch PAIRS] [--tokens N] [--rows N] [--vectors FILE] --output FILE.json
 
 The Contextual half is all-MiniLM-L6-v2 as it is. A text's embedding is (C, sqrt(w) X), so that the cosine of two texts
 is s_C + w s_X, where w is learned. X is the EOS state of SmolLM2-135M-Instruct with so many layers, which reads C and
@@ -12,7 +12,7 @@ batches of neighbours:
 - "lexical": X alone learns BM25's ranking of the batch (SPAR, arXiv 2110.06918), and w is tried;
 - "residual": the BM25 score stands beside the whole score in InfoNCE (CLEAR, arXiv 2004.13969).
 
-For one GPU. On a CPU, give fewer `--rows`, since every text gets its vectors first, and a smaller `--batch`.
+For one GPU. On a CPU, give fewer `--rows`, since every text gets its vectors first, a smaller `--batch` and `--tokens`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from torch.nn.functional import normalize, softplus
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from bases import adapter
-from bench import ENCODER_TOKENS, Bench
+from bench import ENCODER_TOKENS, LLM_TOKENS, Bench
+from packed import PackedModel
 from pairs import MAX_ROWS, TEMPERATURE, Batches, divergence, false_negatives, info_nce, remembered, train
 
 from c2v_rag import Causal2VecConfig
@@ -46,10 +47,15 @@ CONTROL = 0  # layers
 
 
 def run(
-    bench: Bench, teacher: Tensor, task: str, num_layers: int, *, steps: int, batch: int, seed: int = 0
+    bench: Bench, teacher: Tensor, task: str, num_layers: int, *, steps: int, batch: int, tokens: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Scores of X alone, of both, and what is known of the training. `teacher`: vectors of the training sets' texts."""
-    model, packed, device = bench.model, bench.packed, bench.model.device
+    """Scores of X alone, of both, and what is known of the training.
+
+    `teacher`: vectors of the training sets' texts. `tokens`: the most that X reads of a text in training; C is of the
+    whole text, and so are the scores.
+    """
+    model, device = bench.model, bench.model.device
+    short = PackedModel(model, bench.encoder_ids.shortened(tokens), bench.llm_ids.shortened(tokens))
     bench.restart(num_layers or 1, seed)
     weight = torch.zeros((), device=device, requires_grad=True)  # softplus(0) = 0.69
     trained, rate = (model.llm, RATES["llm"]) if num_layers else (model.encoder, RATES["encoder"])
@@ -61,7 +67,7 @@ def run(
         batches.mine(bench.context)
     pairs = 0
 
-    def second(rows: np.ndarray, num_queries: int) -> Tensor:
+    def second(packed: PackedModel, rows: np.ndarray, num_queries: int) -> Tensor:
         if not num_layers:
             return normalize(packed.encode(rows), dim=1)
         context = bench.context[torch.from_numpy(rows).to(device)].float()
@@ -72,7 +78,7 @@ def run(
         name, queries, documents = batches.draw()
         size = len(queries)
         pairs += size
-        x = second(np.concatenate([queries, documents]), size)
+        x = second(short, np.concatenate([queries, documents]), size)
         scores = x[:size] @ x[size:].T
         if task == "lexical":
             return divergence(1.5 * standardize(scores), 1.5 * standardize(bench.bm25.scores(queries, documents, name)))
@@ -93,7 +99,8 @@ def run(
 
     @remembered
     def alone(rows: np.ndarray, queries: bool) -> Tensor:
-        return packed.in_parts(rows, lambda part: second(part, len(part) if queries else 0), 150_000)
+        packed = bench.packed
+        return packed.in_parts(rows, lambda part: second(packed, part, len(part) if queries else 0), 150_000)
 
     def context(rows: np.ndarray, queries: bool) -> Tensor:
         return bench.context[torch.from_numpy(rows).to(device)]
@@ -138,6 +145,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=256, help="pairs")
+    parser.add_argument("--tokens", type=int, default=LLM_TOKENS, help="the most that X reads of a text in training")
     parser.add_argument("--rows", type=int, default=MAX_ROWS, help="the most of each training set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; rows that it has are kept")
@@ -165,7 +173,15 @@ def main() -> None:
         for task in arguments.tasks:
             if (task, num_layers) in done:
                 continue
-            row = run(bench, teacher, task, num_layers, steps=arguments.steps, batch=arguments.batch)
+            row = run(
+                bench,
+                teacher,
+                task,
+                num_layers,
+                steps=arguments.steps,
+                batch=arguments.batch,
+                tokens=arguments.tokens,
+            )
             rows.append(row)
             print(f"[{time.time() - started:6.1f} s] {json.dumps(row)}", flush=True)
             figures = {
@@ -173,6 +189,7 @@ def main() -> None:
                 "device": torch.cuda.get_device_name() if bench.model.device.type == "cuda" else "CPU",
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "batch": arguments.batch,
+                "tokens": arguments.tokens,
                 "most rows of a set": arguments.rows,
                 "adapter rank": RANK,
                 "rows": rows,

@@ -1,6 +1,6 @@
 """Forward passes over texts without padding: sequences one behind the other, torch's varlen_attn on a GPU.
 
-For recipes and benchmarks that train on one GPU. On a CPU the attention pads.
+For recipes and benchmarks that train on one GPU. On a CPU the attention pads, among 32 texts of similar length.
 T tokens of a batch, n texts, E encoder width, D decoder width.
 """
 
@@ -20,6 +20,8 @@ from torch.nn.functional import gelu, linear, normalize, pad, scaled_dot_product
 from c2v_rag import Causal2Vec
 from c2v_rag.config import Pooling
 from c2v_rag.inference import default_dtype
+
+SEQUENCES_AT_ONCE = 32  # of attention on a CPU
 
 
 class Ragged:
@@ -82,14 +84,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, causal:
     if query.is_cuda:
         varlen_attn, options = _varlen(causal)
         return varlen_attn(query, key, value, packed.ends, packed.ends, packed.longest, packed.longest, **options)
-    padded = query.new_zeros(3, len(packed.lengths), packed.longest, *query.shape[1:])
-    padded[:, packed.sequence, packed.place] = torch.stack([query, key, value])
-    places = torch.arange(packed.longest, device=query.device)
-    mask = (places < packed.lengths[:, None])[:, None, None]
-    if causal:
-        mask = mask & (places[:, None] >= places)
-    q, k, v = padded.transpose(2, 3)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[packed.sequence, packed.place]
+    tokens, mixed = [], []
+    for group in packed.lengths.argsort().split(SEQUENCES_AT_ONCE):  # of similar length
+        places = torch.arange(int(packed.lengths[group].max()))
+        is_token = places < packed.lengths[group, None]
+        rows = packed.ends[group, None] + places
+        q, k, v = (x[rows.clamp(max=len(x) - 1)].transpose(1, 2) for x in (query, key, value))
+        # Padding comes last, so that causal attention never reads it.
+        mask = None if causal else is_token[:, None, None]
+        states = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        mixed.append(states.transpose(1, 2)[is_token])
+        tokens.append(rows[is_token])
+    return torch.cat(mixed)[torch.cat(tokens).argsort()]
 
 
 @functools.cache
@@ -225,6 +231,8 @@ class PackedModel:
         """`compute` on parts of similar length, in the order of `rows`; rows of length 1, float16."""
         lengths = np.maximum(self.llm_ids.lengths, self.encoder_ids.lengths)[rows]
         order = np.argsort(lengths, kind="stable")
+        if self.device.type == "cpu":
+            tokens = min(tokens, 32_768)
         size = max(1, tokens // int(lengths.max() + 20))
         parts = [
             normalize(compute(rows[order[start : start + size]]), dim=1).half() for start in range(0, len(order), size)

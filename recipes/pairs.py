@@ -242,10 +242,11 @@ def teacher_vectors(folder: str, texts: Sequence[str], device: torch.device) -> 
     pad_id = teacher.tokenizer.pad_token_id or 0
     order = np.argsort(ids.lengths, kind="stable")
     found = torch.empty(len(texts), network.config.hidden_size, dtype=torch.float16, device=device)
+    tokens_at_once = 131_072 if device.type == "cuda" else 8_192
     start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and (end + 1 - start) * ids.lengths[order[end]] <= 131_072:
+        while end < len(order) and (end + 1 - start) * ids.lengths[order[end]] <= tokens_at_once:
             end = min(len(order), end + 64)
         rows = torch.from_numpy(order[start:end]).to(device)
         places = torch.arange(int(ids.lengths[order[end - 1]]), device=device)

@@ -34,6 +34,7 @@ def recipes() -> Iterator[None]:
             patch.syspath_prepend(str(ROOT / folder))
         for name in ("packed", "pairs"):
             patch.setattr(import_module(name), "default_dtype", lambda device: torch.float32)
+        patch.setattr(import_module("packed"), "SEQUENCES_AT_ONCE", 3)  # two groups of TEXTS
         yield
 
 
@@ -220,7 +221,7 @@ def test_the_ablation_and_the_decoder_benchmark_run(
     call("ablation", monkeypatch, *options, "--work", tmp_path / "w", "--output", found, "--only", *only)
     assert list(json.loads(found.read_text())["variants"]) == [ablation.UNTRAINED, *only]
     found = tmp_path / "decoder.json"
-    options += ["--teacher", small["--teacher"], "--output", found, "--tasks", "meaning", "residual"]
+    options += ["--teacher", small["--teacher"], "--output", found, "--tasks", "meaning", "residual", "--tokens", 4]
     for layers in (1, 2):  # the second call keeps the rows of the first
         call("decoder", monkeypatch, *options, "--layers", layers)
     assert [row["layers"] for row in json.loads(found.read_text())["rows"]] == [0, 0, 1, 1, 2, 2]
