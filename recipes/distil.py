@@ -1,6 +1,6 @@
-"""Train the model "default": encoder, projector and decoder learn the vectors of a larger embedding model.
+"""First step of training the model "default": encoder, projector and decoder learn the vectors of a larger model.
 
-    python recipes/distil.py --data TRAIN --teacher all-mpnet-base-v2 --output default \\
+    python recipes/distil.py --data TRAIN --teacher all-mpnet-base-v2 --output distilled \\
         --dev eval/Cranfield eval/XQuAD-en
 
 TRAIN holds NAME.parquet (columns query and positive; `pairs.SETS`). The target of a text: the vectors of the teacher

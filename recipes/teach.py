@@ -1,4 +1,4 @@
-"""Train the encoder of the model "default": all-MiniLM-L6-v2 learns the similarities of a larger model, and labels.
+"""Teach the encoder alone: all-MiniLM-L6-v2 learns the similarities of a larger model, and labels. Not the default.
 
     python recipes/teach.py --data TRAIN --teacher all-mpnet-base-v2 --dev eval/... --output default [--run NAME]
     python recipes/teach.py --data TRAIN --teacher all-mpnet-base-v2 --dev eval/... --try NAME... --table tried.json
