@@ -293,6 +293,16 @@ def test_logins_keys_and_hosts_reach_the_server(tmp_path: Path, model: Path, mon
     assert TestClient(served[0], "http://a.example").get("/v1/models").status_code == 401
 
 
+def test_embed_reads_a_text_from_each_line_of_a_file(tmp_path: Path, model: Path) -> None:
+    texts = ["One\u2028line.", "Another\x0cline.", "", "Last\x85line."]
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    output = tmp_path / "out.jsonl"
+    result = run("embed", tmp_path / "in.txt", "-o", output, "--model", model)
+    assert result.returncode == 0, result.stderr
+    with output.open(encoding="utf-8") as lines:
+        assert [json.loads(line)["text"] for line in lines] == texts
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
 def test_embed_writes_the_vectors_of_the_model(tmp_path: Path, model: Path, suffix: str) -> None:
     texts = ["A heap keeps its smallest item first.", "Bread needs yeast."]

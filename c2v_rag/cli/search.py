@@ -315,7 +315,8 @@ def _texts(file: str, text_column: str) -> Iterator[str]:
     elif Path(file).suffix in (".jsonl", ".csv", ".parquet"):
         yield from (document.text for document in read_sources([file], text_column=text_column))
     else:
-        yield from Path(file).read_text(encoding="utf-8").splitlines()
+        with Path(file).open(encoding="utf-8") as lines:
+            yield from (line.rstrip("\n") for line in lines)
 
 
 def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:

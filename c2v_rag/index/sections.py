@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from c2v_rag.sources import Format
 
+_LINE_END = re.compile(r"\r\n|\r|\n")  # of Python and Markdown; str.splitlines splits at form feeds and others too
 _UNDERLINE = re.compile(r"([=\-`:.'\"~^_*+#])\1*[ \t]*")
 
 
@@ -71,7 +72,7 @@ def _rst_headings(text: str) -> Iterator[_Heading]:
 
     docutils numbers the levels by the order in which the styles appear.
     """
-    starts, lines = _line_starts(text), text.splitlines()
+    starts, lines = _line_starts(text), _LINE_END.split(text)
     styles: list[str] = []
     for number in range(1, len(lines)):
         title, underline = lines[number - 1].rstrip(), lines[number].rstrip()
@@ -123,7 +124,4 @@ def _python_sections(text: str) -> list[Section]:
 
 def _line_starts(text: str) -> list[int]:
     """The offset of each line, and the length of the text at the end, once more for a line that does not exist."""
-    starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    return [*starts, len(text)]
+    return [0, *(found.end() for found in _LINE_END.finditer(text)), len(text), len(text)]
