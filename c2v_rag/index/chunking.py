@@ -67,8 +67,12 @@ class Present:
         if not moved or collection is None:
             return False
         for start in range(0, len(moved), _UPDATED_AT_ONCE):
-            part = moved[start : start + _UPDATED_AT_ONCE]
-            collection.update(ids=[chunk.id for chunk in part], metadatas=[chunk.metadata for chunk in part])
+            part = {chunk.id: chunk for chunk in moved[start : start + _UPDATED_AT_ONCE]}
+            stored = collection.get(ids=list(part), include=["metadatas"])
+            # Chroma keeps the keys that an update does not name; None deletes one.
+            gone = {id: dict.fromkeys(old) for id, old in zip(stored["ids"], stored["metadatas"] or [], strict=True)}
+            metadatas: list[Any] = [{**gone.get(id, {}), **chunk.metadata} for id, chunk in part.items()]
+            collection.update(ids=list(part), metadatas=metadatas)
         return True
 
 
