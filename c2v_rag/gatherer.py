@@ -28,9 +28,9 @@ def gather(embedder: Embedder, kind: Literal["query", "document"], text: str, **
     """A future for the embedding (embedding_dim,) of a text by `encode_query` or `encode_document` with `options`.
 
     A text is embedded at once if the embedder is idle. Texts that arrive while the embedder works form the next batch,
-    if kind and options are equal. An error is set on the future of the text that causes it only. If a future is
-    cancelled before its batch starts, its text is not embedded. In a coroutine:
-    `await asyncio.wrap_future(gather(...))`.
+    if kind and options are equal. An error is set on the future of the text that causes it only; a ConnectionError
+    is set on those of the whole batch. If a future is cancelled before its batch starts, its text is not embedded. In a
+    coroutine: `await asyncio.wrap_future(gather(...))`.
     """
     request = _Request(embedder, f"encode_{kind}", text, options)
     _queue_of(embedder, _queues).add(request)
@@ -146,8 +146,9 @@ def _compute(batch: list[_Request]) -> bool:
         rows = getattr(first.model, first.method)([request.text for request in batch], **first.options)
         results = list(zip(batch, rows, strict=True))
     except Exception as error:
-        if len(batch) == 1:
-            first.future.set_exception(error)
+        if len(batch) == 1 or isinstance(error, ConnectionError):  # no text causes it, and each would wait for it again
+            for request in batch:
+                request.future.set_exception(error)
         else:  # embed one text at a time, so that only the text that causes the error gets it
             for request in batch:
                 _compute([request])
