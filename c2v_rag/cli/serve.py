@@ -44,7 +44,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="Maximum MiB per request.")] = 16,
     max_inputs: Annotated[int, typer.Option(min=1, help="Maximum texts per request.")] = 2048,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens per text; the decoder's maximum unless given.")
+        int | None, typer.Option(min=1, help="Maximum tokens per text, if less than the model reads.")
     ] = None,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Maximum texts that are accepted and not answered yet.")

@@ -29,7 +29,7 @@ class Limits:
     """Limits of a request, so that one client cannot occupy the server, and the status of an answer beyond each.
 
     `body_bytes`: length of a request (413). `inputs`: texts of a request (400). `tokens`: tokens of a text (400, unless
-    the request says `truncate`); None means the decoder's maximum length. `waiting`: texts of all requests that are
+    the request says `truncate`), if less than the model's `max_tokens`. `waiting`: texts of all requests that are
     accepted and not answered yet (429). `seconds`: time until the answer (504).
     """
 
@@ -56,7 +56,7 @@ class EmbeddingService:
         self.limits = limits
         self.metrics = Metrics()
         self.waiting = 0
-        self._max_tokens = limits.tokens or model.config.max_length
+        self._max_tokens = min(limits.tokens or model.max_tokens, model.max_tokens)
         self.embedder = Metered(model, self.metrics)
         stamp = model.stamp | {"name": name} | {part: _without_path(origin) for part, origin in model.sources.items()}
         self.description = schema.Model(

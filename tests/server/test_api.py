@@ -88,7 +88,7 @@ def test_vectors_equal_those_of_the_model(client: httpx.Client, model: Causal2Ve
 
 
 def test_usage_counts_tokens_and_models_are_listed(client: httpx.Client, model: Causal2Vec) -> None:
-    answer = client.post("/v1/embeddings", json={"model": "tiny", "input": TEXTS[:3]}).json()
+    answer = client.post("/v1/embeddings", json={"model": "tiny", "input": TEXTS[:3], "truncate": True}).json()
     assert answer["usage"] == dict.fromkeys(("prompt_tokens", "total_tokens"), sum(model.count_tokens(TEXTS[:3])))
     (listed,) = client.get("/v1/models").json()["data"]
     assert (listed["id"], listed["embedding_dim"]) == ("tiny", model.embedding_dim)
@@ -121,6 +121,7 @@ def test_usage_counts_tokens_and_models_are_listed(client: httpx.Client, model: 
         ({"model": "tiny:document", "input": "x"}, 404, "/v1/models"),
         ({"model": "tiny", "input": ["x"] * 65}, 400, "at most 64"),
         ({"model": "tiny", "input": ["short", "word " * 300]}, 400, "index 1"),
+        ({"model": "tiny", "input": "heap " * 70}, 400, "at most 64"),  # the decoder reads 256, the encoder 64
         ({"model": "tiny", "input": "x" * 100_001}, 413, "100000 bytes"),
     ],
 )

@@ -37,7 +37,7 @@ WHOLE = [text for text in TEXTS if len(text) < 200]  # texts that no part of the
 
 @pytest.fixture(scope="module")
 def model() -> Causal2Vec:
-    return tiny_model()
+    return tiny_model(encoder_max_length=96)
 
 
 @pytest.fixture(scope="module")
