@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from itertools import islice
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from c2v_rag.index import (
+    StampedModel,
     StoreAddress,
     VectorIndex,
     find_collection,
@@ -21,22 +19,6 @@ from c2v_rag.index import (
 from c2v_rag.protocols import Embedder
 
 _BLOCK = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class StampedModel:
-    """The stamp of a model that is not loaded, which is enough to read a collection."""
-
-    stamp: dict[str, str | int]
-
-    @property
-    def embedding_dim(self) -> int:
-        return int(self.stamp["embedding_dim"])
-
-    def encode_query(self, texts: Iterable[str]) -> np.ndarray:
-        raise TypeError("This model is not loaded.")
-
-    encode_document = encode_query
 
 
 def open_stored(store: StoreAddress, collection: str) -> VectorIndex:

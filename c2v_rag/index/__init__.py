@@ -8,7 +8,7 @@ from c2v_rag.index.known_files import KnownFiles
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.query import DEFAULT_MODE, Hit, Reranker, SearchMode, SearchOptions, check_mode, location
 from c2v_rag.index.settings import ChunkSettings, HnswSettings, stored_settings
-from c2v_rag.index.stamp import STAMP_KEY, check_stamp, stored_stamp, stored_stamps
+from c2v_rag.index.stamp import STAMP_KEY, StampedModel, check_stamp, stored_stamp, stored_stamps
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, count_chunks, find_collection, open_store, store_name
 from c2v_rag.index.vanished import remove_vanished
 from c2v_rag.index.vector_index import VectorIndex
@@ -31,6 +31,7 @@ __all__ = [
     "Reranker",
     "SearchMode",
     "SearchOptions",
+    "StampedModel",
     "StoreAddress",
     "VectorIndex",
     "check_mode",

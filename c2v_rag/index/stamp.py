@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from c2v_rag.index.stores import DEFAULT_COLLECTION, StoreAddress, missing_index, stored_metadata
 from c2v_rag.protocols import same_weights
 
+if TYPE_CHECKING:
+    import numpy as np
+
 STAMP_KEY = "c2v_stamp"
+
+
+@dataclasses.dataclass(frozen=True)
+class StampedModel:
+    """The stamp of a model that is not loaded, which is enough to read a collection and to delete from it."""
+
+    stamp: dict[str, str | int]
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self.stamp["embedding_dim"])
+
+    def encode_query(self, texts: Iterable[str]) -> np.ndarray:
+        raise TypeError("This model is not loaded.")
+
+    encode_document = encode_query
 
 
 def check_stamp(stored: Mapping[str, Any], model: Mapping[str, Any], collection: str) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.data
 
 from c2v_rag.index import (
@@ -25,6 +24,7 @@ from c2v_rag.index import (
     IndexReport,
     KnownFiles,
     Present,
+    StampedModel,
     VectorIndex,
     find_collection,
     new_chunks,
@@ -130,20 +130,7 @@ def _units(source: str | Path) -> Iterator[str | Path]:
 def _index_without_model(store: ChromaServer, collection: str) -> VectorIndex | None:
     """The collection, to count and delete chunks; None if it does not exist."""
     stamp = stored_stamps(store).get(collection)
-    return VectorIndex(store, _StampOnly(stamp), collection) if stamp else None
-
-
-class _StampOnly:
-    """An embedder that cannot embed. With it, a collection is opened without loading its model."""
-
-    def __init__(self, stamp: dict[str, str | int]) -> None:
-        self.stamp = stamp
-        self.embedding_dim = int(stamp["embedding_dim"])
-
-    def encode_query(self, texts: Iterable[str]) -> np.ndarray:
-        raise NotImplementedError
-
-    encode_document = encode_query
+    return VectorIndex(store, StampedModel(stamp), collection) if stamp else None
 
 
 class _Splitter:
