@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import logging
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+
+from c2v_rag.sources.formats import csv_reader
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +127,13 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 line += 1
                 yield line, row
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as text:
-            reader = csv.DictReader(text)
+        with path.open(encoding="utf-8-sig", newline="") as text:  # Excel begins the file with a byte order mark
+            reader = csv_reader(text)
             _check_columns(path, reader.fieldnames or [])
             for row in reader:
                 yield reader.line_num, row
     else:
-        with path.open(encoding="utf-8") as text:
+        with path.open(encoding="utf-8-sig") as text:
             for line, content in enumerate(text, start=1):
                 if not content.strip():
                     continue
@@ -201,7 +202,8 @@ def draw_stage(
 
     The trainer makes every batch from one dataset and draws datasets in proportion to their rows. A set is gone
     through in a shuffled order, and again when it is used up. Columns: query, positive, and `num_negatives` more
-    where a row has as many; rows that lack them make a dataset of their own, since a batch has one shape. The negatives
+    where a row has as many; rows that lack them make a dataset of their own, since a batch has one shape. If neither
+    fills a batch, all rows go without negatives. The negatives
     are drawn from the row's, anew each time the row comes up. "scores" holds the teacher's scores of positive and
     negatives where a pair of the dataset has them; NaN for pairs without.
     """
@@ -222,9 +224,10 @@ def draw_stage(
                 full.append(pair.with_negatives(chosen.tolist()))
             else:
                 plain.append(pair)
+        if max(len(plain), len(full)) < batch_size:  # neither fills a batch: no row gets negatives
+            plain, full = rows, []
         for name, part, negatives in ((one.name, plain, 0), (one.name + WITH_NEGATIVES, full, num_negatives)):
-            # Fewer than a batch are no batch of their own, unless the set has no more than that.
-            if len(part) >= batch_size or (part and len(part) == len(rows)):
+            if len(part) >= batch_size:
                 drawn[name] = _dataset(part, negatives)
             elif part:
                 kind = f"with {negatives} negatives" if negatives else "without enough negatives"

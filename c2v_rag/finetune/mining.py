@@ -49,10 +49,14 @@ def mine(
     positive's score, or its similarity to the positive is above `max_similarity`. `teacher`: "model", its cosine;
     "hybrid", the score of a hybrid search; or the name of a sentence-transformers model. The teacher's scores are
     written as `positive_score` and `negative_scores`. A pair with fewer than `num_negatives` left is written without
-    any. Raises ValueError for ranks or an output that cannot be.
+    any. If the set has an instruction, it is written to the .json file beside `output`.
+
+    Raises ValueError for ranks or an output that cannot be, FileNotFoundError if the output's folder does not exist.
     """
     if output.suffix != ".jsonl":
         raise ValueError(f"{output}: the output must end in .jsonl.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: the folder {output.parent} does not exist. Create it first.")
     if not 0 <= range_min < range_max:
         raise ValueError(f"range_min must be from 0 to below range_max; got {range_min} and {range_max}.")
     pairs = read_pair_set(data.parent, data.stem, instruction=instruction)
@@ -88,6 +92,10 @@ def mine(
                 row["negative_scores"] = [round(float(score), 5) for _, score in usable]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     aside.replace(output)
+    if pairs.instruction is not None:
+        about = output.with_suffix(".json")
+        known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        about.write_text(json.dumps(known | {"instruction": pairs.instruction}, ensure_ascii=False), encoding="utf-8")
     return found
 
 

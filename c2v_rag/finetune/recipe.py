@@ -221,6 +221,14 @@ class Recipe(_Strict):
             raise ValueError(f"transformers knows no optimizer {name!r}; it knows {', '.join(OptimizerNames)}")
         return name
 
+    @field_validator("stages")
+    @classmethod
+    def _have_names_of_their_own(cls, stages: list[Stage]) -> list[Stage]:
+        names = [stage.name for stage in stages]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"each stage needs a name of its own; repeated: {', '.join(sorted(repeated))}")
+        return stages
+
     @property
     def trained_parts(self) -> set[TrainedPart]:
         """The parts that any stage trains."""

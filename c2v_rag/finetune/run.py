@@ -26,6 +26,7 @@ from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchS
 from transformers.trainer_callback import PrinterCallback
 
 from c2v_rag import inference, weights
+from c2v_rag.checkpoint import check_target
 from c2v_rag.finetune.averaging import StartAverage
 from c2v_rag.finetune.batches import PreparedBatches, in_neighbour_batches
 from c2v_rag.finetune.bm25 import BatchBM25
@@ -79,8 +80,9 @@ def train(
     needs, the values of every step (log.json, loss.png, tensorboard), the development scores (dev.json, see
     `DevReport.load`) and the cached vectors. `max_steps` shortens each stage, for a dry run.
 
-    Raises ValueError for data or a recipe that cannot be used, ImportError for a tracker that is not installed,
-    FileExistsError when there is a run already and `resume` is false, FloatingPointError when the loss is not finite.
+    Raises ValueError for data or a recipe that cannot be used, or an `output` that holds other files; ImportError for a
+    tracker that is not installed, FileExistsError when there is a run already and `resume` is false, FloatingPointError
+    when the loss is not finite.
     """
     if max_steps is not None:
         stages = [stage.model_copy(update={"steps": min(stage.steps, max_steps)}) for stage in recipe.stages]
@@ -97,6 +99,7 @@ def train(
     work = output.with_name(f"{output.name}.training")
     processes = PartialState(cpu=device == "cpu")
     if processes.is_main_process:
+        check_target(output)
         _claim_folder(work, recipe, sets, dev_sets, resume)
     processes.wait_for_everyone()
     model = _open(recipe, torch.device(device or processes.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -132,12 +132,17 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+def csv_reader(file: Iterable[str]) -> csv.DictReader[str]:
+    """The rows of a CSV file, opened with `newline=""`; fields of up to `CSV_FIELD_CHARACTERS` are read."""
     # The limit applies to the whole process, so it is never lowered here. Without a limit, an unclosed quote would read
     # the rest of a large file into one field.
     csv.field_size_limit(max(csv.field_size_limit(), CSV_FIELD_CHARACTERS))
+    return csv.DictReader(file)
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv_reader(file)
         try:
             yield from reader
         except csv.Error as error:
