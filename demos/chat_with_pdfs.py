@@ -7,9 +7,11 @@ behind an OpenAI-compatible server writes it (pip install openai; the key is rea
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from c2v_rag import Hit, VectorIndex, read_sources, shared_model
+from c2v_rag.index import remove_vanished
 from c2v_rag.sentences import best_sentences
 
 PDFS = Path(__file__).parent / "data" / "pdfs"
@@ -24,14 +26,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=PDFS, help="the PDFs; two short samples unless given")
     parser.add_argument("--question", action="append", help="repeatable; read from the keyboard unless given")
-    parser.add_argument("--store", default="pdf-store")
+    parser.add_argument("--store", type=Path, help="unless given, a folder in pdf-stores for each folder of PDFs")
     parser.add_argument("--model", default="default")
     parser.add_argument("--server", help="address of an OpenAI-compatible server, up to /v1")
     parser.add_argument("--server-model", default="default", help="the server's name for its model")
     arguments = parser.parse_args()
 
-    index = VectorIndex(arguments.store, shared_model(arguments.model))
-    index.add(read_sources([arguments.folder]), show_progress=True)
+    store = arguments.store or Path("pdf-stores", "-".join(arguments.folder.resolve().parts[1:]))
+    index = VectorIndex(store, shared_model(arguments.model))
+    documents = read_sources([arguments.folder], on_error=lambda path, error: print(error, file=sys.stderr))
+    index.add(documents, show_progress=True)
+    remove_vanished(index, arguments.folder)
     for question in arguments.question or iter(lambda: input("\nQuestion (empty to stop): ").strip(), ""):
         hits = index.search(question, top_k=3)
         if arguments.server:

@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
 
-    entries = [json.loads(line) for line in arguments.faq.read_text(encoding="utf-8").splitlines()]
+    if arguments.output.exists():
+        parser.error(f"{arguments.output} exists: delete it with {arguments.output}.training, or name another --output")
+    with arguments.faq.open(encoding="utf-8") as lines:
+        entries = [json.loads(line) for line in lines]
     answers = [entry["answer"] for entry in entries]
     held_out = [entry["questions"][-1] for entry in entries]
     pairs = [(question, entry["answer"]) for entry in entries for question in entry["questions"][:-1]]
