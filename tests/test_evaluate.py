@@ -178,6 +178,32 @@ def test_the_command_prints_a_table_and_writes_model_command_and_versions(folder
     assert written["versions"].keys() == {"c2v-rag", "mteb", "torch", "transformers"}
 
 
+def test_systems_of_one_name_stay_apart_and_sets_of_one_name_are_refused(
+    folders: Path, model: Causal2Vec, tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / run / "model") for run in "ab"]
+    for seed, path in enumerate(paths):
+        tiny_model(seed=seed).save_pretrained(path)
+    result = evaluate(model, [read_task(folders / "Pairs")], [*paths, paths[0]])
+    assert [*result["tasks"]["Pairs"]["scores"]] == ["model", *paths] == [*result["systems"]]
+    assert len({one["weights"] for one in result["systems"].values()}) == 3
+    with pytest.raises(ValueError, match="Two sets have the same name: Pairs"):
+        evaluate(model, [read_task(folders / "Pairs")] * 2)
+
+
+def test_a_lead_leaves_out_what_mteb_leaves_out(folders: Path, model: Causal2Vec, tmp_path: Path) -> None:
+    """Hits that have the query's own id, in tasks such as ArguAna."""
+    write(tmp_path / "Same" / "corpus.parquet", CORPUS)
+    write(tmp_path / "Same" / "queries.parquet", [{"_id": f"d{i}", "text": DOCUMENTS[i]} for i in range(10)])
+    qrels = [{"query-id": f"d{i}", "corpus-id": f"d{i + 10}", "score": 1} for i in range(10)]
+    write(tmp_path / "Same" / "qrels.parquet", qrels)
+    task = read_task(tmp_path / "Same")
+    task.mteb.ignore_identical_ids = True
+    found = evaluate(model, [task], ["bm25"])["tasks"]["Same"]
+    difference = found["scores"]["model"]["ndcg_at_10"] - found["scores"]["bm25"]["ndcg_at_10"]
+    assert found["lead"]["bm25"]["difference"] == pytest.approx(difference, abs=1e-4)
+
+
 def test_unreadable_evaluation_data_is_named_in_the_error(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no evaluation set"):
         read_task(tmp_path)
@@ -191,5 +217,16 @@ def test_unreadable_evaluation_data_is_named_in_the_error(folders: Path, tmp_pat
     write(tmp_path / "b" / "pairs.jsonl", [{"sentence1": "a", "score": 1}])
     with pytest.raises(ValueError, match=r"row 1 lacks \['sentence2'\]"):
         read_task(tmp_path / "b")
+    (tmp_path / "b" / "pairs.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: not valid JSON"):
+        read_task(tmp_path / "b")
+    (tmp_path / "b" / "pairs.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl holds no rows"):
+        read_task(tmp_path / "b")
+    write(tmp_path / "a" / "qrels" / "test.tsv", [{"query-id": "q1", "corpus-id": "d1", "score": 0.5}])
+    with pytest.raises(ValueError, match=r"test\.tsv: .*whole numbers, got 0\.5"):
+        read_task(tmp_path / "a")
+    with pytest.raises(ValueError, match="STS17 has several languages"):
+        mteb_task("STS17")
     with pytest.raises(ValueError, match="neither a folder here nor a task of mteb's"):
         mteb_task("NoSuchTask")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from c2v_rag.sources.formats import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,17 @@ def retrieval_files(folder: Path) -> tuple[Path, Path, Path] | None:
 def read_retrieval(files: tuple[Path, Path, Path]) -> RetrievalFolder:
     """Read the three files of a retrieval set, whose columns `tasks.read_task` describes.
 
-    Raises FileNotFoundError for a missing file, ValueError naming the file and a missing column or query.
+    Raises FileNotFoundError for a missing file, ValueError naming the file and a missing column or query, or a score
+    that is no whole number.
     """
     corpus, queries, qrels = files
     gains: dict[str, dict[str, int]] = {}
     for row in read_rows(qrels, ("query-id", "corpus-id", "score")):
-        if float(row["score"]) > 0:
-            gains.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(float(row["score"]))
+        gain = float(row["score"])
+        if not gain.is_integer():
+            raise ValueError(f"{qrels}: the scores of documents must be whole numbers, got {row['score']}.")
+        if gain > 0:
+            gains.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(gain)
     documents = [
         {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
         for row in read_rows(corpus, ("_id", "text"))
@@ -59,7 +64,10 @@ def read_retrieval(files: tuple[Path, Path, Path]) -> RetrievalFolder:
 
 
 def read_rows(path: Path, needed: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
-    """The rows of a .parquet, .jsonl or .tsv file. ValueError for a row that lacks one of the `needed` columns."""
+    """The rows of a .parquet, .jsonl or .tsv file.
+
+    ValueError, with the file's name, for a row that is no JSON object or lacks one of the `needed` columns.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and the files beside it need it.")
     rows: Iterator[Mapping[str, Any]]
@@ -68,11 +76,10 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> Iterator[Mapping[str, Any]
 
         rows = iter(pq.read_table(path).to_pylist())
     elif path.suffix == ".tsv":
-        with path.open(encoding="utf-8", newline="") as text:
+        with path.open(encoding="utf-8-sig", newline="") as text:
             rows = iter(list(csv.DictReader(text, delimiter="\t")))
     else:
-        with path.open(encoding="utf-8") as text:
-            rows = iter([json.loads(line) for line in text if line.strip()])
+        rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in needed if row.get(name) is None]:
             raise ValueError(f"{path}: row {number} lacks {missing}; it has {list(row)}.")

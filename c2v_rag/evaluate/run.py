@@ -34,7 +34,12 @@ def evaluate(
     Scores are fractions, as mteb gives them. A lead is the model minus the baseline in the main metric, with the
     95 % interval of a paired bootstrap over queries (or sentence pairs). BM25 and the hybrid have no scores on
     sentence pairs. `command` goes into the report unchanged: the command line that was typed.
+
+    Raises ValueError for two tasks of one name, and the errors of `systems`.
     """
+    names = [task.name for task in tasks]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"Two sets have the same name: {', '.join(sorted(repeated))}. Rename the folder of one.")
     scored = systems(model, baselines)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,6 +105,8 @@ def _score(system: Any, task: Task) -> tuple[dict[str, float], np.ndarray]:
     found = predicted["default"]["test"]
     if task.qrels is None:
         return scores, np.array(found["cosine_scores"])
+    if task.mteb.ignore_identical_ids:  # mteb leaves these hits out of its scores, not of its predictions
+        found = {query: {id: score for id, score in hits.items() if id != query} for query, hits in found.items()}
     # mteb uses trec_eval, which sorts ids in descending order where scores are equal.
     ranked = {query: sorted(hits, key=lambda id: (hits[id], id), reverse=True) for query, hits in found.items()}
     return scores, np.array([ndcg_at_k(ranked.get(query, []), gains, 10) for query, gains in task.qrels.items()])

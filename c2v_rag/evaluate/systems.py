@@ -24,6 +24,7 @@ from c2v_rag.model import Causal2Vec
 
 BM25, HYBRID = "bm25", "hybrid"
 _MTEB_BM25 = "mteb/baseline-bm25s"
+_OURS = "model"
 SEARCH_ONLY = (BM25, HYBRID)  # these rank documents and cannot score a pair of sentences
 
 
@@ -51,7 +52,8 @@ class DenseSystem:
         self.dimension = 0
         self.tokens = 0
         self.seconds = 0.0
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": weights[:16]})
+        mteb_name = f"local/{name.replace('/', '-')}"
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": mteb_name, "revision": weights[:16]})
         self._embedder = embedder
         self._options = options
         self._count_tokens = count_tokens
@@ -122,13 +124,24 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
     the embedding alone), "bm25", "hybrid" (the model and BM25 fused), another model of this package ("default" or a
     checkpoint's folder), or a sentence-transformers model: a folder, an installed package, or a hub id.
 
-    All run in the model's dtype, and tokens are the model's own for all of them, so that tokens/s compare.
+    A folder and a hub id are named by their last part, or in full where another system has that name. All run in the
+    model's dtype, and tokens are the model's own for all of them, so that tokens/s compare.
+
+    Raises ValueError for a half of another pooling, and the errors of opening a model.
     """
     weights = str(model.stamp["weights"])
     quiet = {"on_truncate": "ignore"}  # every system cuts long texts, and the others do not warn either
-    ours = DenseSystem("model", weights, model, options=quiet, count_tokens=model.count_tokens)
+    ours = DenseSystem(_OURS, weights, model, options=quiet, count_tokens=model.count_tokens)
     found: list[Any] = [ours]
-    for name in baselines:
+    taken = {_OURS, "encoder", "contextual", "eos", *SEARCH_ONLY}
+
+    def label_of(name: str) -> str:
+        last = name.rstrip("/").split("/")[-1]
+        label = name if last in taken else last
+        taken.add(label)
+        return label
+
+    for name in dict.fromkeys(baselines):
         if name == "encoder":
             alone = EncoderEmbedder(model)
             label = f"encoder-{weights}"
@@ -146,16 +159,18 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
             found.append(HybridSystem(ours))
         elif name == DEFAULT or (Path(name) / CONFIG_FILE).is_file():
             another = Causal2Vec.from_pretrained(name, device=model.device, dtype=model.dtype)
-            label = str(another.stamp["weights"])
-            found.append(DenseSystem(_last(name), label, another, options=quiet, count_tokens=model.count_tokens))
+            found.append(
+                DenseSystem(
+                    label_of(name),
+                    str(another.stamp["weights"]),
+                    another,
+                    options=quiet,
+                    count_tokens=model.count_tokens,
+                )
+            )
         else:
             package = package_base(name)
             source = name if package is None else str(package.folder)
             other = SentenceTransformer(source, device=str(model.device), model_kwargs={"dtype": model.dtype})
-            found.append(DenseSystem(_last(name), name, other, count_tokens=model.count_tokens))
+            found.append(DenseSystem(label_of(name), name, other, count_tokens=model.count_tokens))
     return found
-
-
-def _last(name: str) -> str:
-    """The last part of a path or a hub id."""
-    return name.rstrip("/").split("/")[-1]

@@ -67,6 +67,8 @@ def mteb_task(name: str) -> Task:
         raise ValueError(f"{name!r} is neither a folder here nor a task of mteb's.") from error
     if not isinstance(task, AbsTaskRetrieval | AbsTaskSTS) or task.metadata.eval_splits != ["test"]:
         raise ValueError(f"{name} is no retrieval or similarity task with a test split alone.")
+    if task.metadata.is_multilingual or getattr(task, "skip_first_result", False):
+        raise ValueError(f"{name} has several languages, or leaves out each query's first hit: not supported.")
     task.load_data()
     dataset: Any = task.dataset
     revision = str(task.metadata.dataset["revision"])
@@ -99,6 +101,8 @@ def _retrieval_task(name: str, data: RetrievalFolder) -> Task:
 
 def _sts_task(name: str, pairs: Path) -> Task:
     rows = list(read_rows(pairs, ("sentence1", "sentence2", "score")))
+    if not rows:
+        raise ValueError(f"{pairs} holds no rows.")
     scores = [float(row["score"]) for row in rows]
 
     revision = _hash(pairs)

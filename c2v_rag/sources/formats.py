@@ -118,7 +118,8 @@ def _read_office(path: Path) -> Iterator[Part]:
     yield Part(converted.markdown, (converted.title or "").strip(), "markdown")
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file. ValueError, with the file's name and the line, for anything else."""
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -171,7 +172,7 @@ READERS: dict[str, Callable[[Path], Iterator[Part]]] = {
     **dict.fromkeys(_OFFICE, _read_office),
 }
 TABLES: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
