@@ -213,3 +213,6 @@ def save(
         checkpoint.write_card(staging, facts)
         write_sums(staging)
         checkpoint.replace_folder(staging, target)
+    for part, record in model.weights_record.parts.items():
+        if record.base is not None and record.base.folder.resolve() == (target / part).resolve():
+            record.base = checkpoint.checkpoint_part(target, part)  # its files are those that were written now

@@ -117,6 +117,24 @@ def test_training_a_loaded_model_changes_its_identity_and_is_saved(change: str, 
     assert np.abs(again.encode_query(TEXTS) - load(folder).encode_query(TEXTS)).max() > 1e-4
 
 
+def test_a_model_that_is_saved_where_it_was_loaded_has_the_identity_of_its_new_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder)
+    before = model.stamp["weights"]
+    for scale in (1.01, 1.02):
+        model.unmerge_adapter("llm")
+        for name, parameter in model.llm.named_parameters():
+            if ".lora_" not in name:
+                parameter.data.mul_(scale)
+        model.save_pretrained(folder)
+        assert model.stamp["weights"] != before
+        assert load(folder).stamp["weights"] == model.stamp["weights"]
+        model.save_pretrained(tmp_path / "copy")
+        assert load(tmp_path / "copy").stamp["weights"] == model.stamp["weights"]
+        before = model.stamp["weights"]
+
+
 # A base is never rewritten
 
 
