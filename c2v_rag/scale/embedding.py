@@ -6,6 +6,7 @@ started again writes the missing partitions; if its input has changed, it stops 
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -246,12 +247,18 @@ def _line_slices(file: Path) -> Iterator[tuple[int, int, int, str]]:
     with file.open("rb") as lines:
         while True:
             offset, rows, digest = lines.tell(), 0, hashlib.sha256()
-            for line in islice(iter(lines.readline, b""), PARTITION_ROWS):
+            for line in islice(_rows_of(lines), PARTITION_ROWS):
                 rows += 1
                 digest.update(line)
             if not rows:
                 return
             yield 0, offset, rows, digest.hexdigest()
+
+
+def _rows_of(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a text file, without the empty ones if it is JSONL."""
+    lines = iter(file.readline, b"")
+    return lines if file.name.endswith(".txt") else filter(bytes.strip, lines)
 
 
 def _file_state(file: Path) -> str:
@@ -281,22 +288,36 @@ def read_slices(slices: Sequence[Slice], text_column: str) -> Iterator[tuple[lis
     for part in slices:
         with Path(part.file).open("rb") as lines:
             lines.seek(part.start)
-            raw = list(islice(lines, part.rows))
+            raw = list(islice(_rows_of(lines), part.rows))
         if hashlib.sha256(b"".join(raw)).hexdigest() != part.content:
             raise _changed_file_error(part.file)
+        if part.start == 0 and raw:
+            raw[0] = raw[0].removeprefix(codecs.BOM_UTF8)
         texts = [line.decode("utf-8").rstrip("\r\n") for line in raw]
         is_plain = part.file.endswith(".txt")
-        found = [{text_column: text} if is_plain else json.loads(text) for text in texts]
+        found = [{text_column: text} if is_plain else _parsed(text) for text in texts]
         yield _ids_and_texts(found, part, text_column)
 
 
-def _ids_and_texts(rows: Sequence[dict[str, Any]], part: Slice, text_column: str) -> tuple[list[str], list[str]]:
-    for number, row in enumerate(rows):
+def _parsed(line: str) -> Any:
+    """The value of a line of JSON; the line itself if it is none."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return line
+
+
+def _ids_and_texts(rows: Sequence[Any], part: Slice, text_column: str) -> tuple[list[str], list[str]]:
+    ids = []
+    for number, row in enumerate(rows, start=part.first):
+        if not isinstance(row, dict):
+            raise ValueError(f"{part.file}, row {number}: not a JSON object: {row!r:.80}")
         if not isinstance(row.get(text_column), str):
             raise ValueError(
-                f"{part.file}, row {part.first + number}: {text_column!r} must be a text, got {row.get(text_column)!r}."
+                f"{part.file}, row {number}: {text_column!r} must be a text, got {row.get(text_column)!r}."
             )
-    ids = [str(row.get("id", part.first + number)) for number, row in enumerate(rows)]
+        id = row.get("id")
+        ids.append(str(number if id is None else id))
     return ids, [row[text_column] for row in rows]
 
 

@@ -216,6 +216,16 @@ def test_a_partition_can_have_half_precision_and_an_unreadable_slice_is_an_error
     np.testing.assert_allclose(found["embedding"].to_pylist(), expected, atol=2e-3)
 
     (tmp_path / "bad.jsonl").write_text('{"t": "good"}\n{"t": 1}\n')
+    (tmp_path / "rows.jsonl").write_text('{"t": "a"}\n\n{"t": "b", "id": null}\n \n', encoding="utf-8-sig")
+    (slice_,) = embedding.plan_slices([tmp_path / "rows.jsonl"], "t")
+    assert [*embedding.read_slices([slice_], "t")] == [(["0", "1"], ["a", "b"])]
+    for content, shown in (
+        ('{"t": "a"}\n{"t":', "row 1: not a JSON object: '{\"t\":'"),
+        ("[1]", r"not a JSON object: \[1\]"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=rf"rows\.jsonl, .*{shown}"):
+            [*embedding.read_slices(embedding.plan_slices([tmp_path / "rows.jsonl"], "t"), "t")]
     bad = embedding.plan_slices([tmp_path / "bad.jsonl"], "t")
     (row,) = embedding.SliceReader("t")({"read": json.dumps([vars(one) for one in bad])})
     reported = worker({key: [value] for key, value in row.items()})
