@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import numpy as np
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from c2v_rag.protocols import Embedder
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|(?<=[。！？])(?![」』）”’])\s*|\n\s*\n")
+
+
+def one_line(text: str) -> str:
+    """The text on one line with single spaces, without control characters, which could act on a terminal."""
+    return " ".join("".join(letter for letter in text if category(letter) != "Cc" or letter.isspace()).split())
 
 
 @dataclasses.dataclass(frozen=True)

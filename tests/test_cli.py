@@ -295,12 +295,17 @@ def test_logins_keys_and_hosts_reach_the_server(tmp_path: Path, model: Path, mon
 
 def test_embed_reads_a_text_from_each_line_of_a_file(tmp_path: Path, model: Path) -> None:
     texts = ["One\u2028line.", "Another\x0cline.", "", "Last\x85line."]
-    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n", encoding="utf-8-sig")
     output = tmp_path / "out.jsonl"
     result = run("embed", tmp_path / "in.txt", "-o", output, "--model", model)
     assert result.returncode == 0, result.stderr
     with output.open(encoding="utf-8") as lines:
         assert [json.loads(line)["text"] for line in lines] == texts
+    (tmp_path / "in.CSV").write_text("text\nfrom a table\n")
+    assert run("embed", tmp_path / "in.CSV", "-o", output, "--model", model).returncode == 0
+    assert json.loads(output.read_text())["text"] == "from a table"
+    (tmp_path / "in.txt").write_bytes(b"caf\xe9")
+    assert "in.txt is not UTF-8 text" in run("embed", tmp_path / "in.txt", "-o", output, "--model", model).stderr
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])

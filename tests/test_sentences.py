@@ -54,6 +54,16 @@ def hit(text: str, **fields: Any) -> Hit:
     )
 
 
+def test_the_table_sends_no_control_characters_of_a_document_to_the_terminal() -> None:
+    console = Console(force_terminal=True, width=200)
+    with console.capture() as capture:
+        console.print(hits_table("q", [hit("Before \x1b]0;title\x1b\\ after.\x9b2J", before="\x1b[31mred")], [None]))
+    assert "]0;title" in capture.get()
+    assert "\x1b]" not in capture.get()
+    assert "\x1b[31m" not in capture.get()
+    assert "\x9b" not in capture.get()
+
+
 def test_json_holds_the_sentence_with_its_place_in_the_text() -> None:
     (row, other) = json.loads(hits_json([hit(TEXTS[0]), hit("")], [Sentence("The moon is far.", 19, 35), None]))
     assert row["sentence"] == {"text": "The moon is far.", "start": 19, "end": 35}

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 from c2v_rag.adapt.passages import MIN_WORDS, Passage
-from c2v_rag.adapt.questions import Written, one_line
+from c2v_rag.adapt.questions import Written
 from c2v_rag.index.chunking import SECTION_SEPARATOR
+from c2v_rag.sentences import one_line
 
 _MARKDOWN = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 _UNDERLINED = re.compile(r"^(\S.*)\n([=\-~^\"'`*+#])\2{2,}[ \t]*$", re.MULTILINE)  # reStructuredText, Markdown

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
-from unicodedata import category
 
 from tqdm.auto import tqdm
 
 from c2v_rag.adapt.passages import SPLITS, Passage, Split
 from c2v_rag.adapt.work import Work, write_text
+from c2v_rag.sentences import one_line
 
 BLOCK = 64  # passages whose questions are written at a time; a killed run loses at most one block
 MAX_CHARACTERS = 300  # of a question
@@ -107,11 +107,6 @@ def clean(answer: str) -> str:
     lines = [_OPENING.sub("", line.strip()).strip("\"'“”«»*` ") for line in _THINKING.sub("", answer).splitlines()]
     question = one_line(next((line for line in lines if line), ""))
     return question if len(question) <= MAX_CHARACTERS else ""
-
-
-def one_line(text: str) -> str:
-    """The text on one line with single spaces, without control characters, which could act on a terminal."""
-    return " ".join("".join(letter for letter in text if category(letter) != "Cc" or letter.isspace()).split())
 
 
 def save_questions(path: Path, questions: Sequence[Question]) -> None:

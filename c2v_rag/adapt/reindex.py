@@ -16,7 +16,7 @@ from c2v_rag.index import (
     stored_stamp,
     stored_stamps,
 )
-from c2v_rag.protocols import Embedder
+from c2v_rag.protocols import Embedder, same_weights
 
 _BLOCK = 256
 
@@ -44,18 +44,24 @@ def build_collection(store: StoreAddress, collection: str, model: Embedder, *, s
     """Embed all chunks of a collection with `model` into a new collection; returns its name.
 
     The new collection has another name until it is complete, so that nobody searches a part of it. A call that was
-    killed and is repeated continues.
+    killed and is repeated continues; what a killed call with another model has left is deleted.
     """
     old = open_stored(store, collection)
     unfinished = f"{new_name(collection)}.unfinished"
+    opened = open_store(store)
+    left = stored_stamps(store).get(unfinished)
+    if left is not None and not same_weights(left["weights"], model.stamp):
+        with opened.writing():
+            opened.client().delete_collection(unfinished)
     new = VectorIndex(store, model, unfinished, chunking=old.chunking)
     present = {chunk.id for chunk in new.chunks()}
+    if gone := sorted(present - {chunk.id for chunk in old.chunks()}):
+        new.delete_ids(gone)
     missing = (chunk for chunk in old.chunks() if chunk.id not in present)
-    with tqdm(total=len(old), initial=len(present), unit="chunk", disable=not show_progress) as progress:
+    with tqdm(total=len(old), initial=len(present) - len(gone), unit="chunk", disable=not show_progress) as progress:
         while block := list(islice(missing, _BLOCK)):
             new.write(block)
             progress.update(len(block))
-    opened = open_store(store)
     with opened.writing():
         found = find_collection(opened, unfinished)
         if found is None:

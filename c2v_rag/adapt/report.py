@@ -13,9 +13,10 @@ from typing import Any, Literal
 from c2v_rag.adapt.corpus import Corpus
 from c2v_rag.adapt.filter import Filtered
 from c2v_rag.adapt.passages import SPLITS
-from c2v_rag.adapt.questions import Question, one_line
+from c2v_rag.adapt.questions import Question
 from c2v_rag.adapt.scoring import METRICS, Comparison, compare, metric_values
 from c2v_rag.adapt.work import write_text
+from c2v_rag.sentences import one_line
 
 Ending = Literal[
     "gain", "gain by vectors only", "gain, but forgets", "no gain", "nothing to learn", "questions written"

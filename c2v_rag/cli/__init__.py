@@ -68,6 +68,3 @@ def main() -> None:
             message = f"Error: {type(error).__name__}: {error}\nFor the traceback run c2v-rag --debug COMMAND ..."
         err.print(message, style="red", markup=False, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("Stopped. Everything written so far is kept; run the same command again to continue.")
-        sys.exit(130)

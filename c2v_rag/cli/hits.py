@@ -31,29 +31,27 @@ def hits_json(hits: Sequence[Hit], sentences: Sequence[Sentence | None]) -> str:
 def hits_table(query: str, hits: Sequence[Hit], sentences: Sequence[Sentence | None]) -> Table:
     """A row for each hit: score, source and place, and the passage with its best sentence marked."""
     from c2v_rag.index import location
+    from c2v_rag.sentences import one_line
 
     table = Table("score", "source", "passage", title=Text(query), title_justify="left", pad_edge=False)
     for hit, sentence in zip(hits, sentences, strict=True):
-        place = location(hit.metadata)
-        source = Text(str(hit.metadata["source"]) + (f"\n{place}" if place else ""))
+        source = Text("\n".join(filter(None, map(one_line, (str(hit.metadata["source"]), location(hit.metadata))))))
         passage = _passage(hit.text, sentence)
         if hit.before or hit.after:
-            passage = Text.assemble((_line(hit.before), "dim"), " ", passage, " ", (_line(hit.after), "dim"))
+            passage = Text.assemble((one_line(hit.before), "dim"), " ", passage, " ", (one_line(hit.after), "dim"))
         table.add_row(f"{hit.score:.3f}", source, passage)
     return table
 
 
 def _passage(text: str, sentence: Sentence | None) -> Text:
     """At most about 300 characters of the passage in one line, so that the marked sentence is among them."""
+    from c2v_rag.sentences import one_line
+
     start, end = (sentence.start, sentence.end) if sentence else (0, 0)
-    before, best, after = _line(text[:start]), _line(text[start:end]), _line(text[end:])
+    before, best, after = one_line(text[:start]), one_line(text[start:end]), one_line(text[end:])
     if len(before) > CONTEXT and len(before) + len(best) > SHOWN:
         before = "…" + before[-CONTEXT:]
     room = max(0, SHOWN - len(before) - len(best))
     if len(after) > room:
         after = after[:room] + "…"
     return Text(" ").join(part for part in (Text(before), Text(best, _SENTENCE_STYLE), Text(after)) if part)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

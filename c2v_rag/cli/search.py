@@ -75,6 +75,7 @@ def index(
     when the collection is new.
     """
     from c2v_rag.index import ChunkSettings, KnownFiles, VectorIndex, remove_vanished
+    from c2v_rag.sentences import one_line
     from c2v_rag.sources import PYTHON_DOCS, python_docs, read_sources
 
     given: dict[str, Any] = {"splitter": splitter, "max_tokens": chunk_tokens, "overlap": overlap, "header": header}
@@ -97,7 +98,7 @@ def index(
             chunking=dataclasses.replace(ChunkSettings(), **given) if given else None,
         )  # fmt: skip
         for line in unread:
-            err.print(f"Left out: {line}", style="yellow", markup=False)
+            err.print(f"Left out: {one_line(line)}", style="yellow", markup=False)
         _print_report(report, store, collection, unread, json_output)
         return
 
@@ -105,7 +106,7 @@ def index(
 
     def leave_out(path: Path, error: Exception) -> None:
         left_out.append(path)
-        err.print(f"Left out: {error}", style="yellow", markup=False)
+        err.print(f"Left out: {one_line(str(error))}", style="yellow", markup=False)
 
     read_sources(sources, limit=0)  # a wrong path is reported before the model is opened
     total = len(python_docs()) if sources == [PYTHON_DOCS] else None
@@ -309,14 +310,19 @@ def info(model: ModelName = "default", device: Device = None, dtype: DType = Non
 
 def _texts(file: str, text_column: str) -> Iterator[str]:
     from c2v_rag.sources import read_sources
+    from c2v_rag.sources.formats import TABLES
 
     if file == "-":
         yield from (line.rstrip("\n") for line in sys.stdin)
-    elif Path(file).suffix in (".jsonl", ".csv", ".parquet"):
-        yield from (document.text for document in read_sources([file], text_column=text_column))
+    elif Path(file).suffix.lower() in TABLES:
+        documents = read_sources([file], text_column=text_column)
+        yield from (document.text for document in documents if "row" in document.metadata)  # an empty table has none
     else:
-        with Path(file).open(encoding="utf-8") as lines:
-            yield from (line.rstrip("\n") for line in lines)
+        try:
+            with Path(file).open(encoding="utf-8-sig") as lines:
+                yield from (line.rstrip("\n") for line in lines)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
