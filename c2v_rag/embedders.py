@@ -39,10 +39,14 @@ class EmbedderSpec:
 
     @classmethod
     def of(cls, embedder: Embedder) -> EmbedderSpec:
-        """The spec that opens a loaded embedder again, with the weights that it has now."""
+        """The spec that opens a loaded embedder again, with the weights that it has now.
+
+        A part of a model, such as `EncoderEmbedder`, has no name that opens it, as a model that exists in memory only.
+        """
         stamp = embedder.stamp
         arguments = getattr(embedder, "load_arguments", {})
-        return cls(name_or_path=str(stamp["name"]), weights=str(stamp["weights"]), **arguments)
+        name = "" if "part" in stamp else str(stamp["name"])
+        return cls(name_or_path=name, weights=str(stamp["weights"]), **arguments)
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any], *, place: str) -> EmbedderSpec:

@@ -30,7 +30,9 @@ class Collections:
         return sorted(
             name
             for name, stamp in stored_stamps(self._store).items()
-            if same_weights(stamp.get("weights"), self._model.stamp) and not name.endswith(ENCODER_SUFFIX)
+            if same_weights(stamp.get("weights"), self._model.stamp)
+            and "part" not in stamp
+            and not name.endswith(ENCODER_SUFFIX)
         )
 
     def to_search(self, name: str) -> Searcher:

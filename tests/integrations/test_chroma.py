@@ -15,6 +15,7 @@ import pytest
 from chromadb.api import ClientAPI
 
 from c2v_rag import RemoteModel, embedders
+from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.model import Causal2Vec
 from chroma_c2v import Causal2VecEmbeddingFunction
 from tests.plain import recording_server
@@ -79,6 +80,8 @@ def test_settings_are_saved_with_the_collection(folder: str, core: Causal2Vec, t
 def test_wrong_settings_and_bad_input_are_clear_errors(folder: str, core: Causal2Vec) -> None:
     with pytest.raises(ValueError, match="exists in memory only"):
         Causal2VecEmbeddingFunction(model=tiny_model())
+    with pytest.raises(ValueError, match="exists in memory only"):  # its name would open the whole model
+        Causal2VecEmbeddingFunction(model=EncoderEmbedder(core))
     assert Causal2VecEmbeddingFunction(model=core).name_or_path == folder
     with pytest.raises(ValueError, match=r"unknown settings \['surprise'\]"):
         Causal2VecEmbeddingFunction.build_from_config({"surprise": 1})

@@ -38,6 +38,7 @@ from transformers import pipeline
 
 from c2v_rag import EmbedderSpec, LazyEmbedder, RemoteModel, VectorIndex, embedders, gather, read_sources
 from c2v_rag.bases import locate_base
+from c2v_rag.encoder import EncoderEmbedder
 from c2v_rag.index import Chunk
 from c2v_rag.model import Causal2Vec
 from langchain_c2v import C2VRetriever, Causal2VecEmbeddings
@@ -209,7 +210,8 @@ def test_a_cache_does_not_mix_models_and_gives_the_same_vectors(folder: str, cor
     embeddings = Causal2VecEmbeddings(name_or_path=folder, dtype="float32")
     other = Causal2VecEmbeddings(model=tiny_model(seed=1))
     short = Causal2VecEmbeddings(name_or_path=folder, dtype="float32", truncate_dim=8)
-    assert len({one.cache_namespace for one in (embeddings, other, short)}) == 3
+    encoder = Causal2VecEmbeddings(model=EncoderEmbedder(core))
+    assert len({one.cache_namespace for one in (embeddings, other, short, encoder)}) == 4
     for one in (embeddings, other, short, embeddings):
         cached = CacheBackedEmbeddings.from_bytes_store(
             one, store, namespace=one.cache_namespace, key_encoder="sha256", query_embedding_cache=InMemoryByteStore()
@@ -355,7 +357,11 @@ def test_a_retriever_gives_the_hits_of_the_index(mode: Any, tmp_path: Path) -> N
     for documents in (retriever.invoke(query), asyncio.run(retriever.ainvoke(query))):
         assert [(one.id, one.page_content) for one in documents] == [(hit.id, hit.text) for hit in expected]
         assert [one.metadata for one in documents] == [{**hit.metadata, "score": hit.score} for hit in expected]
-    assert len(retriever.invoke(query, k=3)) == 3
+    assert len(retriever.invoke(query, k=3, verbose=True)) == 3
+    with pytest.raises(TypeError, match="no search option 'filter'"):
+        retriever.invoke(query, filter={"n": 1})
+    with pytest.raises(ValidationError, match="search_kwargs"):
+        C2VRetriever(index=index, search_kwargs={"k": 3})  # type: ignore[call-arg]
 
 
 def test_a_retriever_gives_diverse_documents_and_the_text_around_them(tmp_path: Path) -> None:

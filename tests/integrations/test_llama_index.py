@@ -18,7 +18,7 @@ from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, Ingesti
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.rate_limiter import BaseRateLimiter
-from llama_index.core.schema import Document, TextNode
+from llama_index.core.schema import Document, MetadataMode, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.embeddings.c2v import C2VRetriever, Causal2VecEmbedding
@@ -244,6 +244,7 @@ def test_a_retriever_gives_diverse_nodes_and_the_text_around_them(tmp_path: Path
     index.write([Chunk(text, text, {"source": "a", "start": 20 * at}) for at, text in enumerate(texts)])
     (found,) = C2VRetriever(index, similarity_top_k=1, neighbours=1, where={"start": 20}).retrieve("Three")
     assert (found.text.split(), found.metadata["passage"]) == (" ".join(texts).split(), "Three four.")
+    assert found.node.get_content(MetadataMode.LLM).count("Three four.") == 1
     retriever = C2VRetriever(index, similarity_top_k=2, mmr=0.1)
     assert [one.node_id for one in retriever.retrieve("Three")] == [h.id for h in index.search("Three", 2, mmr=0.1)]
 

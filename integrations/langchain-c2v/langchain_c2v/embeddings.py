@@ -162,7 +162,9 @@ class Causal2VecEmbeddings(BaseModel, Embeddings):
 
         Queries need a separate store.
         """
-        parts = [self._embedder().stamp["weights"], self.truncate_dim, self.document_instruction]
+        stamp = self._embedder().stamp
+        parts = [stamp["weights"], self.truncate_dim, self.document_instruction]
+        parts += [stamp["part"]] if "part" in stamp else []
         return "c2v-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _embedder(self) -> Embedder:

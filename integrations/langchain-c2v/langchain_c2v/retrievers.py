@@ -32,7 +32,7 @@ class C2VRetriever(BaseRetriever):
     and the metadata "passage" is the passage alone.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     index: VectorIndex
     k: int = 5
@@ -60,6 +60,7 @@ class C2VRetriever(BaseRetriever):
     def _arguments(self, changes: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         own = {name: getattr(self, name) for name in _OPTIONS}
         options = {**own, **changes}
+        options.pop("verbose", None)  # LangChain's own
         return options.pop("k", self.k), options
 
 

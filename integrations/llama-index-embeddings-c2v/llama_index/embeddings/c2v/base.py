@@ -84,6 +84,7 @@ class Causal2VecEmbedding(BaseEmbedding):
             weights=weights_stamp,
         )
         spec = lazy.spec
+        stamp = lazy().stamp
         # A dict, because LlamaIndex's __init__ declares only its own fields to type checkers.
         fields: dict[str, Any] = {
             "model_name": spec.name_or_path,
@@ -98,7 +99,7 @@ class Causal2VecEmbedding(BaseEmbedding):
             "num_workers": num_workers,
             "callback_manager": callback_manager or CallbackManager([]),
             "rate_limiter": rate_limiter,
-            "weights_stamp": str(lazy().stamp["weights"]),
+            "weights_stamp": "-".join(str(stamp[key]) for key in ("weights", "part") if key in stamp),
         }
         super().__init__(**fields)
         self._lazy = lazy

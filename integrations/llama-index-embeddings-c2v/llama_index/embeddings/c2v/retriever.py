@@ -68,4 +68,13 @@ class C2VRetriever(BaseRetriever):
 
 def _node(hit: Hit) -> NodeWithScore:
     metadata = {**hit.metadata, "passage": hit.text} if hit.context != hit.text else hit.metadata
-    return NodeWithScore(node=TextNode(id_=hit.id, text=hit.context, metadata=metadata), score=hit.score)
+    # The text contains the passage, which a prompt should not have twice.
+    repeated = ["passage"] if hit.context != hit.text else []
+    node = TextNode(
+        id_=hit.id,
+        text=hit.context,
+        metadata=metadata,
+        excluded_llm_metadata_keys=repeated,
+        excluded_embed_metadata_keys=repeated,
+    )
+    return NodeWithScore(node=node, score=hit.score)
