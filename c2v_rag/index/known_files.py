@@ -30,17 +30,17 @@ class KnownFiles:
         self._index = index
         self._recorded = {} if index is None else _read(_record(index))
         self._hashes: dict[str, str] = {}
-        paths: dict[str, Path] = {}
+        paths: dict[str, list[Path]] = {}  # a file may be reached by several
         for source in sources:
             for path in files_below(Path(source)) if str(source) != PYTHON_DOCS else ():
                 with suppress(OSError):  # reading it will report the error
                     name = source_of(path)
                     self._hashes[name] = f"{_READERS_VERSION}:{text_column}:{hashes.sha256(path)}"
-                    paths[name] = path
+                    paths.setdefault(name, []).append(path)
         equal = [name for name, digest in self._hashes.items() if self._recorded.get(name, ["", 0])[0] == digest]
         stored = {} if index is None else index.num_chunks(equal)
         known = [name for name in equal if stored[name] == self._recorded[name][1]]
-        self.paths = {paths[name] for name in known}
+        self.paths = {path for name in known for path in paths[name]}
         self.num_chunks = sum(stored[name] for name in known)
 
     def save(self, left_out: Collection[Path] = (), index: VectorIndex | None = None) -> None:

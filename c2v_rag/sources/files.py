@@ -73,13 +73,15 @@ def source_of(path: Path) -> str:
 def _read(
     sources: Sequence[str | Path], text_column: str, on_error: OnError | None, skip: Collection[Path]
 ) -> Iterator[Document]:
+    read: set[str] = set()
     for source in sources:
         if str(source) == PYTHON_DOCS:
             yield from python_docs()
             continue
         for path in files_below(Path(source)):
-            if path in skip:
+            if path in skip or (name := source_of(path)) in read:  # a file may be reached by several paths
                 continue
+            read.add(name)
             with tempfile.SpooledTemporaryFile(_BYTES_IN_MEMORY) as copy:
                 try:
                     for document in _read_file(path, text_column):
