@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import chromadb
+import httpx
 import numpy as np
 import pytest
 from chromadb.api.models.Collection import Collection
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.encoder import EncoderEmbedder
-from c2v_rag.index import HnswSettings, KnownFiles, open_store, remove_vanished, stored_stamp, stored_stamps
+from c2v_rag.index import (
+    Chunk,
+    ChunkSettings,
+    HnswSettings,
+    KnownFiles,
+    open_store,
+    remove_vanished,
+    stored_stamp,
+    stored_stamps,
+)
 from c2v_rag.model import Causal2Vec
 from c2v_rag.protocols import Embedder
 from c2v_rag.sources import read_sources
@@ -398,6 +408,90 @@ def test_a_collection_made_by_others_and_a_missing_index_are_named(tmp_path: Pat
         VectorIndex(tmp_path, tiny, collection="a b")
     with pytest.raises(FileNotFoundError, match=r"no collection 'nothing'; it has \["):
         stored_stamp(tmp_path, "nothing")
+
+
+def test_no_call_reads_more_chunks_than_sqlite_gives(
+    tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("vector_index", "pages"):
+        for name in ("PAGE_SIZE", "IDS_AT_ONCE"):
+            monkeypatch.setattr(f"c2v_rag.index.{module}.{name}", 20)
+    documents = [Document(f"{i}: a passage.", "table", {"row": i}) for i in range(60)]
+    documents += [Document("word " * 2000, "long"), *numbered(6)]
+    index = VectorIndex(tmp_path, model, chunking=ChunkSettings(max_tokens=40))
+    index.add(documents)
+    real_get, real_query = Collection.get, Collection.query
+
+    def limited(found: Any, ids: int) -> Any:
+        assert ids <= 20 or not {"documents", "metadatas", "embeddings"} & set(found["included"])
+        return found
+
+    def get(collection: Collection, **options: Any) -> Any:
+        found = real_get(collection, **options)
+        return limited(found, len(found["ids"]))
+
+    def query(collection: Collection, **options: Any) -> Any:
+        found = real_query(collection, **options)
+        return limited(found, len(found["ids"][0]))
+
+    monkeypatch.setattr(Collection, "get", get)
+    monkeypatch.setattr(Collection, "query", query)
+    report = index.add(documents)
+    assert (report.added, report.unchanged) == (0, len(index))
+    assert len(index) > 120
+    for mode in ("dense", "hybrid", "lexical"):
+        hits = index.search("a passage word", 100, mode=mode, group_by="source")  # type: ignore[arg-type]
+        assert {hit.metadata["source"] for hit in hits} >= {"table", "source-0", "source-1"}
+    assert len(index.search("a passage", 70, mode="dense")) == 70
+    (hit,) = index.search("word word", 1, where={"source": "long"}, neighbours=1)
+    assert len(hit.context) > len(hit.text)
+
+
+def test_a_chunk_that_is_replaced_is_found_by_its_new_words(tmp_path: Path, model: Counting) -> None:
+    index = VectorIndex(tmp_path, model)
+    for text in ("old words", "refund policy"):
+        index.write([Chunk("faq-1", text, {"source": "faq"})])
+        assert [hit.text for hit in index.search(text, mode="lexical")] == [text]
+    assert index.search("old words", mode="lexical") == []
+
+
+def test_metadata_with_half_a_character_are_stored(tmp_path: Path, model: Counting) -> None:
+    index = VectorIndex(tmp_path, model)
+    for row in (0, 1):  # written, then moved
+        index.add([Document("fine", "rows.jsonl", {"title": "nice \ud83d", "k\ud83d": 1, "row": row})])
+        (chunk,) = index.chunks()
+        assert chunk.metadata["title"] == "nice ?"
+        assert (chunk.metadata["k?"], chunk.metadata["row"]) == (1, row)
+
+
+def test_a_file_that_several_paths_reach_is_read_once(tmp_path: Path, model: Counting) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "agents.md").write_text("Run the tests.")
+    (folder / "claude.md").symlink_to("agents.md")
+    index = VectorIndex(tmp_path / "store", model)
+    sources = [folder, folder / "agents.md"]
+    known = KnownFiles(index, sources)
+    assert index.add(read_sources(sources, skip=known.paths)).added == 1
+    known.save()
+    known = KnownFiles(index, sources)
+    assert known.paths == {folder / "agents.md", folder / "claude.md"}
+    assert [*read_sources(sources, skip=known.paths)] == []
+
+
+def test_a_server_that_goes_away_is_a_connection_error(chroma_server: str, model: Counting) -> None:
+    index = VectorIndex(chroma_server, model, "gone")
+    index.add(DOCUMENTS)
+    with (
+        pytest.raises(ConnectionError, match=f"No Chroma server answers at {chroma_server}"),
+        open_store(chroma_server).reading(),
+    ):
+        raise httpx.ConnectError("refused")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(httpx.Client, "request", lambda *_, **__: (_ for _ in ()).throw(httpx.ConnectError("refused")))
+        with pytest.raises(ConnectionError, match="any more: refused"):
+            index.search("passage")
+    assert index.search("passage")
 
 
 def test_any_embedder_can_be_used(tmp_path: Path, tiny: Causal2Vec) -> None:

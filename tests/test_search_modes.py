@@ -15,7 +15,7 @@ import Stemmer
 
 from c2v_rag import Document, VectorIndex
 from c2v_rag.index.lexical import LexicalIndex
-from tests.plain import Letters
+from tests.plain import Letters, numbered
 
 TOPICS = ["bread and yeast", "museums in the morning", "heaps of items", "copying a folder tree", "web addresses"]
 DOCUMENTS = [
@@ -205,3 +205,25 @@ def test_a_vector_and_a_coroutine_find_the_same(index: VectorIndex) -> None:
     assert asyncio.run(index.asearch(query, 3, mode="hybrid", group_by="kind")) == index.search(
         query, 3, mode="hybrid", group_by="kind"
     )
+
+
+def test_the_length_of_an_embedders_vectors_changes_no_hybrid_score(tmp_path: Path) -> None:
+    class Long(Letters):
+        def encode_document(self, texts: Any) -> np.ndarray:
+            return 8 * super().encode_document(texts)
+
+        def encode_query(self, texts: Any) -> np.ndarray:
+            return 5 * super().encode_document(texts)
+
+    # The last passage is found by BM25 only: 120 others are nearer to the query.
+    documents = [*numbered(150), Document("zzzz zebra zzzz", "zebra")]
+    found = []
+    for name, model in (("unit", Letters()), ("long", Long())):
+        index = VectorIndex(tmp_path / name, model)
+        index.add(documents)
+        found.append({hit.id: hit for hit in index.search("0: a passage about a zebra", 120)})
+    shared = found[0].keys() & found[1].keys()  # the last of many equal scores may differ
+    assert any(found[0][id].metadata["source"] == "zebra" for id in shared)
+    for id in shared:
+        assert found[1][id].scores == pytest.approx(found[0][id].scores, abs=1e-4)
+        assert found[1][id].score == pytest.approx(found[0][id].score, abs=1e-2)

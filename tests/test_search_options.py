@@ -195,3 +195,12 @@ def test_a_reranker_that_cannot_be_used_is_named(index: VectorIndex, monkeypatch
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"c2v-rag\[rerank\]"):
         index.search("a", rerank="some/cross-encoder")
+
+
+def test_an_option_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    index = VectorIndex(tmp_path, Letters())
+    index.add(numbered(3))
+    for search in (index.search, index.search_by_vector):
+        query: Any = "topic" if search == index.search else Letters().encode_query(["topic"])[0]
+        with pytest.raises(TypeError, match=r"no search option 'filter', 'k'\. The options are where, min_score"):
+            search(query, filter={"n": 1}, k=3)  # type: ignore[call-arg]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from c2v_rag.index.cutting import TokenEnds, count, cut, estimated_ends
+from c2v_rag.index.pages import pages
 from c2v_rag.index.sections import title_and_sections
 from c2v_rag.index.settings import FIRST, ChunkSettings
 from c2v_rag.sources import Document
@@ -86,9 +87,9 @@ def _present_ids(collection: Collection | None, sources: AbstractSet[str]) -> di
         (source,) = present
         present[source].update(collection.get(where=in_sources, include=[])["ids"])
         return present
-    answer = collection.get(where=in_sources, include=["metadatas"])
-    for id, metadata in zip(answer["ids"], answer["metadatas"] or [], strict=True):
-        present[str(metadata["source"])].add(id)
+    for page in pages(collection, ["metadatas"], in_sources):
+        for id, metadata in zip(page["ids"], page["metadatas"], strict=True):
+            present[str(metadata["source"])].add(id)
     return present
 
 
@@ -121,7 +122,7 @@ def new_chunks(
         chunks = []
         parts = [] if number else next(pieces)
         for text, position in parts:
-            metadata = {**document.metadata, **position, "source": document.source}
+            metadata = storable({**document.metadata, **position, "source": document.source})
             if keeps_hashes:
                 metadata |= {DOCUMENT_KEY: hash, CHUNKS_KEY: len(parts)}
             header = chunk_header(text, metadata) if settings.header else ""
@@ -134,6 +135,18 @@ def new_chunks(
             else:
                 chunks.append(Chunk(id, text, metadata))
         yield chunks
+
+
+def storable_text(text: str) -> str:
+    """The text without lone surrogates: Chroma stores UTF-8, which cannot hold them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def storable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata whose keys and texts are storable."""
+    return {
+        storable_text(key): storable_text(value) if isinstance(value, str) else value for key, value in metadata.items()
+    }
 
 
 def chunk_header(text: str, metadata: Mapping[str, Any]) -> str:
@@ -172,10 +185,10 @@ def _stored_documents(collection: Collection | None, hashes: Sequence[str]) -> d
     if collection is None or not hashes:
         return {}
     where: Any = {DOCUMENT_KEY: {"$in": sorted(set(hashes))}}
-    page = collection.get(where=where, include=["metadatas", "documents"])
     found: dict[str, list[Chunk]] = {}
-    for id, text, metadata in zip(page["ids"], page["documents"] or [], page["metadatas"] or [], strict=True):
-        found.setdefault(str(metadata[DOCUMENT_KEY]), []).append(Chunk(id, text, dict(metadata)))
+    for page in pages(collection, ["metadatas", "documents"], where):
+        for id, text, metadata in zip(page["ids"], page["documents"], page["metadatas"], strict=True):
+            found.setdefault(str(metadata[DOCUMENT_KEY]), []).append(Chunk(id, text, dict(metadata)))
     return {hash: sorted(chunks, key=lambda chunk: chunk.metadata["start"]) for hash, chunks in found.items()}
 
 

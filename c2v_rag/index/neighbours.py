@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from c2v_rag.index.pages import pages, pages_of
 from c2v_rag.index.query import Hit
 
 if TYPE_CHECKING:
@@ -67,21 +68,21 @@ def _same_text(hit: Hit) -> dict[str, Any]:
 
 
 def _ordered_ids(collection: Collection, where: Any) -> list[str]:
-    page = collection.get(where=where, include=["metadatas"])
     positions = [
         (metadata.get("page", 0), metadata["start"], id)
-        for id, metadata in zip(page["ids"], page["metadatas"] or [], strict=True)
+        for page in pages(collection, ["metadatas"], where)
+        for id, metadata in zip(page["ids"], page["metadatas"], strict=True)
         if isinstance(metadata.get("start"), int)
     ]
     return [id for *_, id in sorted(positions)]
 
 
 def _texts(collection: Collection, ids: list[str]) -> dict[str, _Piece]:
-    if not ids:
-        return {}
-    page = collection.get(ids=ids, include=["documents", "metadatas"])
-    columns: Any = zip(page["ids"], page["documents"] or [], page["metadatas"] or [], strict=True)
-    return {id: (text, dict(metadata)) for id, text, metadata in columns}
+    return {
+        id: (text, dict(metadata))
+        for page in pages_of(collection, ids, ["documents", "metadatas"])
+        for id, text, metadata in zip(page["ids"], page["documents"], page["metadatas"], strict=True)
+    }
 
 
 def _before(pieces: Sequence[_Piece], hit: _Piece) -> str:

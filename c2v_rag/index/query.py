@@ -94,7 +94,10 @@ def check_mode(mode: str | None) -> SearchMode:
 
 
 def check_options(top_k: int, options: SearchOptions) -> None:
-    """Raise ValueError for a number that is out of its range."""
+    """Raise TypeError for an option that does not exist, ValueError for a number that is out of its range."""
+    if unknown := sorted(options.keys() - SearchOptions.__annotations__.keys()):
+        known = ", ".join(SearchOptions.__annotations__)
+        raise TypeError(f"There is no search option {', '.join(map(repr, unknown))}. The options are {known}.")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1; got {top_k}.")
     for name, least in (("offset", 0), ("neighbours", 0), ("mmr_depth", 1), ("rerank_depth", 1)):

@@ -12,6 +12,7 @@ import numpy as np
 
 from c2v_rag.index.chunking import Chunk
 from c2v_rag.index.lexical import LexicalIndex, ids_hash, saved_state, set_version
+from c2v_rag.index.searching import unit_rows
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,11 @@ class SearchCache:
             return self._lexical[1]
 
     def sample(self, version: str, draw: Callable[[int], list[Chunk]]) -> np.ndarray:
-        """(S, D): embeddings of at most 512 random chunks of this version."""
+        """(S, D), rows of length 1: embeddings of at most 512 random chunks of this version."""
         with self._lock:
             if self._sample is None or self._sample[0] != version:
                 rows = [chunk.embedding for chunk in draw(_SAMPLED) if chunk.embedding is not None]
-                self._sample = version, np.stack(rows) if rows else np.empty((0, 0))
+                self._sample = version, unit_rows(np.stack(rows)) if rows else np.empty((0, 0))
             return self._sample[1]
 
 

@@ -15,6 +15,7 @@ from c2v_rag.index.chunking import INTERNAL_KEYS
 from c2v_rag.index.diversity import mmr_order, scaled
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.neighbours import with_neighbours
+from c2v_rag.index.pages import pages_of
 from c2v_rag.index.query import MMR_DEPTH, RERANK_DEPTH, Hit, SearchOptions
 from c2v_rag.index.reranking import rerank
 
@@ -99,13 +100,13 @@ def dense_hits(
     collection: Collection, vector: np.ndarray | None, number: int, where: Mapping[str, Any] | None
 ) -> list[Hit]:
     """The chunks most similar to a query's embedding (D,), best first."""
-    include: Any = ["documents", "metadatas", "distances"]
     query: Any = np.asarray(vector)[None]
-    found = collection.query(query_embeddings=query, n_results=number, include=include, where=_filter(where))
-    columns: Any = [found["ids"], found["distances"], found["documents"], found["metadatas"]]
+    found: Any = collection.query(query_embeddings=query, n_results=number, include=["distances"], where=_filter(where))
+    by_id = _get(collection, found["ids"][0])
     return [
-        Hit(id, 1.0 - distance, text, _shown(metadata), {"cosine": 1.0 - distance})
-        for id, distance, text, metadata in zip(*(column[0] for column in columns), strict=True)
+        Hit(id, 1.0 - distance, *by_id[id], {"cosine": 1.0 - distance})
+        for id, distance in zip(found["ids"][0], found["distances"][0], strict=True)
+        if id in by_id
     ]
 
 
@@ -127,7 +128,8 @@ def lexical_hits(
 class HybridRanking:
     """The candidates of both kinds for one query, best first by `hybrid_scores`. `vector` is (D,).
 
-    Mean and deviation of the query's cosines are estimated from `sample` (S, D), embeddings of random chunks. Ids are
+    Mean and deviation of the query's cosines are estimated from `sample` (S, D), embeddings of random chunks with
+    length 1. Ids are
     ranked once; texts and metadata are read only of the chunks that `best` returns.
     """
 
@@ -142,7 +144,7 @@ class HybridRanking:
     ) -> None:
         self._collection = collection
         self._lexical = lexical
-        self._vector = vector
+        self._vector = unit_rows(vector)  # Chroma's cosines do not depend on lengths
         self._where = where
         self._sample = sample
         self._words, self._max_score = lexical.scores_and_max(query)
@@ -171,7 +173,7 @@ class HybridRanking:
         best = np.argsort(-self._allowed, kind="stable")[:depth]
         by_words = [self._lexical.ids[row] for row in best if self._allowed[row] > 0]
         others = _get_embeddings(self._collection, [id for id in by_words if id not in cosines])
-        cosines |= {id: float(embedding @ self._vector) for id, embedding in others.items()}
+        cosines |= {id: float(unit_rows(embedding) @ self._vector) for id, embedding in others.items()}
         rows = self._lexical.rows
         bm25 = [float(self._words[rows[id]]) if id in rows else 0.0 for id in cosines]
         scores = hybrid_scores(
@@ -194,6 +196,12 @@ def hybrid_scores(cosines: np.ndarray, bm25: np.ndarray, all_cosines: np.ndarray
     share = bm25 / max_score if max_score > 0 else np.zeros(len(bm25))
     scores: np.ndarray = standardised + LEXICAL_WEIGHT * share**2
     return scores
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """The vectors (..., D) with length 1; those of length 0 stay."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1))
 
 
 def _best_of_each(hits: Sequence[Hit], key: str) -> list[Hit]:
@@ -228,16 +236,17 @@ def _allowed_scores(
 
 def _get(collection: Collection, ids: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Text and metadata by id."""
-    if not ids:
-        return {}
-    page: Any = collection.get(ids=ids, include=["documents", "metadatas"])
-    columns = zip(page["ids"], page["documents"], page["metadatas"], strict=True)
-    return {id: (text, _shown(metadata)) for id, text, metadata in columns}
+    return {
+        id: (text, _shown(metadata))
+        for page in pages_of(collection, ids, ["documents", "metadatas"])
+        for id, text, metadata in zip(page["ids"], page["documents"], page["metadatas"], strict=True)
+    }
 
 
 def _get_embeddings(collection: Collection, ids: list[str]) -> dict[str, np.ndarray]:
     """Embeddings (D,) by id."""
-    if not ids:
-        return {}
-    page: Any = collection.get(ids=ids, include=["embeddings"])
-    return {id: np.asarray(embedding) for id, embedding in zip(page["ids"], page["embeddings"], strict=True)}
+    return {
+        id: np.asarray(embedding)
+        for page in pages_of(collection, ids, ["embeddings"])
+        for id, embedding in zip(page["ids"], page["embeddings"], strict=True)
+    }

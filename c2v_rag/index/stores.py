@@ -9,10 +9,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from filelock import FileLock, Timeout
 
 from c2v_rag.hashes import cache_folder
@@ -38,6 +39,7 @@ class _Server:
 
     def __init__(self, server: ChromaServer) -> None:
         self._client = server.connect()
+        self._url = server.url
         self._name = "\n".join([server.url, server.tenant or "", server.database or ""])
 
     def version_of(self, collection: Collection | None) -> str:
@@ -58,11 +60,15 @@ class _Server:
         """Tell readers that the collection has changed, by a random version in its metadata."""
         collection.modify(metadata={**(collection.metadata or {}), _VERSION_KEY: uuid.uuid4().hex})
 
-    def reading(self) -> AbstractContextManager[object]:
-        return nullcontext()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """ConnectionError if the server does not answer in the block."""
+        try:
+            yield
+        except httpx.TransportError as error:
+            raise ConnectionError(f"No Chroma server answers at {self._url} any more: {error}.") from error
 
-    def writing(self) -> AbstractContextManager[object]:
-        return nullcontext()
+    writing = reading
 
 
 class _Folder:

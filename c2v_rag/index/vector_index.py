@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from c2v_rag.index.chunking import Chunk
 from c2v_rag.index.lexical import LexicalIndex
+from c2v_rag.index.pages import IDS_AT_ONCE, PAGE_SIZE
 from c2v_rag.index.query import Hit, SearchMode, SearchOptions, check_mode, check_options
 from c2v_rag.index.search_cache import SearchCache
 from c2v_rag.index.searching import search_collection
@@ -45,8 +47,6 @@ from c2v_rag.sources import Document
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
-IDS_AT_ONCE = 1000  # in one request
-PAGE_SIZE = 10_000  # chunks. Chroma counts to a page's start again for each page, so that few large ones are faster
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,510}[A-Za-z0-9]")
 
 
@@ -228,9 +228,14 @@ class VectorIndex:
             )
 
     def write(self, chunks: Sequence[Chunk]) -> None:
-        """Embed these chunks and store them, in place of chunks with the same ids; nothing else is changed."""
+        """Embed these chunks and store them, in place of chunks with the same ids; nothing else is changed.
+
+        The lexical index is built again for the next search: the ids do not tell that a text is another one. Readers
+        of a server on other machines keep theirs, so give a changed text another id there.
+        """
         with self._store.writing():
             self._writer().write(chunks)
+            shutil.rmtree(self.folder_for("lexical"), ignore_errors=True)
 
     def delete(self, source: str) -> int:
         """Delete a source's chunks; returns their number."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from tqdm.auto import tqdm
 
-from c2v_rag.index.chunking import Chunk, Present, embedded_text, new_chunks
+from c2v_rag.index.chunking import Chunk, Present, embedded_text, new_chunks, storable, storable_text
 from c2v_rag.index.settings import ChunkSettings
 from c2v_rag.index.stores import Store
 from c2v_rag.protocols import Embedder
@@ -132,8 +132,8 @@ class CollectionWriter:
             self._collection.upsert(
                 ids=[chunk.id for chunk in part],
                 embeddings=embeddings[start : start + size],
-                documents=[_storable(chunk.text) for chunk in part],
-                metadatas=[chunk.metadata for chunk in part],
+                documents=[storable_text(chunk.text) for chunk in part],
+                metadatas=[storable(chunk.metadata) for chunk in part],
             )
         self._store.wrote(self._collection)
 
@@ -211,11 +211,6 @@ class _Pipeline:
             while not wait_for([self._queued[0]], _SECONDS_BETWEEN_REPORTS).done:
                 self._report_progress()
             self._counts["added"] += self._queued.popleft().result()
-
-
-def _storable(text: str) -> str:
-    """The text without lone surrogates: Chroma stores UTF-8, which cannot hold them."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
