@@ -105,7 +105,7 @@ def _score(system: Any, task: Task) -> tuple[dict[str, float], np.ndarray]:
     found = predicted["default"]["test"]
     if task.qrels is None:
         return scores, np.array(found["cosine_scores"])
-    if task.mteb.ignore_identical_ids:  # mteb leaves these hits out of its scores, not of its predictions
+    if getattr(task.mteb, "ignore_identical_ids", False):  # mteb leaves them out of its scores only
         found = {query: {id: score for id, score in hits.items() if id != query} for query, hits in found.items()}
     # mteb uses trec_eval, which sorts ids in descending order where scores are equal.
     ranked = {query: sorted(hits, key=lambda id: (hits[id], id), reverse=True) for query, hits in found.items()}
