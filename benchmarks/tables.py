@@ -502,8 +502,8 @@ def ablation() -> str:
     return markdown(header, rows) + LEGEND + made_by(result | {"machine": result["device"]})
 
 
-def decoder() -> str:
-    result = read("decoder")
+def decoder(name: str = "decoder") -> str:
+    result = read(name)
     first = result["rows"][0]["C"]
     rows = [["C alone", "-", *(f"{first[one]:.1f}" for one in TRAINED_SETS), "", ""]]
     for row in result["rows"]:
@@ -561,6 +561,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapted": adapted,
     "ablation": ablation,
     "decoder": decoder,
+    "depth": lambda: decoder("depth"),
     "teaching": teaching,
 }
 

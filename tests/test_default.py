@@ -159,7 +159,7 @@ def test_without_the_packages_the_hub_is_asked_and_without_both_the_error_says_w
 
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-OF_OTHER_MODELS = {"ablation", "decoder", "distillation", "teaching"}  # they train their own
+OF_OTHER_MODELS = {"ablation", "decoder", "depth", "distillation", "teaching"}  # they train their own
 SPEED = {"efficiency", "indexing", "scale", "serving", "throughput"}  # which trained values do not change
 OF_THE_FIRST_STEP = SPEED | {"adaptation", "finetuning"}  # may be of the default before it learned labels
 
