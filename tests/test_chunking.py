@@ -172,28 +172,6 @@ def test_metadata_that_a_document_no_longer_has_is_deleted(tmp_path: Path) -> No
     assert index.search("rye", where={"status": "draft"}) == []
 
 
-def test_metadata_that_a_document_no_longer_has_is_deleted(tmp_path: Path) -> None:
-    index = VectorIndex(tmp_path, Recording())
-    index.add([Document("rye", "table.jsonl", {"row": 0, "status": "draft", "year": 1999})])
-    report = index.add([Document("rye", "table.jsonl", {"row": 0, "year": 2001})])
-    assert (report.added, report.unchanged) == (0, 1)
-    (chunk,) = index.chunks()
-    assert "status" not in chunk.metadata
-    assert chunk.metadata["year"] == 2001
-    assert index.search("rye", where={"status": "draft"}) == []
-
-
-def test_metadata_that_a_document_no_longer_has_is_deleted(tmp_path: Path) -> None:
-    index = VectorIndex(tmp_path, Recording())
-    index.add([Document("rye", "table.jsonl", {"row": 0, "status": "draft", "year": 1999})])
-    report = index.add([Document("rye", "table.jsonl", {"row": 0, "year": 2001})])
-    assert (report.added, report.unchanged) == (0, 1)
-    (chunk,) = index.chunks()
-    assert "status" not in chunk.metadata
-    assert chunk.metadata["year"] == 2001
-    assert index.search("rye", where={"status": "draft"}) == []
-
-
 def test_a_document_that_was_written_in_part_is_completed(tmp_path: Path) -> None:
     index = VectorIndex(tmp_path, Recording())
     number = index.add([BREAD]).added

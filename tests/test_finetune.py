@@ -130,22 +130,6 @@ def test_files_of_spreadsheets_and_long_fields_are_read(tmp_path: Path) -> None:
         assert read_pair_set(tmp_path, name).pairs == [Pair("q1", long)]
 
 
-def test_files_of_spreadsheets_and_long_fields_are_read(tmp_path: Path) -> None:
-    long = "word " * 50_000
-    (tmp_path / "a.csv").write_text(f"query,positive\nq1,{long}\n", encoding="utf-8-sig")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"query": "q1", "positive": long}), encoding="utf-8-sig")
-    for name in "ab":
-        assert read_pair_set(tmp_path, name).pairs == [Pair("q1", long)]
-
-
-def test_files_of_spreadsheets_and_long_fields_are_read(tmp_path: Path) -> None:
-    long = "word " * 50_000
-    (tmp_path / "a.csv").write_text(f"query,positive\nq1,{long}\n", encoding="utf-8-sig")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"query": "q1", "positive": long}), encoding="utf-8-sig")
-    for name in "ab":
-        assert read_pair_set(tmp_path, name).pairs == [Pair("q1", long)]
-
-
 def test_bad_rows_are_counted_with_their_lines_and_too_many_are_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,20 +195,6 @@ def test_a_stage_draws_sets_by_weight_and_a_seed_gives_the_same_draw() -> None:
     assert {name: one.to_dict() for name, one in again.items()} == {name: one.to_dict() for name, one in drawn.items()}
     without = draw_stage(sets, {"a": 1.0, "b": 1.0}, **{**arguments, "num_negatives": 0})
     assert without.keys() == {"a", "b"}
-
-
-def test_rows_with_and_without_negatives_that_fill_no_batch_alone_are_one_batch() -> None:
-    mixed = PairSet("mixed", "", [Pair(f"q{i}", f"p{i}", ("wrong",) * (i % 2)) for i in range(8)], {})
-    drawn = draw_stage([mixed], {"mixed": 1.0}, batch_size=8, steps=1, num_negatives=1, seed=0)
-    assert {name: len(one) for name, one in drawn.items()} == {"mixed": 8}
-    assert drawn["mixed"].column_names == ["query", "positive"]
-
-
-def test_rows_with_and_without_negatives_that_fill_no_batch_alone_are_one_batch() -> None:
-    mixed = PairSet("mixed", "", [Pair(f"q{i}", f"p{i}", ("wrong",) * (i % 2)) for i in range(8)], {})
-    drawn = draw_stage([mixed], {"mixed": 1.0}, batch_size=8, steps=1, num_negatives=1, seed=0)
-    assert {name: len(one) for name, one in drawn.items()} == {"mixed": 8}
-    assert drawn["mixed"].column_names == ["query", "positive"]
 
 
 def test_rows_with_and_without_negatives_that_fill_no_batch_alone_are_one_batch() -> None:
@@ -312,34 +282,6 @@ def test_recipes_are_valid_and_unknown_keys_are_errors(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(text.replace("base:\n", "base:\n  checkpoint: x\n"))
     with pytest.raises(ValueError, match="either 'checkpoint', or both"):
         Recipe.load(tmp_path / "both.yaml")
-    twice = recipe_for(tmp_path)
-    twice["stages"] = twice["stages"][:1] * 2
-    (tmp_path / "twice.yaml").write_text(yaml.safe_dump(twice))
-    with pytest.raises(ValueError, match="stages: .*each stage needs a name of its own; repeated: context"):
-        Recipe.load(tmp_path / "twice.yaml")
-
-
-def test_an_output_that_holds_other_files_is_refused_before_training(
-    checkpoint: Path, data: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds files and is no Causal2Vec checkpoint"):
-        train(Recipe.model_validate(recipe_for(checkpoint)), data, tmp_path)
-    assert not tmp_path.with_name(f"{tmp_path.name}.training").exists()
-    twice = recipe_for(tmp_path)
-    twice["stages"] = twice["stages"][:1] * 2
-    (tmp_path / "twice.yaml").write_text(yaml.safe_dump(twice))
-    with pytest.raises(ValueError, match="stages: .*each stage needs a name of its own; repeated: context"):
-        Recipe.load(tmp_path / "twice.yaml")
-
-
-def test_an_output_that_holds_other_files_is_refused_before_training(
-    checkpoint: Path, data: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds files and is no Causal2Vec checkpoint"):
-        train(Recipe.model_validate(recipe_for(checkpoint)), data, tmp_path)
-    assert not tmp_path.with_name(f"{tmp_path.name}.training").exists()
     twice = recipe_for(tmp_path)
     twice["stages"] = twice["stages"][:1] * 2
     (tmp_path / "twice.yaml").write_text(yaml.safe_dump(twice))

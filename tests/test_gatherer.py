@@ -153,40 +153,6 @@ def test_an_error_of_the_connection_reaches_the_whole_batch_after_one_call() -> 
     assert [texts for _, texts, _ in embedder.calls] == [["first"], ["a", "b"]]
 
 
-def test_an_error_of_the_connection_reaches_the_whole_batch_after_one_call() -> None:
-    class Unreachable(PausedEmbedder):
-        def _encode(self, kind: str, texts: Iterable[str], options: dict[str, Any]) -> np.ndarray:
-            super()._encode(kind, texts, options)
-            raise ConnectionError("no answer")
-
-    embedder = Unreachable()
-    first = gather(embedder, "query", "first")
-    assert embedder.started.wait(60)
-    rest = [gather(embedder, "query", text) for text in ("a", "b")]
-    embedder.released.set()
-    for future in (first, *rest):
-        with pytest.raises(ConnectionError, match="no answer"):
-            future.result(timeout=60)
-    assert [texts for _, texts, _ in embedder.calls] == [["first"], ["a", "b"]]
-
-
-def test_an_error_of_the_connection_reaches_the_whole_batch_after_one_call() -> None:
-    class Unreachable(PausedEmbedder):
-        def _encode(self, kind: str, texts: Iterable[str], options: dict[str, Any]) -> np.ndarray:
-            super()._encode(kind, texts, options)
-            raise ConnectionError("no answer")
-
-    embedder = Unreachable()
-    first = gather(embedder, "query", "first")
-    assert embedder.started.wait(60)
-    rest = [gather(embedder, "query", text) for text in ("a", "b")]
-    embedder.released.set()
-    for future in (first, *rest):
-        with pytest.raises(ConnectionError, match="no answer"):
-            future.result(timeout=60)
-    assert [texts for _, texts, _ in embedder.calls] == [["first"], ["a", "b"]]
-
-
 class TimedEmbedder(PausedEmbedder):
     """An embedder whose calls take `seconds` for each character, by the gatherer's clock."""
 

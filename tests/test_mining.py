@@ -82,36 +82,6 @@ def test_the_output_keeps_the_instruction_and_its_folder_must_exist(
         mine(pairs_file, tmp_path / "nowhere" / "mined.jsonl", model)
 
 
-def test_the_output_keeps_the_instruction_and_its_folder_must_exist(
-    model: Causal2Vec, pairs_file: Path, tmp_path: Path
-) -> None:
-    pairs_file.with_suffix(".json").write_text('{"instruction": "Find the answer", "licence": "CC0"}')
-    output = tmp_path / "mined.jsonl"
-    output.with_suffix(".json").write_text('{"licence": "CC0"}')
-    mine(pairs_file, output, model)
-    assert json.loads(output.with_suffix(".json").read_text()) == {"instruction": "Find the answer", "licence": "CC0"}
-    pairs_file.with_suffix(".json").unlink()
-    mine(pairs_file, tmp_path / "without.jsonl", model)
-    assert not (tmp_path / "without.json").exists()
-    with pytest.raises(FileNotFoundError, match="the folder .*nowhere does not exist"):
-        mine(pairs_file, tmp_path / "nowhere" / "mined.jsonl", model)
-
-
-def test_the_output_keeps_the_instruction_and_its_folder_must_exist(
-    model: Causal2Vec, pairs_file: Path, tmp_path: Path
-) -> None:
-    pairs_file.with_suffix(".json").write_text('{"instruction": "Find the answer", "licence": "CC0"}')
-    output = tmp_path / "mined.jsonl"
-    output.with_suffix(".json").write_text('{"licence": "CC0"}')
-    mine(pairs_file, output, model)
-    assert json.loads(output.with_suffix(".json").read_text()) == {"instruction": "Find the answer", "licence": "CC0"}
-    pairs_file.with_suffix(".json").unlink()
-    mine(pairs_file, tmp_path / "without.jsonl", model)
-    assert not (tmp_path / "without.json").exists()
-    with pytest.raises(FileNotFoundError, match="the folder .*nowhere does not exist"):
-        mine(pairs_file, tmp_path / "nowhere" / "mined.jsonl", model)
-
-
 def test_embeddings_of_the_corpus_are_used_and_near_duplicates_of_the_positive_left_out(
     model: Causal2Vec, pairs_file: Path, tmp_path: Path
 ) -> None:

@@ -120,34 +120,6 @@ def test_lines_end_where_python_and_markdown_end_them(other: str, end: str) -> N
     assert text[found[-1].start :] == f"Two{end}==={end}{end}c"
 
 
-@pytest.mark.parametrize("other", ["\f", "\v", "\x1c", "\x85", "\u2028"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_end_where_python_and_markdown_end_them(other: str, end: str) -> None:
-    code = end.join(["import os", "\f", "def first():", f"    return '{other}'", "", "def last():", "    return 2"])
-    _, found = title_and_sections(code, "python")
-    assert code[found[-1].start :].strip() == f"def last():{end}    return 2"
-    text = f"# One{end}{end}a{other}b{end}{end}# Two{end}{end}c"
-    _, found = title_and_sections(text, "markdown")
-    assert [text[one.start : one.end] for one in found] == [f"# One{end}{end}a{other}b{end}{end}", f"# Two{end}{end}c"]
-    text = f"One{end}==={end}{end}a{other}b{end}{end}Two{end}==={end}{end}c"
-    _, found = title_and_sections(text, "rst")
-    assert text[found[-1].start :] == f"Two{end}==={end}{end}c"
-
-
-@pytest.mark.parametrize("other", ["\f", "\v", "\x1c", "\x85", "\u2028"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_end_where_python_and_markdown_end_them(other: str, end: str) -> None:
-    code = end.join(["import os", "\f", "def first():", f"    return '{other}'", "", "def last():", "    return 2"])
-    _, found = title_and_sections(code, "python")
-    assert code[found[-1].start :].strip() == f"def last():{end}    return 2"
-    text = f"# One{end}{end}a{other}b{end}{end}# Two{end}{end}c"
-    _, found = title_and_sections(text, "markdown")
-    assert [text[one.start : one.end] for one in found] == [f"# One{end}{end}a{other}b{end}{end}", f"# Two{end}{end}c"]
-    text = f"One{end}==={end}{end}a{other}b{end}{end}Two{end}==={end}{end}c"
-    _, found = title_and_sections(text, "rst")
-    assert text[found[-1].start :] == f"Two{end}==={end}{end}c"
-
-
 def words_text(seed: int) -> str:
     rng = random.Random(seed)
     parts = [rng.choice(["word", "a", "longer-word", "end.", "Is it?", "\n", "\n\n", "汉字", "🙂"]) for _ in range(400)]
