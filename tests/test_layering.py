@@ -92,7 +92,7 @@ CORE = {
     "index.settings": set(),
     "index.lexical": set(),
     "index.pages": set(),
-    "index.search_cache": {"index.chunking", "index.lexical", "index.searching"},
+    "index.search_cache": {"index.chunking", "index.diversity", "index.lexical"},
     "index.query": set(),
     "index.diversity": set(),
     "index.neighbours": {"index.pages", "index.query"},

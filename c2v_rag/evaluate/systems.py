@@ -159,15 +159,8 @@ def systems(model: Causal2Vec, baselines: Sequence[str]) -> list[Any]:
             found.append(HybridSystem(ours))
         elif name == DEFAULT or (Path(name) / CONFIG_FILE).is_file():
             another = Causal2Vec.from_pretrained(name, device=model.device, dtype=model.dtype)
-            found.append(
-                DenseSystem(
-                    label_of(name),
-                    str(another.stamp["weights"]),
-                    another,
-                    options=quiet,
-                    count_tokens=model.count_tokens,
-                )
-            )
+            theirs = str(another.stamp["weights"])
+            found.append(DenseSystem(label_of(name), theirs, another, options=quiet, count_tokens=model.count_tokens))
         else:
             package = package_base(name)
             source = name if package is None else str(package.folder)

@@ -203,9 +203,9 @@ def draw_stage(
     The trainer makes every batch from one dataset and draws datasets in proportion to their rows. A set is gone
     through in a shuffled order, and again when it is used up. Columns: query, positive, and `num_negatives` more
     where a row has as many; rows that lack them make a dataset of their own, since a batch has one shape. If neither
-    fills a batch, all rows go without negatives. The negatives
-    are drawn from the row's, anew each time the row comes up. "scores" holds the teacher's scores of positive and
-    negatives where a pair of the dataset has them; NaN for pairs without.
+    fills a batch, all rows go without negatives. The negatives are drawn from the row's, anew each time the row comes
+    up. "scores" holds the teacher's scores of positive and negatives where a pair of the dataset has them; NaN for
+    pairs without.
     """
     rng = np.random.default_rng(seed)
     share = np.array([weights[one.name] * len(one.pairs) ** exponent for one in sets])

@@ -11,8 +11,7 @@ def mmr_order(relevance: np.ndarray, embeddings: np.ndarray, weight: float, numb
     Each next candidate has the largest `weight` x relevance - (1 - `weight`) x its largest cosine similarity to a
     chosen one. `relevance` (N,), `embeddings` (N, D), `weight` from 0 to 1. Of equals, the first is chosen.
     """
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    unit = embeddings / np.where(lengths > 0, lengths, 1.0)
+    unit = unit_rows(embeddings)
     chosen: list[int] = []
     redundancy = np.full(len(relevance), -np.inf)
     left = np.ones(len(relevance), dtype=bool)
@@ -23,6 +22,12 @@ def mmr_order(relevance: np.ndarray, embeddings: np.ndarray, weight: float, numb
         left[best] = False
         redundancy = np.maximum(redundancy, unit @ unit[best])
     return chosen
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """The vectors (..., D) with length 1; those of length 0 stay."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1))
 
 
 def scaled(scores: np.ndarray) -> np.ndarray:

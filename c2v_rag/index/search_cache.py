@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from c2v_rag.index.chunking import Chunk
+from c2v_rag.index.diversity import unit_rows
 from c2v_rag.index.lexical import LexicalIndex, ids_hash, saved_state, set_version
-from c2v_rag.index.searching import unit_rows
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from c2v_rag.index.chunking import INTERNAL_KEYS
-from c2v_rag.index.diversity import mmr_order, scaled
+from c2v_rag.index.diversity import mmr_order, scaled, unit_rows
 from c2v_rag.index.lexical import LexicalIndex
 from c2v_rag.index.neighbours import with_neighbours
 from c2v_rag.index.pages import pages_of
@@ -129,8 +129,7 @@ class HybridRanking:
     """The candidates of both kinds for one query, best first by `hybrid_scores`. `vector` is (D,).
 
     Mean and deviation of the query's cosines are estimated from `sample` (S, D), embeddings of random chunks with
-    length 1. Ids are
-    ranked once; texts and metadata are read only of the chunks that `best` returns.
+    length 1. Ids are ranked once; texts and metadata are read only of the chunks that `best` returns.
     """
 
     def __init__(
@@ -196,12 +195,6 @@ def hybrid_scores(cosines: np.ndarray, bm25: np.ndarray, all_cosines: np.ndarray
     share = bm25 / max_score if max_score > 0 else np.zeros(len(bm25))
     scores: np.ndarray = standardised + LEXICAL_WEIGHT * share**2
     return scores
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """The vectors (..., D) with length 1; those of length 0 stay."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 0, lengths, 1))
 
 
 def _best_of_each(hits: Sequence[Hit], key: str) -> list[Hit]:
